@@ -1,0 +1,92 @@
+"""Starting and ending a job: what the launcher promised, each rank's threads, and how a failure ends all ranks."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+import torch
+from mpi4py import MPI
+
+from kfac_dist.errors import InputError
+
+ALLOW_SIZE_VARIABLE = "KFAC_DIST_ALLOW_SIZE_MISMATCH"
+
+# MPI's own variables come first: inside sbatch, mpirun's daemons run under srun and SLURM_* describe those.
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
+
+EXIT_BAD_INPUT = 2
+EXIT_FAILED = 3
+
+
+def promised_size(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """The world size that the launcher's environment promises.
+
+    Returns:
+        The deciding variable and its value, or None when no launcher left one.
+    """
+    for variable in _SIZE_VARIABLES:
+        value = environment.get(variable, "")
+        if value.isdigit():
+            return variable, int(value)
+    return None
+
+
+def check_world_size(size: int, environment: Mapping[str, str]) -> None:
+    """Refuse a job that silently became several single-rank jobs.
+
+    Args:
+        size: Ranks that MPI really has.
+        environment: Usually `os.environ`.
+
+    Raises:
+        InputError: If the launcher promised another number and the opt-out variable is not set.
+    """
+    promise = promised_size(environment)
+    if promise is None or promise[1] == size or environment.get(ALLOW_SIZE_VARIABLE) == "1":
+        return
+    variable, expected = promise
+    raise InputError(
+        f"the launcher promised {expected} ranks ({variable}={expected}) but MPI sees {size}: "
+        f"every process would train alone. The mpirun and the MPI library that mpi4py loads must be the same "
+        f"installation ({MPI.Get_library_version().splitlines()[0]}); under Slurm prefer mpirun to srun, or "
+        f"srun --mpi=pmix. If {size} is what you want, set {ALLOW_SIZE_VARIABLE}=1."
+    )
+
+
+def share_threads(local_size: int) -> int:
+    """Give this rank its share of the cores it may run on, unless OMP_NUM_THREADS says otherwise.
+
+    Returns:
+        Threads that torch will use for one operation.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // local_size))
+    return torch.get_num_threads()
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a rank's main function and end the process so that no other rank is left waiting.
+
+    `main` returns an exit code that all ranks agree on. An exception, or `sys.exit` from inside, is one rank's
+    own: its traceback is printed and the whole job is aborted, for the others may be blocked in a collective.
+    """
+    try:
+        code = main()
+    except SystemExit as leaving:
+        traceback.print_exc()
+        _abort(leaving.code if isinstance(leaving.code, int) and leaving.code else 1)
+    except BaseException:
+        traceback.print_exc()
+        _abort(EXIT_FAILED)
+    sys.exit(code)
+
+
+def _abort(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if MPI.COMM_WORLD.Get_size() > 1:
+        MPI.COMM_WORLD.Abort(code)
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""The maths of the Fisher: sees tensors and layers, never ranks."""

@@ -1,0 +1,63 @@
+"""Which rank owns which layer: a cost model and a greedy assignment. Plain Python, no tensors, no ranks' state."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one layer costs its owner each refresh.
+
+    Attributes:
+        flops: Floating-point operations of factorising its matrices and solving with them.
+        num_bytes: Bytes of its matrices and gradients that travel; breaks ties.
+    """
+
+    flops: float
+    num_bytes: int
+
+
+def inversion_flops(sizes: Sequence[tuple[int, int]], num_values: int) -> float:
+    """Operations of a layer's stages 4 and 5.
+
+    Args:
+        sizes: (count, n) of each stack: n³/3 operations for the Cholesky factor of each matrix.
+        num_values: Gradient values of the layer; each takes 2n operations for a pair of triangular solves
+            with each stack's matrices.
+
+    Returns:
+        Operations, as a float.
+    """
+    factorise = sum(count * n**3 / 3 for count, n in sizes)
+    solve = sum(2 * n * num_values for _, n in sizes)
+    return factorise + solve
+
+
+def assign_owners(works: Sequence[Work], num_ranks: int) -> list[tuple[int, ...]]:
+    """Owners of each layer: largest first onto the least loaded rank.
+
+    With more ranks than layers nobody idles: each further rank joins the layer whose operations per owner
+    are the most, and computes it redundantly (CVPR 2019, section 3.3).
+
+    Args:
+        works: The layers' costs.
+        num_ranks: Ranks to share them, ≥ 1.
+
+    Returns:
+        For each layer the ranks that own it, ascending; one rank each unless there are more ranks than layers.
+    """
+    order = sorted(range(len(works)), key=lambda index: (-works[index].flops, -works[index].num_bytes, index))
+    owners: list[list[int]] = [[] for _ in works]
+    loads = [(0.0, 0, rank) for rank in range(num_ranks)]
+    for index in order:
+        flops, num_bytes, rank = heapq.heappop(loads)
+        owners[index].append(rank)
+        heapq.heappush(loads, (flops + works[index].flops, num_bytes + works[index].num_bytes, rank))
+    idle = sorted(set(range(num_ranks)) - {rank for ranks in owners for rank in ranks})
+    shares = [(-works[index].flops, place, index) for place, index in enumerate(order)]
+    for rank in idle if works else ():
+        _, place, index = heapq.heappop(shares)
+        owners[index].append(rank)
+        heapq.heappush(shares, (-works[index].flops / len(owners[index]), place, index))
+    return [tuple(sorted(ranks)) for ranks in owners]

@@ -1,0 +1,236 @@
+"""One block of the Fisher for each layer: which matrices it has and the maths on them.
+
+A block knows its layer's parameters and shapes, and nothing of ranks, buffers or schedules. Matrices go by name,
+"A" and "G" for a Kronecker-factored layer and "F" for BatchNorm; each is a stack of symmetric matrices (count, n, n).
+Gradients travel flat: the parameters' gradients one behind the other.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from kfac_dist.curvature import batchnorm, factors, inverse
+from kfac_dist.curvature.batchnorm import BatchNormForm
+
+Matrices = dict[str, Tensor]
+
+
+class Block(ABC):
+    """A layer's block of the Fisher.
+
+    Attributes:
+        name: The module's name in the model.
+        module: The layer.
+        parameters: The trainable parameters that the block covers, in the order of the flat gradient.
+        stacks: For each matrix its (count, n).
+        form: One word for tables: how the Fisher is approximated.
+    """
+
+    form: str
+
+    def __init__(
+        self, name: str, module: nn.Module, parameters: Sequence[Parameter], stacks: dict[str, tuple[int, int]]
+    ):
+        self.name = name
+        self.module = module
+        self.parameters = list(parameters)
+        self.stacks = stacks
+        self.num_values = sum(parameter.numel() for parameter in self.parameters)
+
+    @abstractmethod
+    def statistic(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+        """The matrix as one call of the layer in training mode gives it.
+
+        Args:
+            matrix: A key of `stacks`.
+            x: The call's input.
+            g: Gradient of the mean loss at the call's output.
+
+        Returns:
+            (count, n, n).
+        """
+
+    @abstractmethod
+    def shifts(self, matrices: Matrices, damping: float) -> Matrices:
+        """What damping adds to each matrix's diagonals, (count,) by name."""
+
+    @abstractmethod
+    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+        """Apply the inverse of the damped Fisher to a flat gradient (num_values,), given the Cholesky factors."""
+
+
+class KroneckerBlock(Block):
+    """Linear or Conv2d: F ≈ G ⊗ A, one such block for each group of a convolution."""
+
+    form = "kronecker"
+
+    def __init__(self, name: str, module: nn.Linear | nn.Conv2d, parameters: Sequence[Parameter]):
+        weight = module.weight
+        self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        self.has_bias = len(parameters) == 2
+        self.rows = weight.shape[0] // self.groups
+        self.columns = weight[0].numel()
+        stacks = {"A": (self.groups, self.columns + self.has_bias), "G": (self.groups, self.rows)}
+        super().__init__(name, module, parameters, stacks)
+
+    def statistic(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+        layer = self.module
+        if isinstance(layer, nn.Linear):
+            if matrix == "A":
+                return factors.linear_input_factor(x, self.has_bias)
+            return factors.linear_output_factor(g)
+        assert isinstance(layer, nn.Conv2d)
+        if matrix == "G":
+            return factors.conv2d_output_factor(g, layer.groups)
+        return factors.conv2d_input_factor(
+            x,
+            _pair(layer.kernel_size),
+            _pair(layer.stride),
+            layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),  # type: ignore[arg-type]
+            _pair(layer.dilation),
+            layer.groups,
+            self.has_bias,
+            layer.padding_mode,
+        )
+
+    def shifts(self, matrices: Matrices, damping: float) -> Matrices:
+        shift_A, shift_G = inverse.damping_shifts(matrices["A"], matrices["G"], damping)
+        return {"A": shift_A, "G": shift_G}
+
+    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+        weight, bias = gradient.split([self.groups * self.rows * self.columns, self.has_bias * self.groups * self.rows])
+        columns = [weight.view(self.groups, self.rows, self.columns)]
+        if self.has_bias:
+            columns.append(bias.view(self.groups, self.rows, 1))
+        solved = inverse.precondition_kronecker(torch.cat(columns, dim=2), cholesky["A"], cholesky["G"])
+        return torch.cat([part.flatten() for part in solved.split([self.columns, self.has_bias], dim=2)])
+
+
+class BatchNormBlock(Block):
+    """BatchNorm1d or 2d: the exact empirical Fisher of scale and shift, in one of three forms."""
+
+    def __init__(
+        self, name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, parameters: Sequence[Parameter], form: BatchNormForm
+    ):
+        self.form: BatchNormForm = form
+        self.eps = module.eps
+        super().__init__(name, module, parameters, {"F": batchnorm.stack_shape(module.num_features, form)})
+
+    def statistic(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+        return batchnorm.batchnorm_fisher(x, g, self.eps, self.form)
+
+    def shifts(self, matrices: Matrices, damping: float) -> Matrices:
+        fisher = matrices["F"]
+        return {"F": fisher.new_full((fisher.shape[0],), damping)}
+
+    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+        vectors = batchnorm.split_gradient(gradient, self.form)
+        return batchnorm.join_gradient(inverse.precondition_vectors(vectors, cholesky["F"]), self.form)
+
+
+class PlainBlock(Block):
+    """Parameters that K-FAC does not cover: the Fisher is the identity, so they get the plain gradient.
+
+    Attributes:
+        reason: Why they are not covered.
+    """
+
+    form = "plain"
+
+    def __init__(self, name: str, module: nn.Module, parameters: Sequence[Parameter], reason: str):
+        self.reason = reason
+        super().__init__(name, module, parameters, {})
+
+    def statistic(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+        raise AssertionError(f"{self.name} has no Fisher matrices")
+
+    def shifts(self, matrices: Matrices, damping: float) -> Matrices:
+        return {}
+
+    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+        return gradient
+
+
+def create_blocks(
+    model: nn.Module, trained: Collection[Parameter], form: BatchNormForm, skip: Sequence[str] = ()
+) -> list[Block]:
+    """A block for every layer of the model that owns parameters, in the order of `model.named_modules()`.
+
+    Args:
+        model: The network.
+        trained: Parameters that the optimizer was given; others get no block.
+        form: Form of the BatchNorm Fisher.
+        skip: Shell-style patterns of module names that shall get the plain gradient.
+
+    Returns:
+        Blocks; each trained parameter of the model is in exactly one.
+    """
+    wanted = {id(parameter) for parameter in trained}
+    uses = _count_owners(model)
+    claimed: set[int] = set()
+    blocks: list[Block] = []
+    for name, module in model.named_modules():
+        own = [
+            parameter
+            for parameter in module.parameters(recurse=False)
+            if id(parameter) in wanted - claimed and parameter.requires_grad
+        ]
+        if not own:
+            continue
+        claimed |= {id(parameter) for parameter in own}
+        tied = any(uses[id(parameter)] > 1 for parameter in own)
+        blocks.append(_create_block(name or "(root)", module, own, form, skip, tied))
+    return blocks
+
+
+def _create_block(
+    name: str, module: nn.Module, own: list[Parameter], form: BatchNormForm, skip: Sequence[str], tied: bool
+) -> Block:
+    reason = _why_not_covered(name, module, own, skip, tied)
+    if reason:
+        return PlainBlock(name, module, own, reason)
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        return KroneckerBlock(name, module, own)
+    assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    return BatchNormBlock(name, module, own, form)
+
+
+# Exact types: a subclass may compute something else in its forward, and must not be miscomputed without a word.
+_COVERED_TYPES = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def _why_not_covered(name: str, module: nn.Module, own: list[Parameter], skip: Sequence[str], tied: bool) -> str:
+    """The reason for the plain gradient, or an empty string."""
+    if any(fnmatchcase(name, pattern) for pattern in skip):
+        return "skipped by pattern"
+    if type(module) not in _COVERED_TYPES:
+        return f"{type(module).__name__} has no K-FAC form here"
+    if tied:
+        return "a parameter is shared with another layer"
+    if not any(parameter is module.weight for parameter in own):
+        return "the weight is frozen or not given to the optimizer"
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and len(own) != 2:
+        return "scale or shift is frozen or not given to the optimizer"
+    return ""
+
+
+def _count_owners(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter (by id) directly."""
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in _direct_parameters(module):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    return uses
+
+
+def _direct_parameters(module: nn.Module) -> Iterator[Parameter]:
+    return (parameter for parameter in module._parameters.values() if parameter is not None)
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    vertical, horizontal = value
+    return vertical, horizontal

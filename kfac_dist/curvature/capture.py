@@ -1,0 +1,101 @@
+"""Hooks that turn a training step's forward and backward into the local Fisher statistics (stages 1 and 2).
+
+A forward hook keeps the layer's input and puts a *tensor* hook on its output; the matrices are built when the
+output's gradient arrives. A tensor hook, unlike a full backward hook, allows in-place activations. Building A in the
+backward, too, means that a forward without a backward (evaluation, a probe, recomputation under activation
+checkpointing) leaves no trace; the input is alive until then anyway, since autograd needs it for the weight's gradient.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.communicator.packing import pack_symmetric
+from kfac_dist.curvature.blocks import Block
+
+StatisticKey = tuple[str, str]  # (block name, matrix name)
+
+
+class Capture:
+    """Accumulates the blocks' statistics, packed, where it is told to.
+
+    Attributes:
+        captured: Names of the blocks of which at least one call was captured since `begin`.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        """Hook the layers of all blocks that have Fisher matrices."""
+        self.captured: set[str] = set()
+        self._destinations: Mapping[StatisticKey, Tensor] = {}
+        self._num_calls: dict[StatisticKey, float] = {}
+        self._accumulation_steps = 1
+        self._loss_scale = 1.0
+        self._handles = [
+            block.module.register_forward_hook(self._forward_hook(block)) for block in blocks if block.stacks
+        ]
+
+    def begin(
+        self, destinations: Mapping[StatisticKey, Tensor], accumulation_steps: int, loss_scale: float = 1.0
+    ) -> None:
+        """Forget what was captured and start anew.
+
+        Args:
+            destinations: Where each statistic that is wanted goes: a flat view for the packed upper triangles.
+                A statistic without a destination costs nothing.
+            accumulation_steps: Micro-batches of one update. Each one's loss is expected divided by this number.
+            loss_scale: What the loss is multiplied with besides (loss scaling); G and F are divided by its square.
+        """
+        self.captured = set()
+        self._destinations = destinations
+        self._num_calls = {}
+        self._accumulation_steps = accumulation_steps
+        self._loss_scale = loss_scale
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _forward_hook(self, block: Block) -> Any:
+        def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            wanted = [matrix for matrix in block.stacks if (block.name, matrix) in self._destinations]
+            if wanted and module.training and output.requires_grad:
+                x = inputs[0].detach()
+                output.register_hook(lambda g: self._accumulate(block, wanted, x, g))
+
+        return forward_hook
+
+    @torch.no_grad()
+    def _accumulate(self, block: Block, wanted: Sequence[str], x: Tensor, g: Tensor) -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            for matrix in wanted:
+                self._add(block, matrix, block.statistic(matrix, x, g), g)
+        self.captured.add(block.name)
+
+    def _add(self, block: Block, matrix: str, statistic: Tensor, g: Tensor) -> None:
+        """Add one call's statistic to what this update has so far.
+
+        Calls of a layer in one forward are further positions, so A and F add up over them and are averaged over
+        the micro-batches; G is the mean over all positions.
+        """
+        key = block.name, matrix
+        if matrix == "A":
+            statistic /= self._accumulation_steps
+        else:
+            statistic *= (self._accumulation_steps / self._loss_scale) ** 2
+            if matrix == "F":
+                statistic /= self._accumulation_steps
+        destination = self._destinations[key]
+        weight = g.numel() / (g.shape[0] * statistic.shape[0] * statistic.shape[-1]) if matrix == "G" else 1.0
+        total = self._num_calls[key] = self._num_calls.get(key, 0.0) + weight
+        if total == weight:
+            pack_symmetric(statistic, out=destination)
+            return
+        packed = torch.empty_like(destination)
+        pack_symmetric(statistic, out=packed)
+        if matrix == "G":
+            destination.lerp_(packed, weight / total)
+        else:
+            destination.add_(packed)

@@ -1,0 +1,130 @@
+"""Damping (Eq. 12), factorisation and preconditioning of the Fisher's blocks.
+
+    A, G     input and output factor of a layer, stacks (k, n, n)
+    gamma    damping
+    pi       balance of the damping between A and G
+    L        lower Cholesky factor of a damped matrix
+
+A damped matrix is kept as its Cholesky factor: solving with it costs what multiplying by the inverse would.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pi_ratio(A: Tensor, G: Tensor) -> Tensor:
+    """pi = √((tr A / dim A) / (tr G / dim G)), for each pair of a stack; 1 where a trace is not positive.
+
+    Args:
+        A: (k, n, n).
+        G: (k, m, m).
+
+    Returns:
+        (k,).
+    """
+    mean_A, mean_G = _mean_diagonal(A), _mean_diagonal(G)
+    usable = (mean_A > 0) & (mean_G > 0)
+    return torch.where(usable, mean_A / mean_G, torch.ones_like(mean_A)).sqrt()
+
+
+def damping_shifts(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """What Eq. 12 in factored form adds to the diagonals: pi·√gamma to A's and √gamma/pi to G's.
+
+    Args:
+        A: (k, n, n).
+        G: (k, m, m).
+        damping: gamma > 0.
+
+    Returns:
+        Two tensors (k,).
+
+    Raises:
+        ValueError: If damping is not positive.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping must be > 0, got {damping}")
+    pi = pi_ratio(A, G)
+    return pi * damping**0.5, damping**0.5 / pi
+
+
+def damp_factors(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Split Tikhonov damping between the two Kronecker factors (Eq. 12, factored form).
+
+    Args:
+        A: Input factors, (k, n, n), symmetric positive semi-definite.
+        G: Output factors, (k, m, m), likewise.
+        damping: gamma > 0.
+
+    Returns:
+        New damped stacks of the same shapes; the arguments are unchanged.
+
+    Raises:
+        ValueError: If damping is not positive.
+    """
+    shift_A, shift_G = damping_shifts(A, G, damping)
+    return add_to_diagonal(A, shift_A), add_to_diagonal(G, shift_G)
+
+
+def add_to_diagonal(stack: Tensor, shift: Tensor) -> Tensor:
+    """A copy of the stack (k, n, n) with shift (k,) added to the matrices' diagonals."""
+    damped = stack.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    return damped
+
+
+def batched_cholesky(stacks: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
+    """Cholesky factors of damped stacks; matrices of one size are factorised in one batch.
+
+    Args:
+        stacks: Stacks of symmetric matrices, (k_i, n_i, n_i); unchanged.
+        shifts: Values to add to the diagonals, (k_i,) each.
+
+    Returns:
+        For each stack its lower factors (k_i, n_i, n_i), and whether all its matrices were positive definite.
+    """
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for index, stack in enumerate(stacks):
+        by_size[stack.shape[-1]].append(index)
+    results: dict[int, tuple[Tensor, bool]] = {}
+    for indices in by_size.values():
+        batch = torch.cat([stacks[index] for index in indices])
+        batch.diagonal(dim1=-2, dim2=-1).add_(torch.cat([shifts[index] for index in indices])[:, None])
+        factors, info = torch.linalg.cholesky_ex(batch)
+        lengths = [stacks[index].shape[0] for index in indices]
+        for index, factor, failures in zip(indices, factors.split(lengths), info.split(lengths), strict=True):
+            results[index] = factor, not bool(failures.any())
+    return [results[index] for index in range(len(stacks))]
+
+
+def precondition_kronecker(gradient: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
+    """G⁻¹ ∇L A⁻¹ for a layer's weight matrices.
+
+    Args:
+        gradient: (k, m, n), the weight's gradient, bias as the last column; k groups.
+        L_A: (k, n, n), Cholesky factors of the damped A.
+        L_G: (k, m, m), likewise of G.
+
+    Returns:
+        (k, m, n).
+    """
+    return torch.cholesky_solve(torch.cholesky_solve(gradient, L_G).mT, L_A).mT
+
+
+def precondition_vectors(gradient: Tensor, L: Tensor) -> Tensor:
+    """F⁻¹ ∇L for a stack of independent blocks.
+
+    Args:
+        gradient: (k, n).
+        L: (k, n, n), Cholesky factors of the damped F.
+
+    Returns:
+        (k, n).
+    """
+    return torch.cholesky_solve(gradient[..., None], L)[..., 0]
+
+
+def _mean_diagonal(stack: Tensor) -> Tensor:
+    return stack.diagonal(dim1=-2, dim2=-1).mean(dim=-1)

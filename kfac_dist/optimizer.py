@@ -1,0 +1,415 @@
+"""Distributed K-FAC as a `torch.optim.Optimizer`: stages 3 to 6 of Algorithm 1 (CVPR 2019)."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from kfac_dist.communicator import Communicator, create_communicator
+from kfac_dist.communicator.packing import FlatBuffer, Part, triangle_numel, unpack_symmetric
+from kfac_dist.curvature.assignment import Work, assign_owners, inversion_flops
+from kfac_dist.curvature.batchnorm import BatchNormForm
+from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, create_blocks
+from kfac_dist.curvature.capture import Capture, StatisticKey
+from kfac_dist.curvature.state import BlockCurvature, refresh_inverses
+from kfac_dist.timing import StageTimer
+from kfac_dist.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
+
+_GRADIENT = "gradient"
+_STATE_KEY = "kfac"
+
+
+class KFAC(torch.optim.Optimizer):
+    """K-FAC whose layers are shared out over the ranks; one rank takes the same path as many.
+
+    Each rank calls `backward` on its own part of the batch; `step` averages gradients and Fisher statistics over the
+    ranks, so the model needs no DistributedDataParallel. At construction every rank takes rank 0's weights.
+
+    `lr`, `momentum`, `damping`, `batchnorm_damping_ratio`, `weight_decay` and `weight_rescaling` are settings of
+    parameter groups and are read at every step, so that learning-rate schedulers work; a layer takes its damping
+    from the group of its first parameter.
+
+    Attributes:
+        blocks: A block for each layer with parameters, in the model's order.
+        owners: For each block the ranks that own it.
+        num_retries: Factorisations on this rank that needed more damping, so far.
+        num_kept_inverses: Refreshes on this rank that failed for good and kept the previous inverse, so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        communicator: Communicator | None = None,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 0.03,
+        momentum: float = 0.9,
+        damping: float = 0.03,
+        batchnorm_damping_ratio: float = 16.0,
+        weight_decay: float = 0.0,
+        weight_rescaling: WeightRescaling = "off",
+        batchnorm: BatchNormForm = "diagonal",
+        ema_decay: float | None = None,
+        refresh_interval: int = 1,
+        accumulation_steps: int = 1,
+        skip: Sequence[str] = (),
+        timer: StageTimer | None = None,
+    ) -> None:
+        """Hook the model's layers and share them out; collective.
+
+        Args:
+            model: The network, on its device; its Linear, Conv2d and BatchNorm layers are covered.
+            communicator: Collectives over the ranks; made by `create_communicator()` if None.
+            params: What to train: parameters, named parameters or groups as for any torch optimizer; all of the
+                model's if None.
+            lr: Learning rate η of Eq. 17.
+            momentum: m of Eq. 17; to couple it to the learning rate by Eq. 16, set the groups' value.
+            damping: γ of Eq. 12, > 0.
+            batchnorm_damping_ratio: ρ_BN: BatchNorm layers are damped with ρ_BN·γ.
+            weight_decay: Times the weight, added to the gradient before preconditioning.
+            weight_rescaling: Eq. 18 for weights of Linear and convolution layers: "always", "cap" or "off".
+            batchnorm: Form of the BatchNorm Fisher: "full", "unit" or "diagonal".
+            ema_decay: Share of the old Fisher in its running average; None (the paper) keeps the newest only.
+            refresh_interval: Iterations from one refresh of the Fisher to the next.
+            accumulation_steps: Backward passes for each `step`; divide each loss by this number, as usual.
+            skip: Shell-style patterns of module names that shall get the plain gradient.
+            timer: Charged with the stages' seconds.
+
+        Raises:
+            ValueError: If a setting is out of range, or nothing is to be trained.
+        """
+        if params is None:
+            params = model.named_parameters()
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "batchnorm_damping_ratio": batchnorm_damping_ratio,
+            "weight_decay": weight_decay,
+            "weight_rescaling": weight_rescaling,
+        }
+        super().__init__(params, defaults)
+        _check_choice("batchnorm", batchnorm, ("full", "unit", "diagonal"))
+        _check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
+        _check("refresh_interval", refresh_interval >= 1, refresh_interval, "≥ 1")
+        _check("accumulation_steps", accumulation_steps >= 1, accumulation_steps, "≥ 1")
+        self.communicator = communicator if communicator is not None else create_communicator()
+        self.accumulation_steps = accumulation_steps
+        self.num_retries = 0
+        self.num_kept_inverses = 0
+        self._ema_decay = ema_decay
+        self._refresh_interval = refresh_interval
+        self._timer = timer or StageTimer()
+        self._iteration = 0
+
+        trained = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._dtype = torch.float64 if trained[0].dtype == torch.float64 else torch.float32
+        self.blocks = create_blocks(model, trained, batchnorm, skip)
+        _check("params", bool(self.blocks), f"{len(trained)} parameters", "trainable parameters of the model")
+        self._rescaled = {id(weight) for weight in rescaled_weights(model)}
+        self.owners = assign_owners([_work(block) for block in self.blocks], self.communicator.size)
+        self._owned = {
+            block.name: BlockCurvature(block)
+            for block, ranks in zip(self.blocks, self.owners, strict=True)
+            if self.communicator.rank in ranks
+        }
+        self._allocate(trained[0].device)
+        self._capture = Capture(self.blocks)
+        self._begin_iteration()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.communicator.broadcast_(tensor.data)
+
+    # One step -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Stages 3 to 6: average, invert, precondition, gather, update; collective.
+
+        Args:
+            closure: Computes the loss and its gradients again, under `enable_grad`; optional.
+
+        Returns:
+            The closure's result, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        present = self._agree_on_captured()
+        with self._timer.stage("reduce_scatter"):
+            self._reduce_statistics()
+        with self._timer.stage("inverse"):
+            self._refresh_inverses(present)
+        with self._timer.stage("precondition"):
+            self._precondition()
+        with self._timer.stage("all_gather"):
+            self.communicator.all_gather_v(self._updates.data, self._updates.counts)
+        with self._timer.stage("update"):
+            self._update_parameters()
+        # A step without any captured statistics only created state (some frameworks do so): it does not count.
+        if present or not self._statistic_keys:
+            self._iteration += 1
+        self._begin_iteration()
+        return loss
+
+    def _agree_on_captured(self) -> dict[str, int]:
+        """How many ranks captured statistics of each block; blocks that none did are left out."""
+        due = [block.name for block in self.blocks if any(name == block.name for name, _ in self._statistic_keys)]
+        if not due:
+            return {}
+        counts = torch.tensor([float(name in self._capture.captured) for name in due], dtype=torch.float64)
+        self.communicator.all_reduce_(counts)
+        return {name: int(count) for name, count in zip(due, counts.tolist(), strict=True) if count}
+
+    def _reduce_statistics(self) -> None:
+        """Stage 3: average gradients and statistics; each rank is left with those of the blocks it owns."""
+        for block in self.blocks:
+            for copy in self._statistics.copies((block.name, _GRADIENT)):
+                _flatten_gradients(block.parameters, out=copy)
+        for key in self._statistic_keys:
+            first, *others = self._statistics.copies(key)
+            for other in others:
+                other.copy_(first)
+        self.communicator.reduce_scatter_v(self._statistics.data, self._statistics.counts)
+
+    def _refresh_inverses(self, present: Mapping[str, int]) -> None:
+        """Stage 4: take the new statistics into the running Fisher and factorise it."""
+        rank, size = self.communicator.rank, self.communicator.size
+        refreshed: dict[str, list[str]] = {}
+        for name, matrix in self._statistic_keys:
+            if name not in self._owned or name not in present:
+                continue
+            curvature = self._owned[name]
+            packed = self._statistics.part((name, matrix), rank)
+            statistic = unpack_symmetric(packed, *curvature.block.stacks[matrix])
+            if present[name] < size:  # the average was taken over all ranks, some of which had nothing to give
+                statistic *= size / present[name]
+            curvature.average(matrix, statistic, self._ema_decay)
+            refreshed.setdefault(name, []).append(matrix)
+        curvatures = [self._owned[name] for name in refreshed]
+        report = refresh_inverses(curvatures, [self._damping(c.block) for c in curvatures], refreshed)
+        self.num_retries += report.num_retries
+        self.num_kept_inverses += report.num_kept
+
+    def _precondition(self) -> None:
+        """Stage 5: 𝒢 of the owned blocks, into this rank's segment of the buffer that is gathered."""
+        rank = self.communicator.rank
+        for name, curvature in self._owned.items():
+            gradient = self._statistics.part((name, _GRADIENT), rank)
+            _add_weight_decay(curvature.block.parameters, self._group_of, gradient)
+            direction = curvature.precondition(gradient)
+            for share, begin, end in self._shares[name]:
+                if share == rank:
+                    self._updates.part(name, rank).copy_(direction[begin:end])
+
+    def _update_parameters(self) -> None:
+        """Stage 6: every rank applies Eq. 17 and 18 to all parameters."""
+        directions = {
+            id(parameter): direction
+            for block in self.blocks
+            for parameter, direction in zip(block.parameters, self._directions(block), strict=True)
+        }
+        for group in self.param_groups:
+            weights = [parameter for parameter in group["params"] if id(parameter) in directions]
+            velocities = [self._velocity(weight) for weight in weights]
+            momentum_update_(weights, [directions[id(w)] for w in weights], velocities, group["lr"], group["momentum"])
+            rescaled = [number for number, weight in enumerate(weights) if id(weight) in self._rescaled]
+            rescale_weights_(
+                [weights[number] for number in rescaled],
+                group["weight_rescaling"],
+                [velocities[number] for number in rescaled],
+            )
+
+    def _directions(self, block: Block) -> list[Tensor]:
+        """𝒢 of each of the block's parameters, as views of the gathered buffer where one rank owns the block."""
+        pieces = self._updates.copies(block.name)
+        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        parts = flat.split([parameter.numel() for parameter in block.parameters])
+        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, block.parameters, strict=True)]
+
+    def _velocity(self, parameter: Parameter) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        velocity: Tensor = state["momentum_buffer"]
+        return velocity
+
+    # Iterations ---------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and with them the Fisher statistics captured since the last step."""
+        super().zero_grad(set_to_none)
+        self._begin_capture()
+
+    def _begin_iteration(self) -> None:
+        """Decide from the iteration alone, as every rank does alike, which statistics the next step refreshes."""
+        due = self._iteration % self._refresh_interval == 0
+        self._statistic_keys: list[StatisticKey] = (
+            [(block.name, matrix) for block in self.blocks for matrix in block.stacks] if due else []
+        )
+        self._statistics = self._statistics_buffer(self._statistic_keys)
+        self._begin_capture()
+
+    def _begin_capture(self) -> None:
+        destinations = {key: self._statistics.copies(key)[0] for key in self._statistic_keys}
+        self._capture.begin(destinations, self.accumulation_steps)
+
+    # Buffers and settings -----------------------------------------------------------------------------
+
+    def _allocate(self, device: torch.device) -> None:
+        """Allocate both flat buffers once, at the size of a full refresh."""
+        self._group_by_id = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        self._shares = {
+            block.name: _equal_shares(ranks, block.num_values)
+            for block, ranks in zip(self.blocks, self.owners, strict=True)
+        }
+        every_key = [(block.name, matrix) for block in self.blocks for matrix in block.stacks]
+        numel = sum(part.numel for part in self._statistics_parts(every_key))
+        self._statistics_storage = torch.zeros(numel, dtype=self._dtype, device=device)
+        parts = [
+            Part(name, rank, end - begin) for name, shares in self._shares.items() for rank, begin, end in shares
+        ]
+        storage = torch.zeros(sum(part.numel for part in parts), dtype=self._dtype, device=device)
+        self._updates = FlatBuffer(parts, self.communicator.size, storage)
+
+    def _statistics_parts(self, keys: Iterable[StatisticKey]) -> list[Part]:
+        """Parts of the buffer of stage 3: for each owner its blocks' statistics that are due, and gradients."""
+        due = set(keys)
+        parts = []
+        for block, ranks in zip(self.blocks, self.owners, strict=True):
+            numels = {
+                (block.name, matrix): count * triangle_numel(size)
+                for matrix, (count, size) in block.stacks.items()
+                if (block.name, matrix) in due
+            }
+            numels[block.name, _GRADIENT] = block.num_values
+            parts += [Part(key, rank, numel) for rank in ranks for key, numel in numels.items()]
+        return parts
+
+    def _statistics_buffer(self, keys: Sequence[StatisticKey]) -> FlatBuffer:
+        return FlatBuffer(self._statistics_parts(keys), self.communicator.size, self._statistics_storage)
+
+    def _group_of(self, parameter: Parameter) -> dict[str, Any]:
+        return self._group_by_id[id(parameter)]
+
+    def _damping(self, block: Block) -> float:
+        group = self._group_of(block.parameters[0])
+        ratio = group["batchnorm_damping_ratio"] if isinstance(block, BatchNormBlock) else 1.0
+        return float(group["damping"] * ratio)
+
+    @property
+    def uncovered(self) -> list[PlainBlock]:
+        """Blocks that get the plain gradient, with the reason."""
+        return [block for block in self.blocks if isinstance(block, PlainBlock)]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; only the constructor does, since layers are shared out over the ranks then.
+
+        Raises:
+            ValueError: If called later, or if a setting of the group is out of range.
+        """
+        if hasattr(self, "blocks"):
+            raise ValueError("KFAC cannot take parameter groups after construction; give them all to the constructor")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, allowed, rule in (
+            ("lr", group["lr"] >= 0, "≥ 0"),
+            ("momentum", 0 <= group["momentum"] < 1, "in [0, 1)"),
+            ("damping", group["damping"] > 0, "> 0"),
+            ("batchnorm_damping_ratio", group["batchnorm_damping_ratio"] > 0, "> 0"),
+            ("weight_decay", group["weight_decay"] >= 0, "≥ 0"),
+        ):
+            _check(name, allowed, group[name], rule)
+        _check_choice("weight_rescaling", group["weight_rescaling"], ("always", "cap", "off"))
+
+    # State --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's, and under "kfac" the iteration and what *this rank* owns of the Fisher."""
+        state = super().state_dict()
+        state[_STATE_KEY] = {
+            "iteration": self._iteration,
+            "blocks": {
+                name: {
+                    "running": dict(curvature.running),
+                    "cholesky": dict(curvature.cholesky),
+                    "num_averaged": dict(curvature.num_averaged),
+                }
+                for name, curvature in self._owned.items()
+            },
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore; the Fisher keeps its precision and returns to the parameters' device.
+
+        Raises:
+            ValueError: If the state lacks the Fisher of a block that this rank owns.
+        """
+        state = dict(state_dict)
+        curvature_state = state.pop(_STATE_KEY, None)
+        if curvature_state is None:
+            raise ValueError('the state has no "kfac" entry: it was not saved by a KFAC optimizer')
+        missing = sorted(set(self._owned) - set(curvature_state["blocks"]))
+        if missing:
+            raise ValueError(
+                f"the state lacks the Fisher of {len(missing)} blocks that rank {self.communicator.rank} owns "
+                f"({missing[0]}, …): it was saved by another rank, number of ranks or model"
+            )
+        super().load_state_dict(state)
+        self._group_by_id = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        device = self._statistics_storage.device
+        for name, curvature in self._owned.items():
+            saved = curvature_state["blocks"][name]
+            curvature.running = {key: value.to(device, self._dtype, copy=True) for key, value in saved["running"].items()}
+            curvature.cholesky = {
+                key: value.to(device, self._dtype, copy=True) for key, value in saved["cholesky"].items()
+            }
+            curvature.num_averaged = dict(saved["num_averaged"])
+        self._iteration = int(curvature_state["iteration"])
+        self._begin_iteration()
+
+
+def _work(block: Block) -> Work:
+    packed = sum(count * triangle_numel(size) for count, size in block.stacks.values())
+    return Work(
+        flops=inversion_flops(list(block.stacks.values()), block.num_values),
+        num_bytes=4 * (packed + block.num_values),
+    )
+
+
+def _equal_shares(ranks: Sequence[int], numel: int) -> list[tuple[int, int, int]]:
+    """Cut `numel` values among the owners, as (rank, begin, end)."""
+    cuts = [numel * number // len(ranks) for number in range(len(ranks) + 1)]
+    return [(rank, cuts[number], cuts[number + 1]) for number, rank in enumerate(ranks)]
+
+
+def _flatten_gradients(parameters: Sequence[Parameter], out: Tensor) -> None:
+    """Write the parameters' gradients one behind the other into `out`; zeros where there is none."""
+    parts = out.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is None:
+            part.zero_()
+        else:
+            part.view(parameter.shape).copy_(parameter.grad)
+
+
+def _add_weight_decay(
+    parameters: Sequence[Parameter], group_of: Callable[[Parameter], dict[str, Any]], gradient: Tensor
+) -> None:
+    parts = gradient.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        weight_decay = group_of(parameter)["weight_decay"]
+        if weight_decay:
+            part.view(parameter.shape).add_(parameter, alpha=weight_decay)
+
+
+def _check(name: str, allowed: bool, value: object, rule: str) -> None:
+    if not allowed:
+        raise ValueError(f"{name} must be {rule}, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    _check(name, value in choices, repr(value), "one of " + ", ".join(choices))

@@ -1,0 +1,84 @@
+"""SGD over the same communicator as K-FAC: the yardstick."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfac_dist.communicator import Communicator, create_communicator
+from kfac_dist.timing import StageTimer
+from kfac_dist.update import WeightRescaling, rescale_weights_, rescaled_weights
+
+
+class SGD(torch.optim.SGD):
+    """`torch.optim.SGD` that averages gradients over the ranks first; its settings mean what they mean there.
+
+    At construction every rank takes rank 0's weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        communicator: Communicator | None = None,
+        params: Iterable[Any] | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        weight_rescaling: WeightRescaling = "off",
+        timer: StageTimer | None = None,
+    ) -> None:
+        """Set up; collective.
+
+        Args:
+            model: The network, on its device.
+            communicator: Collectives over the ranks; made by `create_communicator()` if None.
+            params: What to train, as for any torch optimizer; all of the model's parameters if None.
+            lr, momentum, weight_decay: As in `torch.optim.SGD`.
+            weight_rescaling: Eq. 18, as in `KFAC`.
+            timer: Charged with the stages' seconds.
+        """
+        parameters = model.parameters() if params is None else params
+        super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.communicator = communicator if communicator is not None else create_communicator()
+        self._timer = timer or StageTimer()
+        self._weight_rescaling: WeightRescaling = weight_rescaling
+        self._trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        self._rescaled = [weight for weight in rescaled_weights(model) if weight.requires_grad]
+        self._gradients = torch.cat([torch.zeros_like(parameter).flatten() for parameter in self._trained])
+        total, size = self._gradients.numel(), self.communicator.size
+        self._counts = [total * (rank + 1) // size - total * rank // size for rank in range(size)]
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.communicator.broadcast_(tensor.data)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Average the gradients, update, rescale; collective.
+
+        Args:
+            closure: Computes the loss and its gradients again, under `enable_grad`; optional.
+
+        Returns:
+            The closure's result, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parts = self._gradients.split([parameter.numel() for parameter in self._trained])
+        views = [part.view(p.shape) for part, p in zip(parts, self._trained, strict=True)]
+        with self._timer.stage("reduce_scatter"):
+            for parameter, view in zip(self._trained, views, strict=True):
+                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+            self.communicator.reduce_scatter_v(self._gradients, self._counts)
+        with self._timer.stage("all_gather"):
+            self.communicator.all_gather_v(self._gradients, self._counts)
+        with self._timer.stage("update"):
+            for parameter, view in zip(self._trained, views, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.copy_(view)
+            super().step()
+            rescale_weights_(self._rescaled, self._weight_rescaling)
+        return loss

@@ -1,0 +1,66 @@
+"""The parameter update of Algorithm 1's last stage: Eq. 17 and Eq. 18.
+
+    v    velocity, w(t) − w(t−1), the difference of the weights as they were after rescaling
+    s    rescaling factor
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+WeightRescaling = Literal["always", "cap", "off"]
+
+
+def momentum_update_(
+    weights: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    velocities: Sequence[Tensor],
+    learning_rate: float,
+    momentum: float,
+) -> None:
+    """w(t+1) = w(t) − η 𝒢(t) + m (w(t) − w(t−1)) (Eq. 17), in place.
+
+    Args:
+        weights: w(t); become w(t+1).
+        directions: 𝒢(t), same shapes.
+        velocities: w(t) − w(t−1); become w(t+1) − w(t).
+        learning_rate: η.
+        momentum: m.
+    """
+    torch._foreach_mul_(velocities, momentum)
+    torch._foreach_add_(velocities, directions, alpha=-learning_rate)
+    torch._foreach_add_(weights, velocities)
+
+
+def rescale_weights_(
+    weights: Sequence[Tensor], mode: WeightRescaling, velocities: Sequence[Tensor] | None = None
+) -> None:
+    """w ← √(2·d_out)·w / (‖w‖ + 1e-9) (Eq. 18), in place.
+
+    Args:
+        weights: Weights of Linear and convolution layers, (d_out, …).
+        mode: "always" as printed in the paper; "cap" only where the norm exceeds the target; "off".
+        velocities: w − (previous w) of each, changed to match the rescaled weights; None if there are none.
+    """
+    if mode == "off" or not weights:
+        return
+    scales = torch._foreach_norm(weights)
+    torch._foreach_add_(scales, 1e-9)
+    torch._foreach_reciprocal_(scales)
+    torch._foreach_mul_(scales, [(2 * weight.shape[0]) ** 0.5 for weight in weights])
+    if mode == "cap":
+        torch._foreach_clamp_max_(scales, 1.0)
+    if velocities is not None:  # s·w − (w − v) = v + (s − 1)·w
+        for weight, velocity, scale in zip(weights, velocities, scales, strict=True):
+            velocity.addcmul_(weight, scale - 1)
+    torch._foreach_mul_(weights, scales)
+
+
+def rescaled_weights(model: nn.Module) -> Iterator[Parameter]:
+    """The weights that Eq. 18 applies to: those of Linear and convolution layers, not biases or BatchNorm."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            yield module.weight
