@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator, create_communicator
-from kfac_dist.communicator.packing import FlatBuffer, Part, triangle_numel, unpack_symmetric
-from kfac_dist.curvature.assignment import Work, assign_owners, inversion_flops
+from kfac_dist.communicator.packing import unpack_symmetric
+from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.batchnorm import BatchNormForm
-from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, create_blocks
+from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, block_work, create_blocks
 from kfac_dist.curvature.capture import Capture, StatisticKey
 from kfac_dist.curvature.state import BlockCurvature, refresh_inverses
+from kfac_dist.exchange import GRADIENT, Exchange, add_weight_decay, every_statistic, flatten_gradients
 from kfac_dist.timing import StageTimer
 from kfac_dist.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
 
-_GRADIENT = "gradient"
 _STATE_KEY = "kfac"
 
 
@@ -109,13 +109,15 @@ class KFAC(torch.optim.Optimizer):
         self.blocks = create_blocks(model, trained, batchnorm, skip)
         _check("params", bool(self.blocks), f"{len(trained)} parameters", "trainable parameters of the model")
         self._rescaled = {id(weight) for weight in rescaled_weights(model)}
-        self.owners = assign_owners([_work(block) for block in self.blocks], self.communicator.size)
+        self.owners = assign_owners([block_work(block) for block in self.blocks], self.communicator.size)
         self._owned = {
             block.name: BlockCurvature(block)
             for block, ranks in zip(self.blocks, self.owners, strict=True)
             if self.communicator.rank in ranks
         }
-        self._allocate(trained[0].device)
+        self._device = trained[0].device
+        self._exchange = Exchange(self.blocks, self.owners, self.communicator.size, self._dtype, self._device)
+        self._index_groups()
         self._capture = Capture(self.blocks)
         self._begin_iteration()
         for tensor in (*model.parameters(), *model.buffers()):
@@ -145,7 +147,8 @@ class KFAC(torch.optim.Optimizer):
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
-            self.communicator.all_gather_v(self._updates.data, self._updates.counts)
+            updates = self._exchange.updates
+            self.communicator.all_gather_v(updates.data, updates.counts)
         with self._timer.stage("update"):
             self._update_parameters()
         # A step without any captured statistics only created state (some frameworks do so): it does not count.
@@ -166,8 +169,8 @@ class KFAC(torch.optim.Optimizer):
     def _reduce_statistics(self) -> None:
         """Stage 3: average gradients and statistics; each rank is left with those of the blocks it owns."""
         for block in self.blocks:
-            for copy in self._statistics.copies((block.name, _GRADIENT)):
-                _flatten_gradients(block.parameters, out=copy)
+            for copy in self._statistics.copies((block.name, GRADIENT)):
+                flatten_gradients(block, out=copy)
         for key in self._statistic_keys:
             first, *others = self._statistics.copies(key)
             for other in others:
@@ -196,20 +199,19 @@ class KFAC(torch.optim.Optimizer):
     def _precondition(self) -> None:
         """Stage 5: 𝒢 of the owned blocks, into this rank's segment of the buffer that is gathered."""
         rank = self.communicator.rank
-        for name, curvature in self._owned.items():
-            gradient = self._statistics.part((name, _GRADIENT), rank)
-            _add_weight_decay(curvature.block.parameters, self._group_of, gradient)
-            direction = curvature.precondition(gradient)
-            for share, begin, end in self._shares[name]:
-                if share == rank:
-                    self._updates.part(name, rank).copy_(direction[begin:end])
+        for block, ranks in zip(self.blocks, self.owners, strict=True):
+            if rank in ranks:
+                gradient = self._statistics.part((block.name, GRADIENT), rank)
+                add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
+                direction = self._owned[block.name].precondition(gradient)
+                self._exchange.write_update(block, ranks, rank, direction)
 
     def _update_parameters(self) -> None:
         """Stage 6: every rank applies Eq. 17 and 18 to all parameters."""
         directions = {
             id(parameter): direction
             for block in self.blocks
-            for parameter, direction in zip(block.parameters, self._directions(block), strict=True)
+            for parameter, direction in zip(block.parameters, self._exchange.directions(block), strict=True)
         }
         for group in self.param_groups:
             weights = [parameter for parameter in group["params"] if id(parameter) in directions]
@@ -221,13 +223,6 @@ class KFAC(torch.optim.Optimizer):
                 group["weight_rescaling"],
                 [velocities[number] for number in rescaled],
             )
-
-    def _directions(self, block: Block) -> list[Tensor]:
-        """𝒢 of each of the block's parameters, as views of the gathered buffer where one rank owns the block."""
-        pieces = self._updates.copies(block.name)
-        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        parts = flat.split([parameter.numel() for parameter in block.parameters])
-        return [part.view(p.shape).to(p.dtype) for part, p in zip(parts, block.parameters, strict=True)]
 
     def _velocity(self, parameter: Parameter) -> Tensor:
         state = self.state[parameter]
@@ -246,50 +241,18 @@ class KFAC(torch.optim.Optimizer):
     def _begin_iteration(self) -> None:
         """Decide from the iteration alone, as every rank does alike, which statistics the next step refreshes."""
         due = self._iteration % self._refresh_interval == 0
-        self._statistic_keys: list[StatisticKey] = (
-            [(block.name, matrix) for block in self.blocks for matrix in block.stacks] if due else []
-        )
-        self._statistics = self._statistics_buffer(self._statistic_keys)
+        self._statistic_keys: list[StatisticKey] = every_statistic(self.blocks) if due else []
+        self._statistics = self._exchange.statistics(self._statistic_keys)
         self._begin_capture()
 
     def _begin_capture(self) -> None:
         destinations = {key: self._statistics.copies(key)[0] for key in self._statistic_keys}
         self._capture.begin(destinations, self.accumulation_steps)
 
-    # Buffers and settings -----------------------------------------------------------------------------
+    # Settings -----------------------------------------------------------------------------------------
 
-    def _allocate(self, device: torch.device) -> None:
-        """Allocate both flat buffers once, at the size of a full refresh."""
+    def _index_groups(self) -> None:
         self._group_by_id = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        self._shares = {
-            block.name: _equal_shares(ranks, block.num_values)
-            for block, ranks in zip(self.blocks, self.owners, strict=True)
-        }
-        every_key = [(block.name, matrix) for block in self.blocks for matrix in block.stacks]
-        numel = sum(part.numel for part in self._statistics_parts(every_key))
-        self._statistics_storage = torch.zeros(numel, dtype=self._dtype, device=device)
-        parts = [
-            Part(name, rank, end - begin) for name, shares in self._shares.items() for rank, begin, end in shares
-        ]
-        storage = torch.zeros(sum(part.numel for part in parts), dtype=self._dtype, device=device)
-        self._updates = FlatBuffer(parts, self.communicator.size, storage)
-
-    def _statistics_parts(self, keys: Iterable[StatisticKey]) -> list[Part]:
-        """Parts of the buffer of stage 3: for each owner its blocks' statistics that are due, and gradients."""
-        due = set(keys)
-        parts = []
-        for block, ranks in zip(self.blocks, self.owners, strict=True):
-            numels = {
-                (block.name, matrix): count * triangle_numel(size)
-                for matrix, (count, size) in block.stacks.items()
-                if (block.name, matrix) in due
-            }
-            numels[block.name, _GRADIENT] = block.num_values
-            parts += [Part(key, rank, numel) for rank in ranks for key, numel in numels.items()]
-        return parts
-
-    def _statistics_buffer(self, keys: Sequence[StatisticKey]) -> FlatBuffer:
-        return FlatBuffer(self._statistics_parts(keys), self.communicator.size, self._statistics_storage)
 
     def _group_of(self, parameter: Parameter) -> dict[str, Any]:
         return self._group_by_id[id(parameter)]
@@ -359,51 +322,16 @@ class KFAC(torch.optim.Optimizer):
                 f"({missing[0]}, …): it was saved by another rank, number of ranks or model"
             )
         super().load_state_dict(state)
-        self._group_by_id = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        device = self._statistics_storage.device
+        self._index_groups()
         for name, curvature in self._owned.items():
             saved = curvature_state["blocks"][name]
-            curvature.running = {key: value.to(device, self._dtype, copy=True) for key, value in saved["running"].items()}
+            curvature.running = {key: value.to(self._device, self._dtype, copy=True) for key, value in saved["running"].items()}
             curvature.cholesky = {
-                key: value.to(device, self._dtype, copy=True) for key, value in saved["cholesky"].items()
+                key: value.to(self._device, self._dtype, copy=True) for key, value in saved["cholesky"].items()
             }
             curvature.num_averaged = dict(saved["num_averaged"])
         self._iteration = int(curvature_state["iteration"])
         self._begin_iteration()
-
-
-def _work(block: Block) -> Work:
-    packed = sum(count * triangle_numel(size) for count, size in block.stacks.values())
-    return Work(
-        flops=inversion_flops(list(block.stacks.values()), block.num_values),
-        num_bytes=4 * (packed + block.num_values),
-    )
-
-
-def _equal_shares(ranks: Sequence[int], numel: int) -> list[tuple[int, int, int]]:
-    """Cut `numel` values among the owners, as (rank, begin, end)."""
-    cuts = [numel * number // len(ranks) for number in range(len(ranks) + 1)]
-    return [(rank, cuts[number], cuts[number + 1]) for number, rank in enumerate(ranks)]
-
-
-def _flatten_gradients(parameters: Sequence[Parameter], out: Tensor) -> None:
-    """Write the parameters' gradients one behind the other into `out`; zeros where there is none."""
-    parts = out.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        if parameter.grad is None:
-            part.zero_()
-        else:
-            part.view(parameter.shape).copy_(parameter.grad)
-
-
-def _add_weight_decay(
-    parameters: Sequence[Parameter], group_of: Callable[[Parameter], dict[str, Any]], gradient: Tensor
-) -> None:
-    parts = gradient.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        weight_decay = group_of(parameter)["weight_decay"]
-        if weight_decay:
-            part.view(parameter.shape).add_(parameter, alpha=weight_decay)
 
 
 def _check(name: str, allowed: bool, value: object, rule: str) -> None:

@@ -3,9 +3,9 @@
 from typing import Literal
 
 from kfac_dist.communicator.base import Communicator
-from kfac_dist.communicator.mpi import MpiCommunicator, ReduceScatterAlgorithm
+from kfac_dist.communicator.mpi import MpiCommunicator, ReduceScatterAlgorithm, library_version
 
-__all__ = ["Communicator", "MpiCommunicator", "create_communicator"]
+__all__ = ["Communicator", "MpiCommunicator", "create_communicator", "library_version"]
 
 
 def create_communicator(reduce_scatter: ReduceScatterAlgorithm | Literal["auto"] = "auto") -> Communicator:

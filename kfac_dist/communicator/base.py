@@ -4,10 +4,11 @@ All calls are collective: every rank makes the same calls in the same order. Buf
 tensors. The payload of the two V-collectives is counted, so that a run can report what it moved.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TextIO
 
 from torch import Tensor
 
@@ -33,6 +34,11 @@ class Communicator(ABC):
     local_rank: int
     local_size: int
     payload_bytes: int = 0
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """One line for the log: the number of ranks and how they communicate."""
 
     @property
     def is_main(self) -> bool:
@@ -75,6 +81,11 @@ class Communicator(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Return when every rank has called."""
+
+    def print_once(self, text: str, stream: TextIO | None = None) -> None:
+        """Print on rank 0 only, at once; to standard output unless told otherwise."""
+        if self.is_main:
+            print(text, file=stream or sys.stdout, flush=True)
 
     @contextmanager
     def agree(self) -> Iterator[None]:

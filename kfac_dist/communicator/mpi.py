@@ -52,6 +52,12 @@ class MpiCommunicator(Communicator):
             reduce_scatter = self._fastest_reduce_scatter()
         self.reduce_scatter_algorithm: ReduceScatterAlgorithm = reduce_scatter
 
+    @property
+    def description(self) -> str:
+        timings = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in self.reduce_scatter_seconds.items())
+        choice = f"ReduceScatterV by {self.reduce_scatter_algorithm}" + (f" (measured: {timings})" if timings else "")
+        return f"{self.size} ranks over MPI, {self.local_size} on this host; {choice}"
+
     # Collectives --------------------------------------------------------------------------------------
 
     def reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Tensor:

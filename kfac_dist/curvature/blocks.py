@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from kfac_dist.communicator.packing import triangle_numel
 from kfac_dist.curvature import batchnorm, factors, inverse
+from kfac_dist.curvature.assignment import Work, inversion_flops
 from kfac_dist.curvature.batchnorm import BatchNormForm
 
 Matrices = dict[str, Tensor]
@@ -185,6 +187,15 @@ def create_blocks(
         tied = any(uses[id(parameter)] > 1 for parameter in own)
         blocks.append(_create_block(name or "(root)", module, own, form, skip, tied))
     return blocks
+
+
+def block_work(block: Block) -> Work:
+    """What the block costs its owner, for `assign_owners`."""
+    packed = sum(count * triangle_numel(size) for count, size in block.stacks.values())
+    return Work(
+        flops=inversion_flops(list(block.stacks.values()), block.num_values),
+        num_bytes=4 * (packed + block.num_values),
+    )
 
 
 def _create_block(

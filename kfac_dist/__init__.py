@@ -1,0 +1,30 @@
+"""Distributed K-FAC for PyTorch: train image classifiers at very large batch under ``mpirun``.
+
+The parts that other programs use are importable from here::
+
+    from kfac_dist import KFAC, create_communicator
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kfac_dist.communicator import create_communicator as create_communicator
+    from kfac_dist.optimizer import KFAC as KFAC
+    from kfac_dist.sgd import SGD as SGD
+
+__version__ = "0.1.0"
+__all__ = ["KFAC", "SGD", "__version__", "create_communicator"]
+
+_HOMES = {
+    "KFAC": "kfac_dist.optimizer",
+    "SGD": "kfac_dist.sgd",
+    "create_communicator": "kfac_dist.communicator",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Loaded on first use, so that reading a configuration or printing --help does not wait for torch and MPI.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

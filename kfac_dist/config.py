@@ -1,0 +1,345 @@
+"""Configuration: a YAML file and ``dotted.key=value`` overrides become one frozen, validated `Config`.
+
+The attribute names are the YAML keys. A key has a default only where no paper states a value. All problems
+of a configuration are reported at once, each as the dotted key, the rule and the value found.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from kfac_dist import strict_yaml
+from kfac_dist.config_problems import describe
+from kfac_dist.errors import InputError
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must hold printable characters only")
+    return text
+
+
+def _check_ascending(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] > values[1]:
+        raise ValueError("must be [low, high] with low <= high")
+    return values
+
+
+# Strict(False) lets a YAML list stand for the tuple; what is in it stays strict.
+Text = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
+Patterns = Annotated[tuple[Text, ...], Strict(False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+FractionRange = Annotated[tuple[Fraction, Fraction], Strict(False), AfterValidator(_check_ascending)]
+PositiveRange = Annotated[
+    tuple[PositiveFloat, PositiveFloat], Strict(False), AfterValidator(_check_ascending)
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunConfig(_Section):
+    """What the run is called, where it writes, and the seed of all its randomness."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    output_dir: Text = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataConfig(_Section):
+    """The data set, and how much of it; a limit takes the first images."""
+
+    name: Literal["digits", "cifar10", "svhn"]
+    root: Annotated[Text | None, Field(validate_default=True)] = None
+    train_limit: PositiveInt | None = None
+    eval_limit: PositiveInt | None = None
+
+    @field_validator("root")
+    @classmethod
+    def _check_root(cls, root: str | None, info: ValidationInfo) -> str | None:
+        name = info.data.get("name")
+        if name in ("cifar10", "svhn") and root is None:
+            raise ValueError(f"must name the folder that holds {name}")
+        if name == "digits" and root is not None:
+            raise ValueError("must be left out for digits, which come with scikit-learn")
+        return root
+
+
+class ModelConfig(_Section):
+    """The network."""
+
+    name: Text
+
+
+class BatchConfig(_Section):
+    """The global batch, cut into slots of `per_rank` samples (see `batch_slots`)."""
+
+    global_size: PositiveInt
+    per_rank: PositiveInt
+
+    @field_validator("per_rank")
+    @classmethod
+    def _check_divides(cls, per_rank: int, info: ValidationInfo) -> int:
+        global_size = info.data.get("global_size")
+        if global_size is not None and global_size % per_rank:
+            sizes = _nearest_multiples(global_size, per_rank)
+            raise ValueError(f"must divide batch.global_size = {global_size} (nearest that work: {sizes})")
+        return per_rank
+
+
+class TrainConfig(_Section):
+    """How long to train, how often to evaluate (both in epochs), and in which precision."""
+
+    epochs: PositiveFloat
+    evaluate_every: PositiveFloat = 1.0
+    precision: Literal["fp32", "fp64"] = "fp32"
+
+
+class OptimizerConfig(_Section):
+    """The optimizer and its initial learning rate and momentum."""
+
+    name: Literal["kfac", "sgd"]
+    learning_rate: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class DampingConfig(_Section):
+    """Eq. 13: damping falls from `initial` towards `target`, at a rate set by `warmup_steps` iterations.
+
+    With `warmup_steps` 0 the damping is constant.
+    """
+
+    initial: PositiveFloat
+    target: PositiveFloat
+    warmup_steps: NonNegativeInt
+    batchnorm_ratio: Annotated[float, Field(ge=1)]
+
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, target: float, info: ValidationInfo) -> float:
+        initial = info.data.get("initial")
+        if initial is not None and target > initial:
+            raise ValueError(f"must be <= kfac.damping.initial = {initial}")
+        return target
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _check_rate(cls, warmup_steps: int, info: ValidationInfo) -> int:
+        initial, target = info.data.get("initial"), info.data.get("target")
+        if initial is None or target is None:
+            return warmup_steps
+        # alpha = total / warmup_steps is the share of the way that one step goes: at most all of it.
+        total = 2 * (math.log10(initial) - math.log10(target)) - 1e-9  # less what rounding may add
+        if total > warmup_steps:
+            raise ValueError(
+                f"must be >= {math.ceil(total)} for a damping that goes from {initial} to {target}"
+                " (to keep it constant: 0, and target equal to initial)"
+            )
+        return warmup_steps
+
+
+class RefreshConfig(_Section):
+    """How often factors and inverses are computed anew, in iterations."""
+
+    schedule: Literal["every"] = "every"
+    interval: PositiveInt = 1
+
+
+class KfacConfig(_Section):
+    """What K-FAC needs beyond `OptimizerConfig`."""
+
+    damping: DampingConfig
+    batchnorm: Literal["full", "unit", "diagonal"] = "diagonal"
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    refresh: RefreshConfig = RefreshConfig()
+    skip: Patterns = ()
+
+
+class PolynomialSchedule(_Section):
+    """Eq. 15: constant up to `start_epoch`, then a polynomial that is zero at `end_epoch`."""
+
+    kind: Literal["polynomial"]
+    power: PositiveFloat
+    start_epoch: NonNegativeFloat
+    end_epoch: PositiveFloat
+    warmup_epochs: NonNegativeFloat = 0.0
+
+    @field_validator("end_epoch")
+    @classmethod
+    def _check_end(cls, end_epoch: float, info: ValidationInfo) -> float:
+        start_epoch = info.data.get("start_epoch")
+        if start_epoch is not None and end_epoch <= start_epoch:
+            raise ValueError(f"must be > schedule.start_epoch = {start_epoch}")
+        return end_epoch
+
+
+class CosineSchedule(_Section):
+    """Half a cosine that is zero at `end_epoch`."""
+
+    kind: Literal["cosine"]
+    end_epoch: PositiveFloat
+    warmup_epochs: NonNegativeFloat = 0.0
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _check_warmup(cls, warmup_epochs: float, info: ValidationInfo) -> float:
+        end_epoch = info.data.get("end_epoch")
+        if end_epoch is not None and warmup_epochs >= end_epoch:
+            raise ValueError(f"must be < schedule.end_epoch = {end_epoch}")
+        return warmup_epochs
+
+
+class ConstantSchedule(_Section):
+    """The initial learning rate throughout."""
+
+    kind: Literal["constant"]
+    warmup_epochs: NonNegativeFloat = 0.0
+
+
+class ErasingConfig(_Section):
+    """Random erasing: how often, and the ranges of the erased share of the area and of the aspect ratio."""
+
+    probability: Annotated[float, Field(ge=0, le=1)]
+    area: FractionRange
+    aspect: PositiveRange
+
+
+class AugmentConfig(_Section):
+    """Data augmentation; the defaults do nothing."""
+
+    pad_crop: NonNegativeInt = 0
+    flip: bool = False
+    mixup_alpha: NonNegativeFloat = 0.0
+    erasing: ErasingConfig | None = None
+
+
+class CommunicationConfig(_Section):
+    """How buffers travel between ranks."""
+
+    backend: Literal["auto", "mpi"] = "auto"
+    reduce_scatter: Literal["auto", "native", "reduce", "ireduce"] = "auto"
+
+
+class Config(_Section):
+    """A whole, valid configuration of a run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    batch: BatchConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    kfac: Annotated[KfacConfig | None, Field(validate_default=True)] = None
+    schedule: Annotated[PolynomialSchedule | CosineSchedule | ConstantSchedule, Field(discriminator="kind")]
+    augment: AugmentConfig = AugmentConfig()
+    weight_rescaling: Literal["always", "cap", "off"] = "off"
+    communication: CommunicationConfig = CommunicationConfig()
+
+    @field_validator("kfac")
+    @classmethod
+    def _check_kfac(cls, kfac: KfacConfig | None, info: ValidationInfo) -> KfacConfig | None:
+        optimizer = info.data.get("optimizer")
+        if optimizer is not None and optimizer.name == "kfac" and kfac is None:
+            raise ValueError("must be given when optimizer.name is kfac")
+        if optimizer is not None and optimizer.name != "kfac" and kfac is not None:
+            raise ValueError(f"must be left out (kfac=null) when optimizer.name is {optimizer.name}")
+        return kfac
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included, as YAML that `load_config` reads back as the same."""
+        return strict_yaml.dump(self.model_dump(mode="json"))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file, apply overrides in order, and validate the result.
+
+    Args:
+        path: YAML file.
+        overrides: ``dotted.key=value`` each, the value in YAML; absent sections are made.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        InputError: If the file cannot be read, or naming every other problem at once, one on a line.
+    """
+    settings = strict_yaml.read_mapping(Path(path))
+    problems = []
+    for override in overrides:
+        try:
+            _apply_override_(settings, override)
+        except InputError as error:
+            problems.append(str(error))
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        problems += [describe(problem, Config) for problem in error.errors(include_url=False)]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise InputError(f"{path}: {count} in this configuration:\n  " + "\n  ".join(problems))
+    return config
+
+
+def batch_slots(config: Config, num_ranks: int) -> int:
+    """How many slots (micro-batches of ``batch.per_rank`` samples) each rank takes in one iteration.
+
+    Args:
+        config: A validated configuration.
+        num_ranks: World size, >= 1.
+
+    Returns:
+        Slots a rank: global_size / (per_rank * num_ranks).
+
+    Raises:
+        InputError: If that is not a whole number; names the nearest global sizes for which it is.
+    """
+    batch = config.batch
+    unit = batch.per_rank * num_ranks
+    slots, remainder = divmod(batch.global_size, unit)
+    if remainder:
+        raise InputError(
+            f"batch.global_size must be a multiple of batch.per_rank x ranks = {batch.per_rank} x {num_ranks}"
+            f" = {unit}, got {batch.global_size}; nearest sizes that work:"
+            f" {_nearest_multiples(batch.global_size, unit)}"
+        )
+    return slots
+
+
+def _nearest_multiples(size: int, unit: int) -> str:
+    below = size // unit * unit
+    return f"{below} and {below + unit}" if below else f"{unit}"
+
+
+def _apply_override_(settings: dict[str, object], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"override {override!r} must be dotted.key=value, such as train.epochs=2")
+    section = settings
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = section.get(key)
+        if inner is None:
+            inner = section[key] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section")
+        section = inner
+    section[keys[-1]] = strict_yaml.parse(text, f"override {override!r}")

@@ -1,0 +1,142 @@
+"""Data sets that fit in memory: held as uint8 on the training device, normalised and augmented batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kfac_dist.augment import CropFlip
+from kfac_dist.data.sampling import SlotSampler
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """What a reader returns.
+
+    Attributes:
+        train_images: (N, C, H, W) uint8. The range of the values does not matter: batches are standardised.
+        train_labels: (N,) int64 in [0, len(class_names)).
+        eval_images: Like `train_images`.
+        eval_labels: Like `train_labels`.
+        class_names: One for each class.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    eval_images: np.ndarray
+    eval_labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+class Dataset:
+    """Training and evaluation images on the training device.
+
+    Batches are normalised by the mean and standard deviation of each channel of the training images.
+
+    Args:
+        arrays: Images and labels.
+        crop_flip: Augmentation of training batches.
+        device: Where the data are held and batches are made.
+        dtype: Floating type of the batches.
+    """
+
+    def __init__(
+        self, arrays: ImageArrays, crop_flip: CropFlip, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.class_names = arrays.class_names
+        self.crop_flip = crop_flip
+        self.dtype = dtype
+        self.train_images = torch.from_numpy(arrays.train_images).to(device)
+        self.train_labels = torch.from_numpy(arrays.train_labels).to(device)
+        self.eval_images = torch.from_numpy(arrays.eval_images).to(device)
+        self.eval_labels = torch.from_numpy(arrays.eval_labels).to(device)
+        mean, deviation = channel_statistics(arrays.train_images)
+        self._mean = torch.from_numpy(mean)[:, None, None].to(device, dtype)
+        self._deviation = torch.from_numpy(deviation)[:, None, None].to(device, dtype)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, whether or not each occurs in the images."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return len(self.train_images)
+
+    @property
+    def num_eval(self) -> int:
+        """Number of evaluation images."""
+        return len(self.eval_images)
+
+    def train_batches(
+        self, sampler: SlotSampler, rank: int, num_ranks: int, first_iteration: int, last_iteration: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's slots, one after the other, iteration by iteration.
+
+        Args:
+            sampler: Which images make a slot; its `num_samples` is this data set's `num_train`.
+            rank: In [0, num_ranks).
+            num_ranks: Ranks that share each iteration.
+            first_iteration: Where to begin, >= 0.
+            last_iteration: Where to end, exclusive.
+
+        Yields:
+            Images (per_slot, C, H, W), normalised and augmented, and class indices (per_slot,) int64.
+        """
+        for iteration in range(first_iteration, last_iteration):
+            for slot in sampler.local_slots(rank, num_ranks):
+                indices = torch.from_numpy(sampler.indices(iteration, slot)).to(self.train_images.device)
+                images = self._normalise(self.train_images[indices])
+                yield self.crop_flip.apply(images, iteration, slot), self.train_labels[indices]
+
+    def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the evaluation images; over all ranks each image comes exactly once.
+
+        Shares differ by at most one image and are empty for some ranks where there are more ranks than images.
+
+        Args:
+            rank: In [0, num_ranks).
+            num_ranks: Ranks that share the evaluation.
+            batch_size: Most images of a batch, > 0; the last batch may be smaller.
+
+        Yields:
+            Images (n, C, H, W), normalised, and class indices (n,) int64, n >= 1.
+        """
+        first, last = (self.num_eval * edge // num_ranks for edge in (rank, rank + 1))
+        for start in range(first, last, batch_size):
+            stop = min(start + batch_size, last)
+            yield self._normalise(self.eval_images[start:stop]), self.eval_labels[start:stop]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        return (images.to(self.dtype) - self._mean) / self._deviation
+
+
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel over all images and pixels.
+
+    Args:
+        images: (N, C, H, W) uint8.
+
+    Returns:
+        Two (C,) float64 arrays. The deviation of a constant channel is given as 1, so that it can be divided by.
+    """
+    values = np.arange(256.0)
+    # 256 counts a channel instead of a float64 copy of all pixels: exact, and small for any data set.
+    counts = np.stack(
+        [np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(images.shape[1])]
+    )
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    mean = shares @ values
+    deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))
+    return mean, np.where(deviation > 0, deviation, 1.0)

@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend."""
+
+
+class InputError(ValueError):
+    """A configuration, a data file or a launch that cannot be used as given.
+
+    The message names what was wrong, the value, the rule and the remedy. The command line prints it without a
+    traceback and exits with code 2.
+    """
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on, on any rank: it diverged or lost its data. Exit code 3."""

@@ -1,0 +1,109 @@
+"""The flat buffers that travel in stages 3 and 6, and what lies where in them. Lays out and copies; sends nothing."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from kfac_dist.communicator.packing import FlatBuffer, Part, triangle_numel
+from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.capture import StatisticKey
+
+GRADIENT = "gradient"
+
+
+class Exchange:
+    """Both buffers, allocated once at the size of a full refresh.
+
+    Stage 3 carries, for each owner, its blocks' packed matrices that are due and their gradients; stage 6 the
+    preconditioned gradients. Where several ranks own a block each of them contributes an equal share of stage 6.
+
+    Attributes:
+        updates: The buffer of stage 6.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        owners: Sequence[tuple[int, ...]],
+        num_ranks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._blocks = list(zip(blocks, owners, strict=True))
+        self._num_ranks = num_ranks
+        numel = sum(part.numel for part in self._statistics_parts(every_statistic(blocks)))
+        self._statistics_storage = torch.zeros(numel, dtype=dtype, device=device)
+        parts = [
+            Part(block.name, rank, end - begin)
+            for block, ranks in self._blocks
+            for rank, begin, end in _equal_shares(ranks, block.num_values)
+        ]
+        storage = torch.zeros(sum(part.numel for part in parts), dtype=dtype, device=device)
+        self.updates = FlatBuffer(parts, num_ranks, storage)
+
+    def statistics(self, due: Sequence[StatisticKey]) -> FlatBuffer:
+        """The buffer of stage 3 when these statistics are due; keys are those and (block name, GRADIENT)."""
+        return FlatBuffer(self._statistics_parts(due), self._num_ranks, self._statistics_storage)
+
+    def write_update(self, block: Block, ranks: Sequence[int], rank: int, direction: Tensor) -> None:
+        """Put this rank's share of a block's 𝒢 (num_values,) into the buffer of stage 6."""
+        for owner, begin, end in _equal_shares(ranks, block.num_values):
+            if owner == rank:
+                self.updates.part(block.name, rank).copy_(direction[begin:end])
+
+    def directions(self, block: Block) -> list[Tensor]:
+        """𝒢 of each of the block's parameters; views of the gathered buffer where one rank owns the block."""
+        pieces = self.updates.copies(block.name)
+        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return [view.to(p.dtype) for p, view in zip(block.parameters, parameter_views(flat, block), strict=True)]
+
+    def _statistics_parts(self, due: Iterable[StatisticKey]) -> list[Part]:
+        due = set(due)
+        parts = []
+        for block, ranks in self._blocks:
+            numels = {
+                (block.name, matrix): count * triangle_numel(size)
+                for matrix, (count, size) in block.stacks.items()
+                if (block.name, matrix) in due
+            }
+            numels[block.name, GRADIENT] = block.num_values
+            parts += [Part(key, rank, numel) for rank in ranks for key, numel in numels.items()]
+        return parts
+
+
+def every_statistic(blocks: Iterable[Block]) -> list[StatisticKey]:
+    """Keys of all matrices of all blocks."""
+    return [(block.name, matrix) for block in blocks for matrix in block.stacks]
+
+
+def parameter_views(flat: Tensor, block: Block) -> Iterator[Tensor]:
+    """Cut a block's flat values (num_values,) into views of its parameters' shapes."""
+    parts = flat.split([parameter.numel() for parameter in block.parameters])
+    return (part.view(parameter.shape) for part, parameter in zip(parts, block.parameters, strict=True))
+
+
+def flatten_gradients(block: Block, out: Tensor) -> None:
+    """Write the block's gradients, zeros where there is none, into `out` (num_values,)."""
+    for parameter, view in zip(block.parameters, parameter_views(out, block), strict=True):
+        if parameter.grad is None:
+            view.zero_()
+        else:
+            view.copy_(parameter.grad)
+
+
+def add_weight_decay(block: Block, weight_decays: Sequence[float], gradient: Tensor) -> None:
+    """Add weight_decay · w to a flat gradient (num_values,); one weight decay for each parameter."""
+    views = parameter_views(gradient, block)
+    for parameter, view, weight_decay in zip(block.parameters, views, weight_decays, strict=True):
+        if weight_decay:
+            view.add_(parameter, alpha=weight_decay)
+
+
+def _equal_shares(ranks: Sequence[int], numel: int) -> list[tuple[int, int, int]]:
+    """Cut `numel` values among the owners, as (rank, begin, end)."""
+    cuts = [numel * number // len(ranks) for number in range(len(ranks) + 1)]
+    return [(rank, cuts[number], cuts[number + 1]) for number, rank in enumerate(ranks)]
+
+

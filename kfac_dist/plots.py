@@ -1,0 +1,262 @@
+"""Figures of finished or running runs, drawn from their metrics.jsonl.
+
+python -m kfac_dist.plots curves RUN [RUN ...] --output FILE.png [--labels LABEL ...]
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import yaml
+
+from numpy.typing import NDArray
+
+from kfac_dist.errors import InputError
+from kfac_dist.metrics import read_metrics
+from kfac_dist.timing import STAGES
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+Array = NDArray[np.float64]
+
+# Colours after Okabe and Ito, which colour-blind readers can tell apart.
+_RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINE_STYLES = ("-", "--", ":", "-.")  # learning rates often coincide; the one below stays visible
+_STAGE_COLOURS = {
+    "data": "#BBBBBB",
+    "forward": "#56B4E9",
+    "backward": "#0072B2",
+    "reduce_scatter": "#E69F00",
+    "inverse": "#D55E00",
+    "precondition": "#CC79A7",
+    "all_gather": "#F0E442",
+    "update": "#009E73",
+}
+_DARK_STAGES = ("backward", "inverse", "update")  # those that take white text
+_LABELLED_SHARE = 0.045  # of the axis: a narrower part of a bar gets no number
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a figure needs of one run.
+
+    Attributes:
+        label: Name in the legend.
+        train: Its ``train`` records, at least one.
+        evaluations: Its ``eval`` records.
+    """
+
+    label: str
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+
+def read_run(directory: str | Path, label: str | None = None) -> Run:
+    """Read a run's records; the label is the folder's name unless given.
+
+    Raises:
+        InputError: If the folder has no metrics.jsonl, or no training iteration is recorded in it.
+    """
+    records = read_metrics(directory)
+    train = [record for record in records if record.get("kind") == "train"]
+    if not train:
+        raise InputError(
+            f"{directory}: no training iteration is recorded yet; draw it when the run has made one"
+        )
+    evaluations = [record for record in records if record.get("kind") == "eval"]
+    return Run(label or Path(directory).resolve().name, train, evaluations)
+
+
+def column(records: Sequence[Mapping[str, Any]], field: str) -> Array:
+    """One field of all records; not a number where a record lacks it. "NaN" and "Infinity" are read as such."""
+    return np.array([float(record.get(field, "NaN")) for record in records], dtype=np.float64)
+
+
+def stage_seconds(train: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Typical seconds of each stage per iteration.
+
+    The median over the iterations in which the stage took any time, times the share of such iterations. For
+    a stage that always runs that is the plain median; one that runs every tenth iteration (a stale Fisher)
+    counts with a tenth of its median, where a plain median would hide it.
+    """
+    typical = {}
+    for stage in STAGES:
+        seconds = np.array([float(record.get("stage_seconds", {}).get(stage, 0.0)) for record in train])
+        ran = seconds[seconds > 0]
+        typical[stage] = float(np.median(ran)) * ran.size / seconds.size if ran.size else 0.0
+    return typical
+
+
+def smooth(values: Array, window: int) -> Array:
+    """Centred moving average of the same length, over fewer values towards the ends."""
+    weights = np.ones(window)
+    sums: Array = np.convolve(values, weights, mode="same")
+    return sums / np.convolve(np.ones_like(values), weights, mode="same")
+
+
+def draw_curves(runs: Sequence[Run], title: str) -> Figure:
+    """Accuracy, learning rate and training loss against the epoch, and the seconds of the stages."""
+    with plt.rc_context(_STYLE):
+        bars_height = 0.75 + 0.32 * len(runs)
+        figure = plt.figure(figsize=(7.6, 6.3 + bars_height), layout="constrained")
+        curves, bars = np.ravel(figure.subfigures(2, 1, height_ratios=[6.3, bars_height]))
+        curves.suptitle(title, fontsize=11, fontweight="bold")
+        accuracy, rate, loss = curves.subplots(3, 1, sharex=True, height_ratios=[3, 0.9, 2.4])
+        for index, run in enumerate(runs):
+            colour = _RUN_COLOURS[index % len(_RUN_COLOURS)]
+            _draw_accuracy(accuracy, run, colour)
+            _draw_learning_rate(rate, run, colour, _LINE_STYLES[index % len(_LINE_STYLES)])
+            _draw_loss(loss, run, colour)
+        accuracy.set_ylabel("test top-1 (%)")
+        accuracy.legend(loc="lower right")
+        rate.set(ylabel="learning rate\n(÷ its peak)", ylim=(0, 1.1), yticks=[0, 1])
+        loss.set(ylabel="training loss\n(cross-entropy, nats)", xlabel="epoch")
+        loss.set_xlim(left=0)
+        curves.align_ylabels()
+        _draw_stages(bars.subplots(), runs)
+    return figure
+
+
+def _draw_accuracy(axes: Axes, run: Run, colour: str) -> None:
+    epochs, top1 = column(run.evaluations, "epoch"), column(run.evaluations, "top1")
+    last = f": {top1[-1]:.1f} %" if top1.size else ""
+    axes.plot(epochs, top1, "-o", color=colour, markersize=3.5, linewidth=1.4, label=f"{run.label}{last}")
+
+
+def _draw_learning_rate(axes: Axes, run: Run, colour: str, line: str) -> None:
+    rates = column(run.train, "learning_rate")
+    peak = np.nanmax(rates, initial=0.0)
+    if peak > 0:
+        epochs, label = column(run.train, "epoch"), f"peak {peak:.3g}"
+        axes.plot(epochs, rates / peak, line, color=colour, linewidth=1.5, label=label)
+        axes.legend(loc="upper right", ncols=4, fontsize=8)
+
+
+def _draw_loss(axes: Axes, run: Run, colour: str) -> None:
+    epochs, losses = column(run.train, "epoch"), column(run.train, "loss")
+    window = max(1, losses.size // 50)
+    axes.plot(epochs, losses, color=colour, alpha=0.22, linewidth=0.8)
+    axes.plot(epochs, smooth(losses, window), color=colour, linewidth=1.6)
+
+
+def _draw_stages(axes: Axes, runs: Sequence[Run]) -> None:
+    typical = [stage_seconds(run.train) for run in runs]
+    longest = max(sum(seconds.values()) for seconds in typical) or 1.0
+    decimals = max(0, 1 - math.floor(math.log10(longest)))
+    places = np.arange(len(runs))
+    left = np.zeros(len(runs))
+    for stage in STAGES:
+        widths = np.array([seconds[stage] for seconds in typical])
+        if not widths.any():
+            continue
+        label = stage.replace("_", " ")
+        bar = axes.barh(places, widths, left=left, color=_STAGE_COLOURS[stage], height=0.62, label=label)
+        texts = [f"{width:.{decimals}f}" if width > _LABELLED_SHARE * longest else "" for width in widths]
+        colour = "white" if stage in _DARK_STAGES else "black"
+        axes.bar_label(bar, texts, label_type="center", fontsize=7.5, color=colour)
+        left += widths
+    for place, total in zip(places, left, strict=True):
+        axes.text(total + 0.01 * longest, float(place), f"{total:.{decimals}f} s", va="center", fontsize=8)
+    axes.set_yticks(places, [run.label for run in runs])
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.set_xlim(0, 1.1 * longest)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("seconds an iteration (median)")
+    axes.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.46, 1.0),
+        ncols=len(STAGES),
+        fontsize=7.5,
+        columnspacing=1.0,
+        handlelength=1.0,
+        handletextpad=0.4,
+    )
+
+
+def describe_runs(directories: Sequence[str | Path]) -> str:
+    """A title: model, data and batch size where all runs' config.yaml agree on them."""
+    parts = []
+    configs = [_read_config(Path(directory)) for directory in directories]
+    for section, key, form in (
+        ("model", "name", "{}"),
+        ("data", "name", "on {}"),
+        ("batch", "global_size", "batch {}"),
+    ):
+        values = {str((config.get(section) or {}).get(key, "")) for config in configs}
+        if len(values) == 1 and values != {""}:
+            parts.append(form.format(values.pop()))
+    return ", ".join(parts).replace(", on ", " on ") or "Training curves"
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return {}  # the title only: a run copied without its configuration can still be drawn
+    return config if isinstance(config, dict) else {}
+
+
+def save_figure(figure: Figure, output: Path) -> None:
+    """Write the figure; its format follows from the file's ending.
+
+    Raises:
+        InputError: If the ending is no known format, or the file cannot be written.
+    """
+    formats = figure.canvas.get_supported_filetypes()
+    if output.suffix.lstrip(".").lower() not in formats:
+        raise InputError(f"--output must end in one of {', '.join(sorted(formats))}, got {str(output)!r}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=150)
+    except OSError as error:
+        raise InputError(f"--output: cannot write {output} ({error.strerror})") from error
+    finally:
+        plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m kfac_dist.plots", description="Draw figures of runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    curves = commands.add_parser("curves", help="accuracy, learning rate, loss and stage seconds of runs")
+    curves.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder (it holds metrics.jsonl)")
+    curves.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="picture to write, e.g. curves.png"
+    )
+    curves.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run, in order")
+    options = parser.parse_args(arguments)
+    try:
+        labels = options.labels or [None] * len(options.runs)
+        if len(labels) != len(options.runs):
+            raise InputError(
+                f"--labels must name each of the {len(options.runs)} runs, got {len(labels)} labels"
+            )
+        runs = [read_run(run, label) for run, label in zip(options.runs, labels, strict=True)]
+        save_figure(draw_curves(runs, describe_runs(options.runs)), options.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Stage seconds, against a clock that the test moves by hand."""
+
+import time
+
+import pytest
+
+from kfac_dist.timing import STAGES, StageTimer
+
+
+class ManualClock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+def test_stage_names_are_those_of_algorithm_1_and_data():
+    assert STAGES == (
+        "data",
+        "forward",
+        "backward",
+        "reduce_scatter",
+        "inverse",
+        "precondition",
+        "all_gather",
+        "update",
+    )
+
+
+def test_repeated_stages_accumulate_and_gaps_belong_to_nobody(clock):
+    timer = StageTimer(clock)
+    for _ in range(3):
+        clock.now += 50  # between stages
+        with timer.stage("forward"):
+            clock.now += 2
+        with timer.stage("backward"):
+            clock.now += 3
+    assert timer.take() == {**dict.fromkeys(STAGES, 0.0), "forward": 6.0, "backward": 9.0}
+
+
+def test_inner_stage_is_subtracted_from_the_outer_one(clock):
+    timer = StageTimer(clock)
+    with timer.stage("backward"):
+        clock.now += 1
+        with timer.stage("reduce_scatter"):
+            clock.now += 10
+            with timer.stage("backward"):  # a name may appear again further in
+                clock.now += 100
+            clock.now += 20
+        clock.now += 4
+    seconds = timer.take()
+    assert seconds["backward"] == 105.0
+    assert seconds["reduce_scatter"] == 30.0
+    assert sum(seconds.values()) == 135.0  # the wall time
+
+
+def test_take_resets_and_splits_an_open_stage(clock):
+    timer = StageTimer(clock)
+    with timer.stage("update"):
+        clock.now += 1
+        assert timer.take()["update"] == 1.0
+        clock.now += 5
+    assert timer.take()["update"] == 5.0
+    assert sum(timer.take().values()) == 0.0
+
+
+def test_a_stage_that_raises_is_charged_and_closed(clock):
+    timer = StageTimer(clock)
+    with timer.stage("update"):
+        with pytest.raises(RuntimeError, match="singular"), timer.stage("inverse"):
+            clock.now += 7
+            raise RuntimeError("singular")
+        clock.now += 2
+    seconds = timer.take()
+    assert (seconds["inverse"], seconds["update"]) == (7.0, 2.0)
+
+
+def test_unknown_stage_is_refused_by_name(clock):
+    timer = StageTimer(clock)
+    with pytest.raises(ValueError, match="unknown stage 'invert'.*inverse"), timer.stage("invert"):
+        pass
+
+
+def test_default_clock_measures_real_seconds():
+    timer = StageTimer()
+    with timer.stage("data"):
+        time.sleep(0.02)
+    assert 0.019 <= timer.take()["data"] < 5.0

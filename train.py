@@ -1,0 +1,72 @@
+"""Train an image classifier with distributed K-FAC: `[mpirun -n P] python train.py CONFIG.yaml [key=value …]`."""
+
+import argparse
+import logging
+import os
+import sys
+from typing import NoReturn
+
+from kfac_dist.communicator import create_communicator, launch
+from kfac_dist.config import load_config
+from kfac_dist.errors import InputError, TrainingFailed
+from kfac_dist.explain import explain
+from kfac_dist.trainer import Trainer
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}\n{self.format_usage().strip()}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line; all ranks have the same."""
+    parser = _Parser(description=__doc__, add_help=False)
+    parser.add_argument("config", nargs="?", help="YAML file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key of the file")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
+    parser.add_argument("--explain", action="store_true", help="show layers, owners, bytes and schedules, and stop")
+    parser.add_argument("--ranks", type=int, help="ranks that --explain assumes (default: those there are)")
+    parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
+    arguments = parser.parse_args()
+    if arguments.help:
+        arguments.help_text = parser.format_help()
+    elif arguments.config is None:
+        parser.error("the following arguments are required: config")
+    return arguments
+
+
+def main() -> int:
+    """Run one rank; returns the exit code, which is the same on every rank."""
+    setup = create_communicator("reduce")
+    logging.basicConfig(level=logging.INFO if setup.is_main else logging.ERROR, format="%(message)s")
+    try:
+        launch.check_world_size(setup.size, os.environ)
+        arguments = parse_arguments()
+        if arguments.help:
+            setup.print_once(arguments.help_text)
+            return 0
+        with setup.agree():
+            config = load_config(arguments.config, arguments.overrides)
+        if arguments.print_config:
+            setup.print_once(config.to_yaml())
+            return 0
+        if arguments.explain:
+            with setup.agree():
+                setup.print_once(explain(config, arguments.ranks or setup.size))
+            return 0
+        threads = launch.share_threads(setup.local_size)
+        communicator = create_communicator(config.communication.reduce_scatter)
+        logging.info("%s, %d threads a rank", communicator.description, threads)
+        result = Trainer(config, communicator).train()
+        setup.print_once(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")
+        return 0
+    except InputError as error:
+        setup.print_once(f"error: {error}", sys.stderr)
+        return launch.EXIT_BAD_INPUT
+    except TrainingFailed as error:
+        setup.print_once(f"training failed: {error}", sys.stderr)
+        return launch.EXIT_FAILED
+
+
+if __name__ == "__main__":
+    launch.run(main)
