@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--explain", action="store_true", help="show layers, owners, bytes and schedules, and stop")
     parser.add_argument("--ranks", type=int, help="ranks that --explain assumes (default: those there are)")
     parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # options may stand before, between and behind overrides
     if arguments.help:
         arguments.help_text = parser.format_help()
     elif arguments.config is None:

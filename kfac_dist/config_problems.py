@@ -72,17 +72,16 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _suggest(key: str, model: type[BaseModel]) -> str:
     known = list(dict.fromkeys(_known_keys(model)))
     section, _, name = key.rpartition(".")
-    siblings = [candidate for candidate in known if candidate.rpartition(".")[0] == section]
-    if key in siblings:
+    if key in known:
         return f"it belongs to another {section}.kind"
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
-    close = close or [candidate for candidate in known if candidate.rpartition(".")[2] == name]
-    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    elsewhere = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+    if len(elsewhere) == 1:
+        return f"did you mean {elsewhere[0]}?"
+    siblings = [candidate.rpartition(".")[2] for candidate in known if candidate.rpartition(".")[0] == section]
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
-        return f"did you mean {' or '.join(close[:3])}?"
-    return f"known keys of {section or 'a configuration'}: " + ", ".join(
-        candidate.rpartition(".")[2] for candidate in siblings
-    )
+        return f"did you mean {section}{'.' if section else ''}{close[0]}?"
+    return f"known keys of {section or 'a configuration'}: {', '.join(siblings)}"
 
 
 def _show(value: object) -> str:

@@ -76,7 +76,7 @@ def _cpu_model() -> str:
 
 
 def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the checkout at ``folder`` and whether files differ from it; None where there is no checkout."""
+    """Commit of the checkout at ``folder`` and whether files differ from it; None if it is no checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from kfac_dist.communicator.packing import FlatBuffer, Part, triangle_numel
 from kfac_dist.curvature.blocks import Block
@@ -105,5 +104,3 @@ def _equal_shares(ranks: Sequence[int], numel: int) -> list[tuple[int, int, int]
     """Cut `numel` values among the owners, as (rank, begin, end)."""
     cuts = [numel * number // len(ranks) for number in range(len(ranks) + 1)]
     return [(rank, cuts[number], cuts[number + 1]) for number, rank in enumerate(ranks)]
-
-

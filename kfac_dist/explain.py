@@ -1,5 +1,7 @@
 """What a configuration will do, before it does it: layers, owners, bytes and schedules."""
 
+from collections.abc import Sequence
+
 import torch
 
 from kfac_dist.config import Config, batch_slots
@@ -60,8 +62,7 @@ def _layer_table(blocks: list[Block], num_ranks: int) -> list[str]:
     refresh, stale = (exchange.statistics(keys).data for keys in (every_statistic(blocks), []))
     updates = exchange.updates.data
     loads = [
-        sum(work.flops for work, ranks in zip(works, owners, strict=True) if rank in ranks)
-        for rank in range(num_ranks)
+        sum(work.flops for work, ranks in zip(works, owners, strict=True) if rank in ranks) for rank in range(num_ranks)
     ]
     lines = _aligned(rows)
     lines += [
@@ -93,7 +94,7 @@ def _schedule_table(config: Config, sampler: SlotSampler, num_iterations: int) -
     return _aligned(rows)
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

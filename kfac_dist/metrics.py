@@ -72,7 +72,8 @@ class RunWriter:
             (directory / "environment.json").write_text(record + "\n", encoding="utf-8")
         except FileExistsError as error:
             raise InputError(
-                f"run.output_dir, run.name: {error.filename} already exists and is never overwritten; choose another name"
+                f"run.output_dir, run.name: {error.filename} already exists and is never overwritten; "
+                "choose another name"
             ) from error
         except OSError as error:
             raise InputError(
@@ -135,21 +136,15 @@ def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise InputError(
-            f"{directory}: no readable {METRICS_FILE} there; give the folder of a run"
-        ) from error
+        raise InputError(f"{directory}: no readable {METRICS_FILE} there; give the folder of a run") from error
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is cut off, or empty
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise InputError(
-                f"{path}, line {number}: not JSON: {line[:60]!r}; the file is damaged"
-            ) from error
+            raise InputError(f"{path}, line {number}: not JSON: {line[:60]!r}; the file is damaged") from error
         if not isinstance(record, dict):
-            raise InputError(
-                f"{path}, line {number}: must be an object, got {line[:60]!r}; the file is damaged"
-            )
+            raise InputError(f"{path}, line {number}: must be an object, got {line[:60]!r}; the file is damaged")
         records.append(record)
     return records
 
@@ -255,9 +250,7 @@ def _open_tensorboard(directory: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        logger.warning(
-            "TensorBoard is not installed: no event files (metrics.jsonl is complete without them)"
-        )
+        logger.warning("TensorBoard is not installed: no event files (metrics.jsonl is complete without them)")
         return None
     return SummaryWriter(directory)
 

@@ -93,8 +93,9 @@ class KFAC(torch.optim.Optimizer):
         super().__init__(params, defaults)
         _check_choice("batchnorm", batchnorm, ("full", "unit", "diagonal"))
         _check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
-        _check("refresh_interval", refresh_interval >= 1, refresh_interval, "≥ 1")
-        _check("accumulation_steps", accumulation_steps >= 1, accumulation_steps, "≥ 1")
+        _check("refresh_interval", _is_count(refresh_interval), refresh_interval, "an integer ≥ 1")
+        _check("accumulation_steps", _is_count(accumulation_steps), accumulation_steps, "an integer ≥ 1")
+        _check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
         self.communicator = communicator if communicator is not None else create_communicator()
         self.accumulation_steps = accumulation_steps
         self.num_retries = 0
@@ -108,6 +109,9 @@ class KFAC(torch.optim.Optimizer):
         self._dtype = torch.float64 if trained[0].dtype == torch.float64 else torch.float32
         self.blocks = create_blocks(model, trained, batchnorm, skip)
         _check("params", bool(self.blocks), f"{len(trained)} parameters", "trainable parameters of the model")
+        covered = {id(parameter) for block in self.blocks for parameter in block.parameters}
+        foreign = [tuple(p.shape) for p in trained if p.requires_grad and id(p) not in covered]
+        _check("params", not foreign, f"others too, of shapes {foreign}", "parameters of the model")
         self._rescaled = {id(weight) for weight in rescaled_weights(model)}
         self.owners = assign_owners([block_work(block) for block in self.blocks], self.communicator.size)
         self._owned = {
@@ -126,7 +130,7 @@ class KFAC(torch.optim.Optimizer):
     # One step -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Stages 3 to 6: average, invert, precondition, gather, update; collective.
 
         Args:
@@ -140,6 +144,9 @@ class KFAC(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         present = self._agree_on_captured()
+        if self._statistic_keys and not present and not self._agree_on_any_gradient():
+            self._create_state()
+            return loss
         with self._timer.stage("reduce_scatter"):
             self._reduce_statistics()
         with self._timer.stage("inverse"):
@@ -151,8 +158,7 @@ class KFAC(torch.optim.Optimizer):
             self.communicator.all_gather_v(updates.data, updates.counts)
         with self._timer.stage("update"):
             self._update_parameters()
-        # A step without any captured statistics only created state (some frameworks do so): it does not count.
-        if present or not self._statistic_keys:
+        if present or not self._statistic_keys:  # statistics that are due but that no rank captured stay due
             self._iteration += 1
         self._begin_iteration()
         return loss
@@ -165,6 +171,18 @@ class KFAC(torch.optim.Optimizer):
         counts = torch.tensor([float(name in self._capture.captured) for name in due], dtype=torch.float64)
         self.communicator.all_reduce_(counts)
         return {name: int(count) for name, count in zip(due, counts.tolist(), strict=True) if count}
+
+    def _agree_on_any_gradient(self) -> bool:
+        """Whether a gradient on any rank is not zero."""
+        gradients = [parameter.grad for block in self.blocks for parameter in block.parameters]
+        found = any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+        return bool(self.communicator.all_reduce_(torch.tensor(float(found)), "max"))
+
+    def _create_state(self) -> None:
+        """What a step on no data does: frameworks take one, to have a state to load into. No weight may change."""
+        for block in self.blocks:
+            for parameter in block.parameters:
+                self._velocity(parameter)
 
     def _reduce_statistics(self) -> None:
         """Stage 3: average gradients and statistics; each rank is left with those of the blocks it owns."""
@@ -325,7 +343,9 @@ class KFAC(torch.optim.Optimizer):
         self._index_groups()
         for name, curvature in self._owned.items():
             saved = curvature_state["blocks"][name]
-            curvature.running = {key: value.to(self._device, self._dtype, copy=True) for key, value in saved["running"].items()}
+            curvature.running = {
+                key: value.to(self._device, self._dtype, copy=True) for key, value in saved["running"].items()
+            }
             curvature.cholesky = {
                 key: value.to(self._device, self._dtype, copy=True) for key, value in saved["cholesky"].items()
             }
@@ -337,6 +357,10 @@ class KFAC(torch.optim.Optimizer):
 def _check(name: str, allowed: bool, value: object, rule: str) -> None:
     if not allowed:
         raise ValueError(f"{name} must be {rule}, got {value}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -14,17 +14,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 import yaml
-
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kfac_dist.errors import InputError
 from kfac_dist.metrics import read_metrics
 from kfac_dist.timing import STAGES
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
 Array = NDArray[np.float64]
 
@@ -78,15 +74,13 @@ def read_run(directory: str | Path, label: str | None = None) -> Run:
     records = read_metrics(directory)
     train = [record for record in records if record.get("kind") == "train"]
     if not train:
-        raise InputError(
-            f"{directory}: no training iteration is recorded yet; draw it when the run has made one"
-        )
+        raise InputError(f"{directory}: no training iteration is recorded yet; draw it when the run has made one")
     evaluations = [record for record in records if record.get("kind") == "eval"]
     return Run(label or Path(directory).resolve().name, train, evaluations)
 
 
 def column(records: Sequence[Mapping[str, Any]], field: str) -> Array:
-    """One field of all records; not a number where a record lacks it. "NaN" and "Infinity" are read as such."""
+    """One field of all records; not a number where a record lacks it. "Infinity" is read as such."""
     return np.array([float(record.get(field, "NaN")) for record in records], dtype=np.float64)
 
 
@@ -114,10 +108,11 @@ def smooth(values: Array, window: int) -> Array:
 
 def draw_curves(runs: Sequence[Run], title: str) -> Figure:
     """Accuracy, learning rate and training loss against the epoch, and the seconds of the stages."""
-    with plt.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):
         bars_height = 0.75 + 0.32 * len(runs)
-        figure = plt.figure(figsize=(7.6, 6.3 + bars_height), layout="constrained")
-        curves, bars = np.ravel(figure.subfigures(2, 1, height_ratios=[6.3, bars_height]))
+        figure = Figure(figsize=(7.6, 6.3 + bars_height), layout="constrained")
+        grid = figure.add_gridspec(2, 1, height_ratios=[6.3, bars_height])
+        curves, bars = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
         curves.suptitle(title, fontsize=11, fontweight="bold")
         accuracy, rate, loss = curves.subplots(3, 1, sharex=True, height_ratios=[3, 0.9, 2.4])
         for index, run in enumerate(runs):
@@ -160,7 +155,7 @@ def _draw_loss(axes: Axes, run: Run, colour: str) -> None:
 def _draw_stages(axes: Axes, runs: Sequence[Run]) -> None:
     typical = [stage_seconds(run.train) for run in runs]
     longest = max(sum(seconds.values()) for seconds in typical) or 1.0
-    decimals = max(0, 1 - math.floor(math.log10(longest)))
+    decimals = max(0, 2 - math.floor(math.log10(longest)))
     places = np.arange(len(runs))
     left = np.zeros(len(runs))
     for stage in STAGES:
@@ -228,8 +223,6 @@ def save_figure(figure: Figure, output: Path) -> None:
         figure.savefig(output, dpi=150)
     except OSError as error:
         raise InputError(f"--output: cannot write {output} ({error.strerror})") from error
-    finally:
-        plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,17 +231,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     curves = commands.add_parser("curves", help="accuracy, learning rate, loss and stage seconds of runs")
     curves.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder (it holds metrics.jsonl)")
-    curves.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="picture to write, e.g. curves.png"
-    )
+    curves.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture to write, e.g. curves.png")
     curves.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run, in order")
     options = parser.parse_args(arguments)
     try:
         labels = options.labels or [None] * len(options.runs)
         if len(labels) != len(options.runs):
-            raise InputError(
-                f"--labels must name each of the {len(options.runs)} runs, got {len(labels)} labels"
-            )
+            raise InputError(f"--labels must name each of the {len(options.runs)} runs, got {len(labels)} labels")
         runs = [read_run(run, label) for run, label in zip(options.runs, labels, strict=True)]
         save_figure(draw_curves(runs, describe_runs(options.runs)), options.output)
     except InputError as error:

@@ -30,8 +30,8 @@ def polynomial_decay(epoch: float, initial: float, power: float, start: float, e
     Returns:
         initial * (1 - (epoch - start) / (end - start)) ** power, held constant outside [start, end].
     """
-    progress = (epoch - start) / (end - start)
-    return initial * (1.0 - min(max(progress, 0.0), 1.0)) ** power
+    progress = min(max((epoch - start) / (end - start), 0.0), 1.0)
+    return initial * math.pow(1.0 - progress, power)
 
 
 def cosine_decay(epoch: float, initial: float, end: float) -> float:
@@ -73,8 +73,9 @@ def damping_at(step: int, initial: float, target: float, warmup_steps: int) -> f
     """Damping at an optimizer step (Eq. 13-14 iterated `step` times, in closed form).
 
     The recurrence gamma(t+1) = (1 - alpha) gamma(t) + alpha * target, with
-    alpha = 2 log10(initial / target) / warmup_steps, multiplies the distance to the target by 1 - alpha at each step.
-    Outside 0 <= alpha <= 1 the damping would grow without bound or turn negative, so such settings are refused.
+    alpha = 2 log10(initial / target) / warmup_steps, multiplies the distance to the target by 1 - alpha at
+    each step. Outside 0 <= alpha <= 1 the damping would grow without bound or turn negative, so such settings
+    are refused.
 
     Args:
         step: Number of updates made before this one, >= 0.
@@ -91,8 +92,8 @@ def damping_at(step: int, initial: float, target: float, warmup_steps: int) -> f
     total = 2.0 * (math.log10(initial) - math.log10(target))
     if not 0.0 < total <= warmup_steps:
         raise InputError(
-            f"damping must fall from initial to a lower target in at least 2 log10(initial / target) warmup_steps, got "
-            f"initial {initial}, target {target}, warmup_steps {warmup_steps}: "
+            "damping must fall from initial to a lower target in at least 2 log10(initial / target) "
+            f"warmup_steps, got initial {initial}, target {target}, warmup_steps {warmup_steps}: "
             + (f"use {math.ceil(total)} steps or more" if total > 0 else "lower the target")
         )
     return target + (initial - target) * (1.0 - total / warmup_steps) ** step

@@ -1,7 +1,7 @@
 """SGD over the same communicator as K-FAC: the yardstick."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -35,17 +35,29 @@ class SGD(torch.optim.SGD):
             model: The network, on its device.
             communicator: Collectives over the ranks; made by `create_communicator()` if None.
             params: What to train, as for any torch optimizer; all of the model's parameters if None.
-            lr, momentum, weight_decay: As in `torch.optim.SGD`.
+            lr: As in `torch.optim.SGD`, and so the next two.
+            momentum: Of the gradient.
+            weight_decay: L2 penalty.
             weight_rescaling: Eq. 18, as in `KFAC`.
             timer: Charged with the stages' seconds.
+
+        Raises:
+            ValueError: If a setting is out of range, or nothing is to be trained.
         """
+        if weight_rescaling not in get_args(WeightRescaling):
+            raise ValueError(
+                f"weight_rescaling must be one of {', '.join(get_args(WeightRescaling))}, got {weight_rescaling!r}"
+            )
         parameters = model.parameters() if params is None else params
         super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.communicator = communicator if communicator is not None else create_communicator()
         self._timer = timer or StageTimer()
         self._weight_rescaling: WeightRescaling = weight_rescaling
         self._trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        self._rescaled = [weight for weight in rescaled_weights(model) if weight.requires_grad]
+        if not self._trained:
+            raise ValueError("params must hold parameters that are not frozen, got none")
+        trained = {id(parameter) for parameter in self._trained}
+        self._rescaled = [weight for weight in rescaled_weights(model) if id(weight) in trained]
         self._gradients = torch.cat([torch.zeros_like(parameter).flatten() for parameter in self._trained])
         total, size = self._gradients.numel(), self.communicator.size
         self._counts = [total * (rank + 1) // size - total * rank // size for rank in range(size)]
@@ -53,7 +65,7 @@ class SGD(torch.optim.SGD):
             self.communicator.broadcast_(tensor.data)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Average the gradients, update, rescale; collective.
 
         Args:

@@ -121,12 +121,8 @@ def parse(text: str, source: str) -> object:
         raise InputError(f"{source}{place}: cannot be read as YAML: {problem}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        character = (
-            f"{error.character!r}" if isinstance(error.character, bytes) else f"U+{error.character:04X}"
-        )
-        raise InputError(
-            f"{source}, line {line}: cannot be read as YAML: the character {character}"
-        ) from None
+        character = f"{error.character!r}" if isinstance(error.character, bytes) else f"U+{error.character:04X}"
+        raise InputError(f"{source}, line {line}: cannot be read as YAML: the character {character}") from None
     except (ValueError, OverflowError) as error:  # such as the escape "\UFFFFFFFF"
         raise InputError(f"{source}: cannot be read as YAML: {error}") from None
 
@@ -157,15 +153,11 @@ def read_mapping(path: Path) -> dict[str, object]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: is not UTF-8 text (byte 0x{content[error.start]:02x} at {error.start})"
-        ) from None
+        raise InputError(f"{path}: is not UTF-8 text (byte 0x{content[error.start]:02x} at {error.start})") from None
     root = parse(text, str(path))
     if not isinstance(root, dict):
         found = "is empty" if root is None else f"holds a {type(root).__name__}"
-        raise InputError(
-            f"{path}: {found}; a configuration is a mapping of sections such as `run:` and `data:`"
-        )
+        raise InputError(f"{path}: {found}; a configuration is a mapping of sections such as `run:` and `data:`")
     return root
 
 

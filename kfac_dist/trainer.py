@@ -271,8 +271,10 @@ def evaluate(model: nn.Module, dataset: Dataset, communicator: Communicator) -> 
         logits = model(images)
         ranked = logits.topk(min(5, dataset.num_classes), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([loss.double(), ranked[:, 0].sum().double(), ranked.any(dim=1).sum().double(),
-                             torch.tensor(float(len(labels)), dtype=torch.float64, device=loss.device)]).cpu()  # fmt: skip
+        sums[0] += loss.double().cpu()
+        sums[1] += ranked[:, 0].sum().cpu()
+        sums[2] += ranked.any(dim=1).sum().cpu()
+        sums[3] += len(labels)
     loss_sum, top1, top5, count = communicator.all_reduce_(sums).tolist()
     return loss_sum / count, 100 * top1 / count, 100 * top5 / count
 

@@ -1,7 +1,6 @@
 """The parameter update of Algorithm 1's last stage: Eq. 17 and Eq. 18.
 
-    v    velocity, w(t) − w(t−1), the difference of the weights as they were after rescaling
-    s    rescaling factor
+The velocity is w(t) − w(t−1), the difference of the weights as they were after rescaling.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,19 +8,18 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 WeightRescaling = Literal["always", "cap", "off"]
 
 
 def momentum_update_(
-    weights: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    velocities: Sequence[Tensor],
+    weights: list[Tensor],
+    directions: list[Tensor],
+    velocities: list[Tensor],
     learning_rate: float,
     momentum: float,
 ) -> None:
-    """w(t+1) = w(t) − η 𝒢(t) + m (w(t) − w(t−1)) (Eq. 17), in place.
+    """Apply w(t+1) = w(t) − η 𝒢(t) + m (w(t) − w(t−1)) (Eq. 17), in place.
 
     Args:
         weights: w(t); become w(t+1).
@@ -30,15 +28,15 @@ def momentum_update_(
         learning_rate: η.
         momentum: m.
     """
+    if not weights:
+        return
     torch._foreach_mul_(velocities, momentum)
     torch._foreach_add_(velocities, directions, alpha=-learning_rate)
     torch._foreach_add_(weights, velocities)
 
 
-def rescale_weights_(
-    weights: Sequence[Tensor], mode: WeightRescaling, velocities: Sequence[Tensor] | None = None
-) -> None:
-    """w ← √(2·d_out)·w / (‖w‖ + 1e-9) (Eq. 18), in place.
+def rescale_weights_(weights: list[Tensor], mode: WeightRescaling, velocities: Sequence[Tensor] | None = None) -> None:
+    """Rescale w ← √(2·d_out)·w / (‖w‖ + 1e-9) (Eq. 18), in place.
 
     Args:
         weights: Weights of Linear and convolution layers, (d_out, …).
@@ -56,10 +54,10 @@ def rescale_weights_(
     if velocities is not None:  # s·w − (w − v) = v + (s − 1)·w
         for weight, velocity, scale in zip(weights, velocities, scales, strict=True):
             velocity.addcmul_(weight, scale - 1)
-    torch._foreach_mul_(weights, scales)
+    torch._foreach_mul_(weights, list(scales))
 
 
-def rescaled_weights(model: nn.Module) -> Iterator[Parameter]:
+def rescaled_weights(model: nn.Module) -> Iterator[Tensor]:
     """The weights that Eq. 18 applies to: those of Linear and convolution layers, not biases or BatchNorm."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):

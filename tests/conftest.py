@@ -79,8 +79,8 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 def mpirun() -> Callable[..., Completed]:
     """``mpirun(n, args, env=None, timeout=60)`` runs ``python *args`` on n ranks, one thread a rank.
 
-    More ranks than cores are fine. The working directory is the checkout's root. Returns exit code, stdout and
-    stderr, and checks none of them.
+    More ranks than cores are fine. The working directory is the checkout's root. Returns exit code, stdout
+    and stderr, and checks none of them.
     """
 
     def run(

@@ -85,9 +85,10 @@ class MpiCommunicator(Communicator):
         return tensor.div_(self.size) if op == "mean" else tensor
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
-        host = _to_host(tensor)
-        self._comm.Bcast(host.numpy(), root=root)
-        return _to_device(host, tensor)
+        # Weights come in any layout (channels-last) and in types that MPI has no name for (bfloat16): send bytes.
+        host = tensor.detach().cpu().contiguous()
+        self._comm.Bcast(host.view(-1).view(torch.uint8).numpy(), root=root)
+        return tensor.copy_(host)
 
     def gather_bytes(self, message: bytes) -> list[bytes]:
         lengths = np.empty(self.size, dtype=np.int64)

@@ -22,7 +22,8 @@ def triangle_numel(size: int) -> int:
 def _triangle_index(size: int, device: torch.device) -> Tensor:
     """Row-major positions of the upper triangle in a flattened `size` × `size` matrix (int32: half the memory)."""
     rows, columns = torch.triu_indices(size, size, device=device)
-    return (rows * size + columns).int()
+    index: Tensor = (rows * size + columns).int()
+    return index
 
 
 def pack_symmetric(stack: Tensor, out: Tensor) -> None:
@@ -100,7 +101,7 @@ class FlatBuffer:
 
     def copies(self, key: Hashable) -> list[Tensor]:
         """Views of every copy of the part, in rank order."""
-        return [self._views[key, rank] for rank in self._ranks[key]]
+        return [self._views[key, rank] for rank in sorted(self._ranks[key])]
 
     def part(self, key: Hashable, rank: int) -> Tensor:
         """The rank's own copy of the part, a view."""

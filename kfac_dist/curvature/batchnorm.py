@@ -54,8 +54,11 @@ def sample_gradients(x: Tensor, g: Tensor, eps: float) -> Tensor:
     x, g = x.flatten(2), g.flatten(2)
     if x.dim() == 2:  # BatchNorm1d without a length
         x, g = x[..., None], g[..., None]
-    var, mean = torch.var_mean(x, dim=(0, 2), correction=0, keepdim=True)
-    gamma_gradients = ((x - mean) * g).sum(dim=2) * torch.rsqrt(var + eps).squeeze(2)
+    # Reductions over the innermost dimension are several times faster on a CPU than var_mean over (0, 2).
+    values = num_samples * x.shape[2]
+    centred = x - (x.sum(dim=2).sum(dim=0) / values)[:, None]
+    var = centred.square().sum(dim=2).sum(dim=0) / values
+    gamma_gradients = (centred * g).sum(dim=2) * torch.rsqrt(var + eps)
     return torch.cat([gamma_gradients, g.sum(dim=2)], dim=1).mul_(num_samples)
 
 

@@ -81,6 +81,8 @@ class KroneckerBlock(Block):
 
     def statistic(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
         layer = self.module
+        if x.dim() == (1 if isinstance(layer, nn.Linear) else 3):  # one sample without a batch dimension
+            x, g = x[None], g[None]
         if isinstance(layer, nn.Linear):
             if matrix == "A":
                 return factors.linear_input_factor(x, self.has_bias)
@@ -184,7 +186,7 @@ def create_blocks(
         if not own:
             continue
         claimed |= {id(parameter) for parameter in own}
-        tied = any(uses[id(parameter)] > 1 for parameter in own)
+        tied = any(uses[id(parameter)] > 1 for parameter in _direct_parameters(module))
         blocks.append(_create_block(name or "(root)", module, own, form, skip, tied))
     return blocks
 

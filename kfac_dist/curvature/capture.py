@@ -33,7 +33,9 @@ class Capture:
         self._accumulation_steps = 1
         self._loss_scale = 1.0
         self._handles = [
-            block.module.register_forward_hook(self._forward_hook(block)) for block in blocks if block.stacks
+            block.module.register_forward_hook(self._forward_hook(block), with_kwargs=True)
+            for block in blocks
+            if block.stacks
         ]
 
     def begin(
@@ -59,10 +61,12 @@ class Capture:
             handle.remove()
 
     def _forward_hook(self, block: Block) -> Any:
-        def forward_hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def forward_hook(
+            module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
+        ) -> None:
             wanted = [matrix for matrix in block.stacks if (block.name, matrix) in self._destinations]
             if wanted and module.training and output.requires_grad:
-                x = inputs[0].detach()
+                x = (inputs[0] if inputs else keywords["input"]).detach()
                 output.register_hook(lambda g: self._accumulate(block, wanted, x, g))
 
         return forward_hook
@@ -71,7 +75,8 @@ class Capture:
     def _accumulate(self, block: Block, wanted: Sequence[str], x: Tensor, g: Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
             for matrix in wanted:
-                self._add(block, matrix, block.statistic(matrix, x, g), g)
+                dtype = self._destinations[block.name, matrix].dtype  # fp32 also where the layer runs in half precision
+                self._add(block, matrix, block.statistic(matrix, x.to(dtype), g.to(dtype)), g)
         self.captured.add(block.name)
 
     def _add(self, block: Block, matrix: str, statistic: Tensor, g: Tensor) -> None:

@@ -79,8 +79,10 @@ def conv2d_input_factor(
 
     Args:
         x: Layer input, (N, C, H, W).
-        kernel_size, stride, dilation: As the layer has them, (vertical, horizontal).
+        kernel_size: As the layer has it, (vertical, horizontal), and so the other pairs.
+        stride: Likewise.
         padding: (vertical, horizontal), or "same" or "valid".
+        dilation: Likewise.
         groups: Groups of the convolution.
         bias: Whether the layer has a bias; a ones entry is then appended to the patch.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
@@ -91,8 +93,7 @@ def conv2d_input_factor(
     x = _pad(x, kernel_size, padding, dilation, padding_mode)
     samples_at_once = max(1, _UNFOLD_NUMEL // (x[0].numel() * kernel_size[1]))
     chunks = [
-        _patch_second_moment(chunk, kernel_size, stride, dilation, groups, bias)
-        for chunk in x.split(samples_at_once)
+        _patch_second_moment(chunk, kernel_size, stride, dilation, groups, bias) for chunk in x.split(samples_at_once)
     ]
     factor = chunks[0]
     for chunk_factor in chunks[1:]:
@@ -116,9 +117,7 @@ def _pad(x: Tensor, kernel_size: Pair, padding: Padding, dilation: Pair, padding
     return F.pad(x, amounts, mode="constant" if padding_mode == "zeros" else padding_mode)
 
 
-def _patch_second_moment(
-    x: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair, groups: int, bias: bool
-) -> Tensor:
+def _patch_second_moment(x: Tensor, kernel_size: Pair, stride: Pair, dilation: Pair, groups: int, bias: bool) -> Tensor:
     """Σ over samples and positions of patch · patchᵀ, for an already padded input (N, C, H, W).
 
     The input is unfolded horizontally only. Block (δ₁, δ₂) of the result, one for each pair of kernel rows, sums
@@ -143,7 +142,9 @@ def _patch_second_moment(
             (offset, residue), (lower_offset, lower_residue) = places[upper], places[lower]
             lag = lower_offset - offset
 
-            def product(begin: int, end: int, first: int = residue, second: int = lower_residue, lag: int = lag) -> Tensor:
+            def product(
+                begin: int, end: int, first: int = residue, second: int = lower_residue, lag: int = lag
+            ) -> Tensor:
                 return _cross_moment(classes[first][:, begin:end], classes[second][:, begin + lag : end + lag])
 
             if common_begin >= common_end:
@@ -176,9 +177,11 @@ def _unfold_horizontally(x: Tensor, kernel_width: int, stride: int, dilation: in
     num_samples, channels, height, width = x.shape
     out_width = (width - dilation * (kernel_width - 1) - 1) // stride + 1
     rows = x.reshape(num_samples, groups, channels // groups, height, width).permute(1, 3, 0, 4, 2).contiguous()
-    reach = (out_width - 1) * stride + 1
-    shifted = [rows[..., begin : begin + reach : stride, :] for begin in range(0, kernel_width * dilation, dilation)]
-    patches = shifted[0] if kernel_width == 1 else torch.stack(shifted, dim=-2)
+    size, samples, row, column, _ = rows.stride()
+    patches = rows.as_strided(
+        (groups, height, num_samples, out_width, kernel_width, channels // groups),
+        (size, samples, row, stride * column, dilation * column, 1),
+    )
     return patches.reshape(groups, height, num_samples * out_width, kernel_width * channels // groups)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def pi_ratio(A: Tensor, G: Tensor) -> Tensor:
-    """pi = √((tr A / dim A) / (tr G / dim G)), for each pair of a stack; 1 where a trace is not positive.
+    """Balance pi = √((tr A / dim A) / (tr G / dim G)), for each pair of a stack; 1 where a trace is not positive.
 
     Args:
         A: (k, n, n).

@@ -1,9 +1,10 @@
 """CIFAR-10 from its original Python batches, read without running what a pickle could contain.
 
-torchvision's reader unpickles with `pickle.load`, which executes code that a file carries; it has only the MD5 sum, for
-which a second file can be forged, between a stranger's file and that. It also refuses any shortened copy, and reports a
-damaged file as "not found or corrupted" without its name. So the batches are read here: an unpickler that can build
-only NumPy arrays of numbers, then checks of the structure, and torchvision's table of MD5 sums for whole batches.
+torchvision's reader unpickles with `pickle.load`, which executes code that a file carries; it has only the
+MD5 sum, for which a second file can be forged, between a stranger's file and that. It also refuses any
+shortened copy, and reports a damaged file as "not found or corrupted" without its name. So the batches are
+read here: an unpickler that can build only NumPy arrays of numbers, then checks of the structure, and
+torchvision's table of MD5 sums for whole batches.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def _read_batch(path: Path, published_md5: str) -> tuple[np.ndarray, np.ndarray]
         raise InputError(
             f"{path} is not a CIFAR-10 batch ({error}): it is truncated or damaged, unpack {URL} again"
         ) from error
-    # A shortened copy has no published sum; a batch of full length that differs from the published one is damaged.
+    # A shortened copy has no published sum; a batch of full length that differs from the published one is
+    # damaged.
     if (
         len(labels) == _WHOLE_BATCH
         and hashlib.md5(content, usedforsecurity=False).hexdigest() != published_md5

@@ -11,7 +11,7 @@ _EVAL_SHARE = 0.2
 
 
 def read_digits() -> ImageArrays:
-    """The digits, split 1,439 to 358 with the share of each class kept.
+    """The digits, split 1,438 to 359 with the share of each class kept.
 
     Pixel values are scikit-learn's own 0 ... 16.
     """
@@ -20,11 +20,12 @@ def read_digits() -> ImageArrays:
     bunch = load_digits()
     images = bunch.images.astype(np.uint8)[:, None]
     labels = bunch.target.astype(np.int64)
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
+    generator = np.random.default_rng(_SPLIT_SEED)
     is_eval = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
-        members = order[labels[order] == digit]
+        members = generator.permutation(np.flatnonzero(labels == digit))
         is_eval[members[: round(_EVAL_SHARE * len(members))]] = True
+    order = generator.permutation(len(labels))  # so that the first images, too, are of mixed classes
     train, evaluation = order[~is_eval[order]], order[is_eval[order]]
     return ImageArrays(
         train_images=images[train],

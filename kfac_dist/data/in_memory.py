@@ -1,4 +1,4 @@
-"""Data sets that fit in memory: held as uint8 on the training device, normalised and augmented batch by batch."""
+"""Data sets held in memory as uint8 on the training device, normalised and augmented by batch."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ class Dataset:
     def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the evaluation images; over all ranks each image comes exactly once.
 
-        Shares differ by at most one image and are empty for some ranks where there are more ranks than images.
+        Shares differ by at most one image and are empty for some ranks where there are more ranks than
+        images.
 
         Args:
             rank: In [0, num_ranks).
@@ -129,7 +130,8 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images: (N, C, H, W) uint8.
 
     Returns:
-        Two (C,) float64 arrays. The deviation of a constant channel is given as 1, so that it can be divided by.
+        Two (C,) float64 arrays. The deviation of a constant channel is given as 1, so that it can be divided
+        by.
     """
     values = np.arange(256.0)
     # 256 counts a channel instead of a float64 copy of all pixels: exact, and small for any data set.

@@ -1,8 +1,9 @@
 """Which samples an iteration trains on: one endless stream, cut into global batches and slots.
 
-Sample i of the stream belongs to epoch i // N and is entry i % N of that epoch's permutation of the N training
-images. Iteration t takes the B samples from t*B on, so nothing is dropped at the end of an epoch and B may exceed N.
-The B samples are cut into slots of equal size; ranks take whole slots, so who computes what does not change the batch.
+Sample i of the stream belongs to epoch i // N and is entry i % N of that epoch's permutation of the N
+training images. Iteration t takes the B samples from t*B on, so nothing is dropped at the end of an epoch and
+B may exceed N. The B samples are cut into slots of equal size; ranks take whole slots, so who computes what
+does not change the batch.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class SlotSampler:
 
     def num_iterations(self, epochs: float) -> int:
         """Iterations that cover a number of epochs, possibly fractional: ceil(epochs * N / B)."""
-        # The decimal that the user wrote, not its binary neighbour: 1.1 epochs of 100 samples are 110, not 110.00000001.
+        # The decimal that the user wrote, not its binary neighbour: 1.1 epochs of 100 samples are 110, not
+        # 110.00000001.
         return math.ceil(Fraction(repr(float(epochs))) * self.num_samples / self.global_size)
 
     def epoch_at(self, iteration: int) -> float:
@@ -48,7 +50,7 @@ class SlotSampler:
         return iteration * self.global_size / self.num_samples
 
     def local_slots(self, rank: int, num_ranks: int) -> range:
-        """Slots of a global batch that a rank works on: rank, rank + num_ranks, …"""
+        """Slots of a global batch that a rank works on: rank, rank + num_ranks and so on."""
         return range(rank, self.slots_per_iteration, num_ranks)
 
     def indices(self, iteration: int, slot: int) -> np.ndarray:
@@ -71,8 +73,8 @@ class SlotSampler:
         return np.concatenate(pieces)
 
 
-# A rank walks through the stream in order, and at most two epochs meet in a slot (one where the slot is the longer):
-# four permutations are always enough to draw each of them once.
+# A rank walks through the stream in order, and at most two epochs meet in a slot (one where the slot is the
+# longer): four permutations are always enough to draw each of them once.
 @lru_cache(maxsize=4)
 def _epoch_order(num_samples: int, epoch: int, seed: int) -> np.ndarray:
     order = keyed_generator(seed, Purpose.ORDER, epoch).permutation(num_samples)

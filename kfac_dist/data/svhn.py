@@ -26,7 +26,7 @@ def read_svhn(root: Path) -> ImageArrays:
     if missing:
         raise InputError(
             f"data.root must contain {' and '.join(FILES)}, got {root}, where {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing: fetch {' and '.join(f'{URL}/{name}' for name in missing)}"
+            f"{'is' if len(missing) == 1 else 'are'} missing: fetch them from {URL}"
         )
     (train_images, train_labels), (eval_images, eval_labels) = (_read_file(root / name) for name in FILES)
     return ImageArrays(
@@ -53,7 +53,8 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError("labels outside 1 ... 10")
     except Exception as error:  # a damaged file fails in any way inside the parser
         raise InputError(
-            f"{path} is not an SVHN file ({error!r}): it is truncated or damaged, fetch {URL}/{path.name} again"
+            f"{path} is not an SVHN file ({error!r}): it is truncated or damaged, "
+            f"fetch {URL}/{path.name} again"
         ) from error
     digits = labels.astype(np.int64) % 10  # the file counts 1 ... 10, with 10 for the digit 0
     return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), digits

@@ -17,7 +17,8 @@ from kfac_dist.models.small import alexnet32, digits_cnn
 __all__ = ["SlotwiseBatchNorm", "available_models", "create_model"]
 
 _CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56)}
-# The auxiliary classifiers would make these two return more than logits; their own initialisation is slow and replaced.
+# The auxiliary classifiers would make these two return more than logits; their own initialisation is slow and
+# replaced.
 _WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": False}
 _TORCHVISION_SETTINGS = {"googlenet": _WITHOUT_AUXILIARY, "inception_v3": _WITHOUT_AUXILIARY}
 
@@ -30,8 +31,8 @@ def available_models() -> list[str]:
 def create_model(name: str, num_classes: int, image_shape: tuple[int, int, int], seed: int) -> nn.Module:
     """Build and initialise a network; the same weights for the same arguments, in float32 on the CPU.
 
-    Weights of convolutions and linear layers are drawn from N(0, 2 / fan_in) (HeNormal) and their biases are zero;
-    BatchNorm starts at scale 1 and shift 0. Anything else keeps its module's own initialisation.
+    Weights of convolutions and linear layers are drawn from N(0, 2 / fan_in) (HeNormal) and their biases are
+    zero; BatchNorm starts at scale 1 and shift 0. Anything else keeps its module's own initialisation.
 
     Args:
         name: One of `available_models()`.
@@ -67,7 +68,8 @@ def _builder(name: str, num_classes: int, image_shape: tuple[int, int, int]) -> 
     raise InputError(
         f"model.name must be a known model, got {name!r}"
         + (f"; close to it: {', '.join(close)}" if close else "")
-        + '. To list all: python -c "from kfac_dist.models import available_models; print(*available_models())"'
+        + ". To list all: "
+        + 'python -c "from kfac_dist.models import available_models; print(*available_models())"'
     )
 
 
@@ -87,8 +89,8 @@ def _check_takes_images(
     if problem:
         shape = "x".join(str(size) for size in image_shape)
         raise InputError(
-            f"model.name {name} must take the data's images of {shape} (channels x height x width), and does not: "
-            f"{problem}. Choose a model made for this image size, or other data"
+            f"model.name {name} must take the data's images of {shape} (channels x height x width), and does "
+            f"not: {problem}. Choose a model made for this image size, or other data"
         )
 
 

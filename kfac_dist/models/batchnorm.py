@@ -1,11 +1,13 @@
 """BatchNorm running statistics that do not depend on how a global batch is spread over ranks.
 
-A rank works through its k slots one by one, and each forward pass would move the running statistics by the layer's
-momentum m. Here the k passes of an iteration together move them once, towards the mean over the slots:
+A rank works through its k slots one by one, and each forward pass would move the running statistics by the
+layer's momentum m. Here the k passes of an iteration together move them once, towards the mean over the
+slots:
 
     r <- (1 - m) r + m (b_0 + ... + b_{k-1}) / k,    b_j the batch statistics of slot j.
 
-The result is linear in the b_j, so averaging it over ranks with equally many slots is the same as one rank doing all.
+The result is linear in the b_j, so averaging it over ranks with equally many slots is the same as one rank
+doing all.
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from kfac_dist.errors import InputError
 class SlotwiseBatchNorm:
     """Sets the momentum of a model's BatchNorm layers slot by slot.
 
-    Each layer must be called once in a forward pass. `num_batches_tracked` counts this rank's slots and has no effect.
+    Each layer must be called once in a forward pass. `num_batches_tracked` counts this rank's slots and has
+    no effect.
 
     Args:
         model: Layers without running statistics are left alone.
 
     Raises:
-        InputError: If a layer keeps a cumulative average (momentum None), which has no fixed weight an iteration.
+        InputError: If a layer keeps a cumulative average (momentum None), which has no fixed weight an
+            iteration.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,7 +47,8 @@ class SlotwiseBatchNorm:
     def before_slot(self, slot_index: int, num_slots: int) -> None:
         """Set the momentum for one forward pass in training mode.
 
-        With a_j = (m / k) / (1 - (k - 1 - j) m / k), the passes that follow slot j shrink its weight a_j to m / k.
+        With a_j = (m / k) / (1 - (k - 1 - j) m / k), the passes that follow slot j shrink its weight a_j to m
+        / k.
 
         Args:
             slot_index: j, place among this rank's slots of the iteration, in [0, num_slots).

@@ -1,4 +1,7 @@
-"""Residual networks for CIFAR: 6n + 2 layers, shortcuts without parameters (He et al. 2015, section 4.2, option A)."""
+"""Residual networks for CIFAR, 6n + 2 layers, shortcuts without parameters.
+
+He et al. 2015, section 4.2, option A.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(residual + self._shortcut(x))
+        residual: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        output: Tensor = self.relu(residual + self._shortcut(x))
+        return output
 
     def _shortcut(self, x: Tensor) -> Tensor:
         if self.stride == 1 and self.added_channels == 0:

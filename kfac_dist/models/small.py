@@ -35,9 +35,10 @@ def digits_cnn(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Sequen
 def alexnet32(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Sequential:
     """AlexNet (Krizhevsky, Sutskever and Hinton, 2012) for 32x32 images.
 
-    Five convolutions with the channels of the one-GPU version and overlapping 3x3 pooling; the first kernel is 5x5 with
-    stride 1 in place of 11x11 with stride 4, and the hidden linear layers have 1,024 units. Without dropout, whose
-    masks would depend on how a batch is spread over ranks, and without local response normalisation.
+    Five convolutions with the channels of the one-GPU version and overlapping 3x3 pooling; the first kernel
+    is 5x5 with stride 1 in place of 11x11 with stride 4, and the hidden linear layers have 1,024 units.
+    Without dropout, whose masks would depend on how a batch is spread over ranks, and without local response
+    normalisation.
 
     Args:
         num_classes: Outputs.

@@ -127,7 +127,8 @@ def test_values_that_json_lacks_come_back_as_floats(tmp_path, make_writer):
     writer = make_writer(tmp_path)
     writer.write("train", iteration=0, loss=math.nan, stage_seconds={"inverse": math.inf}, damping=-math.inf)
     record = strict_loads(lines_of(tmp_path)[0])
-    assert record["loss"] == "NaN" and math.isnan(float(record["loss"]))
+    assert record["loss"] == "NaN"
+    assert math.isnan(float(record["loss"]))
     assert record["stage_seconds"] == {"inverse": "Infinity"}
     assert float(record["damping"]) == -math.inf
 
@@ -153,7 +154,7 @@ def test_tensors_and_numpy_values_become_numbers(tmp_path, make_writer):
 
 def test_unknown_kind_and_unknown_type_are_refused(tmp_path, make_writer):
     writer = make_writer(tmp_path)
-    with pytest.raises(ValueError, match="unknown kind 'test'.*eval"):
+    with pytest.raises(ValueError, match=r"unknown kind 'test'.*eval"):
         writer.write("test", loss=1.0)
     with pytest.raises(TypeError):
         writer.write("event", loss=object())
@@ -180,8 +181,8 @@ def test_reading_names_the_damaged_line(tmp_path, damage):
 
 
 def test_reading_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(InputError, match=rf"{tmp_path}.*no readable metrics\.jsonl"):
-        read_metrics(tmp_path)
+    with pytest.raises(InputError, match=r"empty.*no readable metrics\.jsonl"):
+        read_metrics(tmp_path / "empty")
 
 
 # TensorBoard
@@ -218,7 +219,8 @@ def test_without_tensorboard_the_run_goes_on_and_says_so_once(tmp_path, monkeypa
     writer.write("train", **TRAIN)
     writer.finish()
     assert [record.message[:31] for record in caplog.records] == ["TensorBoard is not installed: n"]
-    assert len(lines_of(tmp_path)) == 2 and (tmp_path / "DONE").exists()
+    assert len(lines_of(tmp_path)) == 2
+    assert (tmp_path / "DONE").exists()
 
 
 # environment.json
@@ -234,7 +236,8 @@ def test_environment_names_versions_machine_and_launch(monkeypatch):
     assert torch.__version__.startswith(record["packages"]["torch"])
     assert record["packages"]["numpy"] == np.__version__
     assert record["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert record["cpu"]["model"] and record["cpu"]["num_logical"] >= 1
+    assert record["cpu"]["model"]
+    assert record["cpu"]["num_logical"] >= 1
     assert record["variables"]["OMP_NUM_THREADS"] == "3"
     assert record["started"].endswith("+00:00")
     assert "hidden" not in json.dumps(record)
@@ -252,7 +255,8 @@ def test_git_state_is_only_that_of_the_checkout_itself(tmp_path):
     git("init")
     git("commit", "--allow-empty", "-m", "first")
     state = _git_state(tmp_path.resolve())
-    assert len(state["commit"]) == 40 and state["modified"] is False
+    assert len(state["commit"]) == 40
+    assert state["modified"] is False
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "file").touch()
     assert _git_state(tmp_path.resolve())["modified"] is True
@@ -297,7 +301,8 @@ def test_lines_come_every_five_percent_with_time_left(manual_time):
         "elapsed 0:00:10",
         "remaining 0:00:30",
     ]
-    assert lines[-1].startswith("100 %") and lines[-1].endswith("remaining 0:00:00")
+    assert lines[-1].startswith("100 %")
+    assert lines[-1].endswith("remaining 0:00:00")
 
 
 @pytest.mark.parametrize(("total", "num_lines"), [(1, 1), (3, 3), (20, 20), (21, 20), (1000, 20)])
@@ -318,7 +323,8 @@ def test_a_terminal_gets_a_bar(manual_time):
     progress.say("evaluated: top-1 99.0 %")
     progress.update(epoch=1.0, loss=1.0, top1=50.0, images_per_second=100.0)
     progress.close()
-    assert "2/2" in stream.getvalue() and "loss 1.0000" in stream.getvalue()
+    assert "2/2" in stream.getvalue()
+    assert "loss 1.0000" in stream.getvalue()
     assert "evaluated: top-1 99.0 %\n" in stream.getvalue()
 
 

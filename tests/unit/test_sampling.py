@@ -47,7 +47,7 @@ def test_every_epoch_has_each_sample_once_in_another_order() -> None:
 def test_ranks_share_the_slots(num_ranks: int) -> None:
     sampler = SlotSampler(100, 4, 6, seed=0)
     shares = [list(sampler.local_slots(rank, num_ranks)) for rank in range(num_ranks)]
-    assert sorted(sum(shares, [])) == list(range(6))
+    assert sorted(slot for share in shares for slot in share) == list(range(6))
     assert all(slot % num_ranks == rank for rank, share in enumerate(shares) for slot in share)
 
 

@@ -1,0 +1,261 @@
+"""Damping, factorisation and preconditioning against dense matrices.
+
+vec is row-major: entry (i, j) of a d_out × n gradient stands at i·n + j, so that G X A ↔ kron(G, A) vec(X).
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kfac_dist.curvature.blocks import BatchNormBlock, KroneckerBlock
+from kfac_dist.curvature.inverse import (
+    add_to_diagonal,
+    batched_cholesky,
+    damp_factors,
+    precondition_kronecker,
+    precondition_vectors,
+)
+from kfac_dist.curvature.state import BlockCurvature, refresh_inverses
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_psd(count, size, seed=0, rank=None):
+    roots = random(count, size, rank or size, seed=seed)
+    return roots @ roots.mT
+
+
+def identity(size):
+    return torch.eye(size, dtype=torch.float64)
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+# Damping
+
+
+def test_damping_numbers_by_hand():
+    # tr A / dim A = 8, tr G / dim G = 2 → pi = 2; √gamma = 0.3 → 0.6 on A, 0.15 on G.
+    A = torch.tensor([[[4.0, 1.0], [1.0, 12.0]]], dtype=torch.float64)
+    G = torch.tensor([[[1.0, 0.5, 0.0], [0.5, 2.0, 0.0], [0.0, 0.0, 3.0]]], dtype=torch.float64)
+    A_damped, G_damped = damp_factors(A, G, 0.09)
+    assert_close(A_damped[0], torch.tensor([[4.6, 1.0], [1.0, 12.6]], dtype=torch.float64))
+    assert_close(G_damped[0], G[0] + 0.15 * identity(3))
+
+
+def test_each_pair_of_a_stack_has_a_pi_of_its_own():
+    A, G = random_psd(3, 4), random_psd(3, 2, seed=1)
+    A_damped, G_damped = damp_factors(A, G, 0.01)
+    for group in range(3):
+        pi = math.sqrt((A[group].trace().item() / 4) / (G[group].trace().item() / 2))
+        assert_close(A_damped[group], A[group] + pi * 0.1 * identity(4))
+        assert_close(G_damped[group], G[group] + 0.1 / pi * identity(2))
+
+
+@pytest.mark.parametrize(("scale_A", "scale_G"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_pi_is_1_where_a_trace_is_0(scale_A, scale_G):
+    A, G = scale_A * random_psd(1, 3), scale_G * random_psd(1, 2)
+    A_damped, G_damped = damp_factors(A, G, 0.04)
+    assert_close(A_damped, A + 0.2 * identity(3))
+    assert_close(G_damped, G + 0.2 * identity(2))
+
+
+def test_damping_leaves_its_arguments_unchanged():
+    A, G = random_psd(2, 3), random_psd(2, 2)
+    copies = A.clone(), G.clone()
+    damp_factors(A, G, 1.0)
+    add_to_diagonal(A, torch.ones(2, dtype=torch.float64))
+    batched_cholesky([A, G], [torch.ones(2, dtype=torch.float64)] * 2)
+    assert torch.equal(A, copies[0])
+    assert torch.equal(G, copies[1])
+
+
+@pytest.mark.parametrize("damping", [0.0, -0.1, math.nan])
+def test_damping_must_be_positive(damping):
+    with pytest.raises(ValueError, match=r"damping must be > 0, got"):
+        damp_factors(random_psd(1, 2), random_psd(1, 2), damping)
+
+
+# Cholesky
+
+
+def test_batched_cholesky_equals_one_matrix_at_a_time():
+    stacks = [random_psd(1, 4), random_psd(3, 2, seed=1), random_psd(2, 4, seed=2), random_psd(1, 1, seed=3)]
+    shifts = [torch.arange(1.0, len(stack) + 1, dtype=torch.float64) for stack in stacks]
+    results = batched_cholesky(stacks, shifts)
+    assert len(results) == 4
+    for stack, shift, (factors, succeeded) in zip(stacks, shifts, results, strict=True):
+        assert succeeded
+        assert factors.shape == stack.shape
+        for matrix, value, L in zip(stack, shift, factors, strict=True):
+            assert_close(L, L.tril())
+            assert_close(L @ L.T, matrix + value * identity(len(matrix)))
+
+
+@pytest.mark.parametrize("bad", [-5.0, math.nan])
+def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
+    stacks = [random_psd(2, 3), random_psd(2, 3, seed=1), random_psd(1, 2)]
+    stacks[1][1, 0, 0] = bad
+    results = batched_cholesky(
+        stacks, [torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in stacks]
+    )
+    assert [succeeded for _, succeeded in results] == [True, False, True]
+
+
+# Preconditioning
+
+
+@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 3, 5), (1, 5, 3), (2, 3, 4), (4, 1, 2)])
+def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns):
+    A = random_psd(count, columns, rank=2)  # singular but for the damping
+    G = random_psd(count, rows, seed=1, rank=1)
+    gradient = random(count, rows, columns, seed=2)
+    A_damped, G_damped = damp_factors(A, G, 1e-2)
+    solved = precondition_kronecker(
+        gradient, torch.linalg.cholesky(A_damped), torch.linalg.cholesky(G_damped)
+    )
+    for group in range(count):
+        dense = torch.kron(G_damped[group], A_damped[group])
+        expected = torch.linalg.solve(dense, gradient[group].flatten())
+        assert_close(solved[group].flatten(), expected)
+
+
+def test_vectors_are_solved_block_by_block():
+    stack, gradient = random_psd(3, 4) + 0.1 * identity(4), random(3, 4, seed=1)
+    solved = precondition_vectors(gradient, torch.linalg.cholesky(stack))
+    dense = torch.linalg.solve(torch.block_diag(*stack), gradient.flatten())
+    assert_close(solved.flatten(), dense)
+
+
+# What an owner keeps: running average, refresh, retries
+
+
+def kronecker_curvature(groups=1, bias=True, name="layer"):
+    layer = nn.Conv2d(2 * groups, 3 * groups, 2, groups=groups, bias=bias, dtype=torch.float64)
+    curvature = BlockCurvature(KroneckerBlock(name, layer, list(layer.parameters())))
+    for seed, (matrix, (count, size)) in enumerate(curvature.block.stacks.items()):
+        curvature.average(matrix, random_psd(count, size, seed=seed, rank=2), None)
+    return curvature
+
+
+def batchnorm_curvature(form, name="norm"):
+    layer = nn.BatchNorm2d(3, dtype=torch.float64)
+    curvature = BlockCurvature(BatchNormBlock(name, layer, list(layer.parameters()), form))
+    curvature.average("F", random_psd(*curvature.block.stacks["F"]), None)
+    return curvature
+
+
+def matrices_of(*curvatures):
+    return {curvature.block.name: list(curvature.block.stacks) for curvature in curvatures}
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_kronecker_block_equals_a_dense_solve_of_weight_and_bias(groups, bias):
+    curvature = kronecker_curvature(groups, bias)
+    report = refresh_inverses([curvature], [0.01], matrices_of(curvature))
+    assert (report.num_retries, report.num_kept) == (0, 0)
+    weight, offset = random(3 * groups, 2, 2, 2, seed=8), random(3 * groups, seed=9)
+    flat = torch.cat([weight.flatten(), offset]) if bias else weight.flatten()
+
+    direction = curvature.precondition(flat.clone())
+    A_damped, G_damped = damp_factors(curvature.running["A"], curvature.running["G"], 0.01)
+    expected_weight, expected_offset = [], []
+    for group in range(groups):
+        rows = slice(3 * group, 3 * group + 3)
+        gradient = weight[rows].flatten(1)
+        if bias:
+            gradient = torch.cat([gradient, offset[rows, None]], dim=1)
+        solved = torch.linalg.solve(torch.kron(G_damped[group], A_damped[group]), gradient.flatten())
+        solved = solved.view(3, -1)
+        expected_weight.append(solved[:, :8].flatten())
+        expected_offset.append(solved[:, 8:].flatten())
+    assert_close(direction, torch.cat(expected_weight + expected_offset))
+
+
+@pytest.mark.parametrize("form", ["full", "unit", "diagonal"])
+def test_batchnorm_block_equals_a_dense_solve_of_fisher_plus_damping(form):
+    curvature = batchnorm_curvature(form)
+    refresh_inverses([curvature], [0.3], matrices_of(curvature))
+    gradient = random(6, seed=5)
+    dense = 0.3 * identity(6)
+    for index, matrix in enumerate(curvature.running["F"]):
+        places = {"full": list(range(6)), "unit": [index, 3 + index], "diagonal": [index]}[form]
+        dense[torch.tensor(places)[:, None], torch.tensor(places)] += matrix
+    assert_close(curvature.precondition(gradient), torch.linalg.solve(dense, gradient))
+
+
+def test_without_an_inverse_the_gradient_passes_through():
+    curvature = kronecker_curvature()
+    gradient = random(curvature.block.num_values)
+    assert torch.equal(curvature.precondition(gradient), gradient)
+
+
+def test_damping_does_not_build_up_in_the_running_fisher():
+    curvature = kronecker_curvature()
+    before = {matrix: value.clone() for matrix, value in curvature.running.items()}
+    refresh_inverses([curvature], [0.5], matrices_of(curvature))
+    first = {matrix: value.clone() for matrix, value in curvature.cholesky.items()}
+    for _ in range(3):
+        refresh_inverses([curvature], [0.5], matrices_of(curvature))
+    for matrix in ("A", "G"):
+        assert torch.equal(curvature.running[matrix], before[matrix])
+        assert torch.equal(curvature.cholesky[matrix], first[matrix])
+
+
+def test_running_average_is_unbiased_from_the_first_statistic_on():
+    decay, statistics = 0.8, [random_psd(1, 2, seed=seed) for seed in range(5)]
+    curvature = BlockCurvature(KroneckerBlock("layer", nn.Linear(2, 2, bias=False), []))
+    for count in range(1, 6):
+        curvature.average("A", statistics[count - 1].clone(), decay)
+        weights = [decay ** (count - 1 - index) for index in range(count)]
+        weighted = sum(weight * value for weight, value in zip(weights, statistics[:count], strict=True))
+        assert_close(curvature.running["A"], weighted / sum(weights))
+
+
+def test_without_a_decay_the_newest_statistic_replaces_the_last():
+    curvature = BlockCurvature(KroneckerBlock("layer", nn.Linear(2, 2, bias=False), []))
+    for seed in range(3):
+        curvature.average("A", random_psd(1, 2, seed=seed), None)
+    assert torch.equal(curvature.running["A"], random_psd(1, 2, seed=2))
+
+
+def test_a_failing_block_alone_is_retried_with_ten_times_the_damping():
+    good, bad = batchnorm_curvature("diagonal", "good"), batchnorm_curvature("diagonal", "bad")
+    bad.running["F"][2] = -1.0  # needs a damping above 1: 0.05 and 0.5 fail, 5 does
+    report = refresh_inverses([good, bad], [0.05, 0.05], matrices_of(good, bad))
+    assert (report.num_retries, report.num_kept) == (2, 0)
+    assert_close(good.cholesky["F"], (good.running["F"] + 0.05).sqrt())
+    assert_close(bad.cholesky["F"], (bad.running["F"] + 5.0).sqrt())
+
+
+@pytest.mark.parametrize("hopeless", [-1e6, math.nan])
+def test_as_a_last_resort_the_previous_inverse_is_kept(hopeless):
+    good, bad = kronecker_curvature(name="good"), kronecker_curvature(name="bad")
+    refresh_inverses([good, bad], [0.1, 0.1], matrices_of(good, bad))
+    previous = {matrix: value.clone() for matrix, value in bad.cholesky.items()}
+    bad.running["G"][0, 0, 0] = hopeless
+    report = refresh_inverses([good, bad], [0.2, 0.2], matrices_of(good, bad))
+    assert (report.num_retries, report.num_kept) == (3, 1)
+    for matrix in ("A", "G"):  # both, so that they fit each other
+        assert torch.equal(bad.cholesky[matrix], previous[matrix])
+    A_damped, _ = damp_factors(good.running["A"], good.running["G"], 0.2)
+    assert_close(good.cholesky["A"], torch.linalg.cholesky(A_damped))
+
+
+def test_a_matrix_that_is_not_refreshed_keeps_its_factors():
+    curvature = kronecker_curvature()
+    refresh_inverses([curvature], [0.1], matrices_of(curvature))
+    previous = {matrix: value.clone() for matrix, value in curvature.cholesky.items()}
+    curvature.average("G", random_psd(1, 3, seed=9), None)
+    refresh_inverses([curvature], [0.1], {"layer": ["G"]})
+    assert torch.equal(curvature.cholesky["A"], previous["A"])
+    assert not torch.allclose(curvature.cholesky["G"], previous["G"])
