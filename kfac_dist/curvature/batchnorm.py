@@ -51,9 +51,9 @@ def sample_gradients(x: Tensor, g: Tensor, eps: float) -> Tensor:
         (N, 2C).
     """
     num_samples = x.shape[0]
-    x, g = x.flatten(2), g.flatten(2)
     if x.dim() == 2:  # BatchNorm1d without a length
         x, g = x[..., None], g[..., None]
+    x, g = x.flatten(2), g.flatten(2)
     # Reductions over the innermost dimension are several times faster on a CPU than var_mean over (0, 2).
     values = num_samples * x.shape[2]
     centred = x - (x.sum(dim=2).sum(dim=0) / values)[:, None]

@@ -65,7 +65,8 @@ class Capture:
             module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
         ) -> None:
             wanted = [matrix for matrix in block.stacks if (block.name, matrix) in self._destinations]
-            if wanted and module.training and output.requires_grad:
+            is_original = module is block.module  # a deep copy of the model keeps the hooks, and must not count
+            if wanted and is_original and module.training and output.requires_grad and output.numel():
                 x = (inputs[0] if inputs else keywords["input"]).detach()
                 output.register_hook(lambda g: self._accumulate(block, wanted, x, g))
 

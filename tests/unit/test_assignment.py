@@ -65,7 +65,7 @@ def test_invariants(layers: list[Work], num_ranks: int) -> None:
     for ranks in owners:
         assert len(ranks) >= 1
         assert list(ranks) == sorted(set(ranks)), "ascending, each once"
-        assert 0 <= ranks[0]
+        assert ranks[0] >= 0
         assert ranks[-1] < num_ranks
     assert {rank for ranks in owners for rank in ranks} == set(range(num_ranks))
 

@@ -120,9 +120,7 @@ def test_memory_layout_does_not_matter_and_arguments_stay_as_they_are():
     expected = batchnorm_fisher(x, g, EPS, "full")
     x_last, g_last = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, g))
     copies = x_last.clone(), g_last.clone()
-    torch.testing.assert_close(
-        batchnorm_fisher(x_last, g_last, EPS, "full"), expected, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(batchnorm_fisher(x_last, g_last, EPS, "full"), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(x_last, copies[0])
     assert torch.equal(g_last, copies[1])
 

@@ -1,4 +1,4 @@
-"""Blocks and the statistics that hooks capture, against recorded activations and an independent library."""
+"""The statistics that hooks capture, against recorded activations and an independent library."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kfac_dist.communicator.packing import unpack_symmetric
 from kfac_dist.curvature.batchnorm import batchnorm_fisher
-from kfac_dist.curvature.blocks import PlainBlock, create_blocks
+from kfac_dist.curvature.blocks import create_blocks
 from kfac_dist.curvature.capture import Capture
 from kfac_dist.curvature.factors import (
     conv2d_input_factor,
@@ -59,9 +59,7 @@ class Recorder:
         self.blocks = create_blocks(model, list(model.parameters()), form)
         self.capture = Capture(self.blocks)
         self.packed = {
-            (block.name, matrix): torch.full(
-                (count * size * (size + 1) // 2,), torch.nan, dtype=torch.float64
-            )
+            (block.name, matrix): torch.full((count * size * (size + 1) // 2,), torch.nan, dtype=torch.float64)
             for block in self.blocks
             for matrix, (count, size) in block.stacks.items()
             if only is None or matrix in only
@@ -192,9 +190,7 @@ def test_captured_matrices_are_those_of_the_recorded_tensors(form):
     expected = {
         ("conv", "A"): conv2d_input_factor(x, (3, 3), (1, 1), (1, 1), (1, 1), 2, True),
         ("conv", "G"): conv2d_output_factor(model.conv_output.grad, 2),
-        ("norm", "F"): batchnorm_fisher(
-            model.norm_input.detach(), model.norm_output.grad, model.norm.eps, form
-        ),
+        ("norm", "F"): batchnorm_fisher(model.norm_input.detach(), model.norm_output.grad, model.norm.eps, form),
         ("second", "A"): conv2d_input_factor(model.second_input.detach(), *pointwise),
         ("second", "G"): conv2d_output_factor(model.second_output.grad, 1),
         ("last", "A"): linear_input_factor(model.last_input.detach(), True),
@@ -365,9 +361,7 @@ def test_a_linear_layer_used_twice_sees_both_calls_as_positions():
     second.retain_grad()
     F.cross_entropy(model[1](second), torch.tensor([0, 1, 0, 1, 1])).backward()
     inputs, gradients = torch.stack([x, second_input], dim=1), torch.stack([first.grad, second.grad], dim=1)
-    torch.testing.assert_close(
-        recorder.matrix("0", "A"), linear_input_factor(inputs.detach(), True), **TOLERANCE
-    )
+    torch.testing.assert_close(recorder.matrix("0", "A"), linear_input_factor(inputs.detach(), True), **TOLERANCE)
     torch.testing.assert_close(recorder.matrix("0", "G"), linear_output_factor(gradients), **TOLERANCE)
 
 
@@ -394,84 +388,3 @@ def test_a_convolution_used_at_two_sizes_weights_its_positions_alike(accumulatio
     all_samples = num_samples * accumulation_steps
     torch.testing.assert_close(recorder.matrix("0", "A")[0], total["A"] / all_samples, **TOLERANCE)
     torch.testing.assert_close(recorder.matrix("0", "G")[0], total["G"] / (all_samples * 26), **TOLERANCE)
-
-
-# Which block a layer gets
-
-
-class OwnLinear(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Zoo(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-        self.conv = nn.Conv2d(1, 1, 3)
-        self.norm = nn.BatchNorm1d(3)
-        self.no_affine = nn.BatchNorm2d(3, affine=False)
-        self.own = OwnLinear(3, 3)
-        self.conv1d = nn.Conv1d(1, 1, 3)
-        self.layer_norm = nn.LayerNorm(3)
-        self.tied = nn.Linear(3, 3, bias=False)
-        self.tied_too = nn.Linear(3, 3, bias=False)
-        self.tied_too.weight = self.tied.weight
-        self.frozen = nn.Linear(3, 3)
-        self.frozen.weight.requires_grad_(False)
-        self.half_frozen_norm = nn.BatchNorm1d(3)
-        self.half_frozen_norm.weight.requires_grad_(False)
-        self.weight_only = nn.Linear(3, 3)
-        self.weight_only.bias.requires_grad_(False)
-        self.wholly_frozen = nn.Linear(3, 3).requires_grad_(False)
-        self.skipped = nn.ModuleDict({"inner": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
-        self.scale = nn.Parameter(torch.ones(1))
-
-
-def test_every_layer_gets_the_form_or_the_reason_it_should():
-    model = Zoo()
-    blocks = create_blocks(model, list(model.parameters()), "unit", skip=["skipped.*", "nothing"])
-    assert {block.name: block.form for block in blocks if not isinstance(block, PlainBlock)} == {
-        "linear": "kronecker",
-        "conv": "kronecker",
-        "norm": "unit",
-        "weight_only": "kronecker",
-    }
-    reasons = {block.name: block.reason for block in blocks if isinstance(block, PlainBlock)}
-    assert reasons.keys() == {
-        "(root)",
-        "own",
-        "conv1d",
-        "layer_norm",
-        "tied",
-        "frozen",
-        "half_frozen_norm",
-        "skipped.inner",
-        "skipped.norm",
-    }
-    assert "OwnLinear" in reasons["own"]
-    assert "Conv1d" in reasons["conv1d"]
-    assert "shared" in reasons["tied"]
-    assert "frozen" in reasons["frozen"]
-    assert "frozen" in reasons["half_frozen_norm"]
-    assert reasons["skipped.inner"] == reasons["skipped.norm"] == "skipped by pattern"
-
-    in_blocks = [id(parameter) for block in blocks for parameter in block.parameters]
-    assert len(in_blocks) == len(set(in_blocks))
-    assert set(in_blocks) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-
-
-def test_a_frozen_bias_is_left_out_of_the_factors():
-    blocks = {block.name: block for block in create_blocks(Zoo(), list(Zoo().parameters()), "full")}
-    assert blocks == {}  # parameters of another model
-    model = Zoo()
-    blocks = {block.name: block for block in create_blocks(model, list(model.parameters()), "full")}
-    assert blocks["weight_only"].stacks == {"A": (1, 3), "G": (1, 3)}
-    assert blocks["linear"].stacks == {"A": (1, 4), "G": (1, 3)}
-    assert blocks["norm"].stacks == {"F": (1, 6)}
-
-
-def test_parameters_that_the_optimizer_was_not_given_get_no_block():
-    model = small_cnn()
-    blocks = create_blocks(model, [model[0].weight, model[7].weight], "full")
-    assert [(block.name, block.num_values) for block in blocks] == [("0", 72), ("7", 15)]

@@ -278,9 +278,7 @@ def test_conv_output_factor_equals_the_loop_in_each_group(groups):
 def test_a_1x1_convolution_is_a_linear_layer_at_every_pixel():
     x, g = random(3, 4, 2, 5), random(3, 6, 2, 5, seed=1)
     as_linear = x.permute(0, 2, 3, 1)
-    assert_close(
-        conv2d_input_factor(x, (1, 1), (1, 1), (0, 0), (1, 1), 1, True), linear_input_factor(as_linear, True)
-    )
+    assert_close(conv2d_input_factor(x, (1, 1), (1, 1), (0, 0), (1, 1), 1, True), linear_input_factor(as_linear, True))
     assert_close(conv2d_output_factor(g, 1), linear_output_factor(g.permute(0, 2, 3, 1)))
 
 
@@ -327,6 +325,4 @@ def test_factors_are_symmetric_and_fp32_stays_fp32():
     ):
         assert factor.dtype == torch.float32
         torch.testing.assert_close(factor, factor.mT)
-    torch.testing.assert_close(
-        conv_a(layer, x).double(), conv_a_by_loop(layer, x.double()), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(conv_a(layer, x).double(), conv_a_by_loop(layer, x.double()), rtol=1e-5, atol=1e-5)

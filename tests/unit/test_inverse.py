@@ -104,9 +104,7 @@ def test_batched_cholesky_equals_one_matrix_at_a_time():
 def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
     stacks = [random_psd(2, 3), random_psd(2, 3, seed=1), random_psd(1, 2)]
     stacks[1][1, 0, 0] = bad
-    results = batched_cholesky(
-        stacks, [torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in stacks]
-    )
+    results = batched_cholesky(stacks, [torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in stacks])
     assert [succeeded for _, succeeded in results] == [True, False, True]
 
 
@@ -119,9 +117,7 @@ def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns):
     G = random_psd(count, rows, seed=1, rank=1)
     gradient = random(count, rows, columns, seed=2)
     A_damped, G_damped = damp_factors(A, G, 1e-2)
-    solved = precondition_kronecker(
-        gradient, torch.linalg.cholesky(A_damped), torch.linalg.cholesky(G_damped)
-    )
+    solved = precondition_kronecker(gradient, torch.linalg.cholesky(A_damped), torch.linalg.cholesky(G_damped))
     for group in range(count):
         dense = torch.kron(G_damped[group], A_damped[group])
         expected = torch.linalg.solve(dense, gradient[group].flatten())

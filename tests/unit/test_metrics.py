@@ -198,9 +198,7 @@ def test_tensorboard_shows_the_same_numbers(tmp_path, make_writer):
 
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    shown = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert shown == {
         "train/epoch": [(7, 0.5)],
         "train/loss": [(7, 1.25)],

@@ -106,10 +106,7 @@ def test_command_draws_runs_also_diverged_or_unevaluated_or_cut_off(tmp_path, ru
     with (diverged / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "train", "itera')
     output = tmp_path / "figures" / "curves.png"
-    assert (
-        plots.main(["curves", str(run), str(diverged), "--output", str(output), "--labels", "K-FAC", "SGD"])
-        == 0
-    )
+    assert plots.main(["curves", str(run), str(diverged), "--output", str(output), "--labels", "K-FAC", "SGD"]) == 0
     assert output.read_bytes().startswith(PNG_SIGNATURE)
     assert capsys.readouterr().out == f"{output}\n"
 

@@ -1,0 +1,106 @@
+"""One picture: from a file's bytes to RGB pixels, or an error that names the file.
+
+Files are checked by what is in them, not by their names: a PNG may be called .JPEG. Ordinary JPEGs (8 bits,
+grey or colour, with their end marker) go to a fast decoder; everything else goes to Pillow, which also judges
+what is damaged. Orientation tags are ignored, as torchvision's ImageFolder ignores them.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MAX_PIXELS = 89_478_485
+"""Pictures of more pixels are refused before they are decoded: 256 MiB of RGB; ImageNet's largest is far below."""
+
+_END_OF_IMAGE = b"\xff\xd9"
+_END_WITHIN = 4096  # bytes from the end of the file: some writers add padding or a note
+
+
+class PictureError(RuntimeError):
+    """A picture that cannot be used; the message names its file."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file's bytes and what its header says.
+
+    Attributes:
+        path: The file.
+        content: Its bytes.
+        height: Pixels.
+        width: Pixels.
+        is_plain_jpeg: Whether any JPEG decoder gives its RGB pixels.
+    """
+
+    path: Path
+    content: bytes
+    height: int
+    width: int
+    is_plain_jpeg: bool
+
+
+def read_picture(path: Path) -> Picture:
+    """Read a file and its header.
+
+    Raises:
+        PictureError: If it cannot be read, is empty, is no picture, or has more than `MAX_PIXELS`.
+    """
+    try:
+        content = path.read_bytes()
+        if not content:
+            raise ValueError("the file is empty")
+        with Image.open(io.BytesIO(content)) as image:
+            (width, height), form, mode = image.size, image.format, image.mode
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
+    except Exception as error:  # a damaged header fails in any way
+        raise _unusable(path, error) from error
+    is_plain = form == "JPEG" and mode in ("RGB", "L") and _END_OF_IMAGE in content[-_END_WITHIN:]
+    return Picture(path, content, height, width, is_plain)
+
+
+def decode(picture: Picture) -> Tensor:
+    """RGB pixels, (3, H, W) uint8.
+
+    Raises:
+        PictureError: If the file is truncated or damaged.
+    """
+    if picture.is_plain_jpeg:
+        from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
+
+        content = torch.from_numpy(np.frombuffer(bytearray(picture.content), dtype=np.uint8))
+        try:
+            pixels: Tensor = decode_jpeg(content, mode=ImageReadMode.RGB)
+            return pixels
+        except RuntimeError:
+            pass  # Pillow says what is wrong with it, or can read it after all
+    return torch.from_numpy(decode_with_pillow(picture)).permute(2, 0, 1)
+
+
+def decode_with_pillow(picture: Picture) -> np.ndarray:
+    """RGB pixels, (H, W, 3) uint8, of any format that Pillow knows.
+
+    Raises:
+        PictureError: If the file is truncated or damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(picture.content)) as image:
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # a damaged file fails in any way
+        raise _unusable(picture.path, error) from error
+
+
+def _unusable(path: Path, error: Exception) -> PictureError:
+    reason = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+    if "cannot identify image file" in reason:
+        reason = "no picture in a known format"
+    return PictureError(
+        f"{path} cannot be used ({reason}): replace or delete it, or set data.on_error=skip to go on without"
+    )
