@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Largest unfolded input (values) that is held at once; a longer batch is cut into chunks.
-_UNFOLD_NUMEL = 16 << 20
+UNFOLD_NUMEL = 16 << 20
 
 Pair = tuple[int, int]
 Padding = Pair | Literal["same", "valid"]
@@ -91,7 +91,7 @@ def conv2d_input_factor(
         (groups, n, n) with n = C/groups · kernel height · kernel width, + 1 with a bias.
     """
     x = _pad(x, kernel_size, padding, dilation, padding_mode)
-    samples_at_once = max(1, _UNFOLD_NUMEL // (x[0].numel() * kernel_size[1]))
+    samples_at_once = max(1, UNFOLD_NUMEL // (x[0].numel() * kernel_size[1]))
     chunks = [
         _patch_second_moment(chunk, kernel_size, stride, dilation, groups, bias) for chunk in x.split(samples_at_once)
     ]

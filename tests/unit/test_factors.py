@@ -261,7 +261,7 @@ def test_a_batch_that_is_cut_into_chunks_gives_the_same_factor(monkeypatch):
     cut = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda *args: chunks.append(cut(*args)) or chunks[-1])
     for limit, sizes in ((1, [1] * 5), (2 * 2 * 8 * 7 * 2, [2, 2, 1])):
-        monkeypatch.setattr(factors, "_UNFOLD_NUMEL", limit)
+        monkeypatch.setattr(factors, "UNFOLD_NUMEL", limit)
         assert_close(conv_a(layer, x), whole)
         assert [len(chunk) for chunk in chunks.pop()] == sizes
 

@@ -1,0 +1,87 @@
+"""Images made up on the training device: they measure a step without input, at any shape.
+
+An image is its class's colour plus one of a few noise patterns, both drawn once. So a network can learn them,
+and an image is the same in every epoch and on any number of ranks (CPU and GPU draw different ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kfac_dist.data.base import share
+from kfac_dist.data.sampling import SlotSampler
+
+_NUM_PATTERNS = 61  # prime: classes and patterns come in all combinations
+
+
+class SyntheticDataset:
+    """Noise in the colours of its class.
+
+    Args:
+        shape: (channels, height, width).
+        num_classes: > 0; image i is of class i % num_classes.
+        num_train: Training images, > 0.
+        num_eval: Evaluation images, > 0.
+        device: Where the images are made.
+        dtype: Their floating type.
+        seed: The run's seed, >= 0.
+    """
+
+    reads_files = False
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        num_train: int,
+        num_eval: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        self.image_shape = shape
+        self.num_classes = num_classes
+        self.num_train = num_train
+        self.num_eval = num_eval
+        self.class_names = tuple(f"class {label}" for label in range(num_classes))
+        self._device = device
+        generator = torch.Generator(device).manual_seed(seed)
+        self._patterns = torch.randn(_NUM_PATTERNS, *shape, generator=generator, device=device).to(dtype)
+        self._colours = torch.randn(num_classes, shape[0], 1, 1, generator=generator, device=device).to(dtype)
+
+    def train_batches(
+        self, sampler: SlotSampler, rank: int, num_ranks: int, first_iteration: int, last_iteration: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's slots; see `Dataset.train_batches`."""
+        for iteration in range(first_iteration, last_iteration):
+            for slot in sampler.local_slots(rank, num_ranks):
+                yield self._images(sampler.indices(iteration, slot))
+
+    def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the evaluation images; see `Dataset.eval_batches`."""
+        mine = share(self.num_eval, rank, num_ranks)
+        for start in range(0, len(mine), batch_size):
+            # Counted on from the training images, so that none of them comes again.
+            yield self._images(self.num_train + np.array(mine[start : start + batch_size]))
+
+    def take_skipped(self) -> list[str]:
+        """Nothing can be damaged."""
+        return []
+
+    def pictures(self, indices: np.ndarray) -> list[np.ndarray]:
+        """The images as bytes, (H, W, C) each."""
+        pixels = 255 * self.to_pixels(self._images(indices)[0])
+        return list(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Three standard deviations around zero as [0, 1]."""
+        return (images / 6 + 0.5).clamp(0, 1)
+
+    def _images(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        index = torch.from_numpy(indices).to(self._device)
+        labels = index % self.num_classes
+        return self._patterns[index % _NUM_PATTERNS] + self._colours[labels], labels
