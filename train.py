@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from kfac_dist.communicator import create_communicator, launch
 from kfac_dist.config import load_config
-from kfac_dist.errors import InputError, TrainingFailed
+from kfac_dist.errors import AgreedInputError, InputError, TrainingFailed
 from kfac_dist.explain import explain
 from kfac_dist.trainer import Trainer
 
@@ -32,6 +32,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.help_text = parser.format_help()
     elif arguments.config is None:
         parser.error("the following arguments are required: config")
+    elif arguments.ranks is not None and arguments.ranks < 1:
+        parser.error(f"argument --ranks: must be >= 1, got {arguments.ranks}")
     return arguments
 
 
@@ -40,8 +42,9 @@ def main() -> int:
     setup = create_communicator("reduce")
     logging.basicConfig(level=logging.INFO if setup.is_main else logging.ERROR, format="%(message)s")
     try:
-        launch.check_world_size(setup.size, os.environ)
-        arguments = parse_arguments()
+        with setup.agree():
+            launch.check_world_size(setup.size, os.environ)
+            arguments = parse_arguments()
         if arguments.help:
             setup.print_once(arguments.help_text)
             return 0
@@ -60,7 +63,7 @@ def main() -> int:
         result = Trainer(config, communicator).train()
         setup.print_once(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")
         return 0
-    except InputError as error:
+    except AgreedInputError as error:
         setup.print_once(f"error: {error}", sys.stderr)
         return launch.EXIT_BAD_INPUT
     except TrainingFailed as error:

@@ -10,50 +10,24 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Strict,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 
 from kfac_dist import strict_yaml
+from kfac_dist.config_base import FractionRange, Patterns, PositiveRange, Section, Text
+from kfac_dist.config_data import DataConfig
 from kfac_dist.config_problems import describe
 from kfac_dist.errors import InputError
 
 
-def _check_printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("must hold printable characters only")
-    return text
-
-
-def _check_ascending(values: tuple[float, float]) -> tuple[float, float]:
-    if values[0] > values[1]:
-        raise ValueError("must be [low, high] with low <= high")
-    return values
-
-
-# Strict(False) lets a YAML list stand for the tuple; what is in it stays strict.
-Text = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
-Patterns = Annotated[tuple[Text, ...], Strict(False)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-FractionRange = Annotated[tuple[Fraction, Fraction], Strict(False), AfterValidator(_check_ascending)]
-PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], Strict(False), AfterValidator(_check_ascending)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """What the run is called, where it writes, and the seed of all its randomness."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -62,32 +36,19 @@ class RunConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-class DataConfig(_Section):
-    """The data set, and how much of it; a limit takes the first images."""
+class ModelConfig(Section):
+    """The network.
 
-    name: Literal["digits", "cifar10", "svhn"]
-    root: Annotated[Text | None, Field(validate_default=True)] = None
-    train_limit: PositiveInt | None = None
-    eval_limit: PositiveInt | None = None
-
-    @field_validator("root")
-    @classmethod
-    def _check_root(cls, root: str | None, info: ValidationInfo) -> str | None:
-        name = info.data.get("name")
-        if name in ("cifar10", "svhn") and root is None:
-            raise ValueError(f"must name the folder that holds {name}")
-        if name == "digits" and root is not None:
-            raise ValueError("must be left out for digits, which come with scikit-learn")
-        return root
-
-
-class ModelConfig(_Section):
-    """The network."""
+    `variant` says where bottleneck ResNets reduce the image: in the first 1x1 convolution of a stage (v1) or
+    in its 3x3 convolution (v1.5, the default). `zero_init_last_gamma` starts each residual branch at zero.
+    """
 
     name: Text
+    variant: Literal["v1", "v1.5"] | None = None
+    zero_init_last_gamma: bool = False
 
 
-class BatchConfig(_Section):
+class BatchConfig(Section):
     """The global batch, cut into slots of `per_rank` samples (see `batch_slots`)."""
 
     global_size: PositiveInt
@@ -103,15 +64,16 @@ class BatchConfig(_Section):
         return per_rank
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How long to train, how often to evaluate (both in epochs), and in which precision."""
 
     epochs: PositiveFloat
     evaluate_every: PositiveFloat = 1.0
     precision: Literal["fp32", "fp64"] = "fp32"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """The optimizer and its initial learning rate and momentum."""
 
     name: Literal["kfac", "sgd"]
@@ -120,7 +82,7 @@ class OptimizerConfig(_Section):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class DampingConfig(_Section):
+class DampingConfig(Section):
     """Eq. 13: damping falls from `initial` towards `target`, at a rate set by `warmup_steps` iterations.
 
     With `warmup_steps` 0 the damping is constant.
@@ -155,14 +117,14 @@ class DampingConfig(_Section):
         return warmup_steps
 
 
-class RefreshConfig(_Section):
+class RefreshConfig(Section):
     """How often factors and inverses are computed anew, in iterations."""
 
     schedule: Literal["every"] = "every"
     interval: PositiveInt = 1
 
 
-class KfacConfig(_Section):
+class KfacConfig(Section):
     """What K-FAC needs beyond `OptimizerConfig`."""
 
     damping: DampingConfig
@@ -172,7 +134,7 @@ class KfacConfig(_Section):
     skip: Patterns = ()
 
 
-class PolynomialSchedule(_Section):
+class PolynomialSchedule(Section):
     """Eq. 15: constant up to `start_epoch`, then a polynomial that is zero at `end_epoch`."""
 
     kind: Literal["polynomial"]
@@ -190,7 +152,7 @@ class PolynomialSchedule(_Section):
         return end_epoch
 
 
-class CosineSchedule(_Section):
+class CosineSchedule(Section):
     """Half a cosine that is zero at `end_epoch`."""
 
     kind: Literal["cosine"]
@@ -206,14 +168,14 @@ class CosineSchedule(_Section):
         return warmup_epochs
 
 
-class ConstantSchedule(_Section):
+class ConstantSchedule(Section):
     """The initial learning rate throughout."""
 
     kind: Literal["constant"]
     warmup_epochs: NonNegativeFloat = 0.0
 
 
-class ErasingConfig(_Section):
+class ErasingConfig(Section):
     """Random erasing: how often, and the ranges of the erased share of the area and of the aspect ratio."""
 
     probability: Annotated[float, Field(ge=0, le=1)]
@@ -221,7 +183,7 @@ class ErasingConfig(_Section):
     aspect: PositiveRange
 
 
-class AugmentConfig(_Section):
+class AugmentConfig(Section):
     """Data augmentation; the defaults do nothing."""
 
     pad_crop: NonNegativeInt = 0
@@ -230,14 +192,14 @@ class AugmentConfig(_Section):
     erasing: ErasingConfig | None = None
 
 
-class CommunicationConfig(_Section):
+class CommunicationConfig(Section):
     """How buffers travel between ranks."""
 
     backend: Literal["auto", "mpi"] = "auto"
     reduce_scatter: Literal["auto", "native", "reduce", "ireduce"] = "auto"
 
 
-class Config(_Section):
+class Config(Section):
     """A whole, valid configuration of a run."""
 
     run: RunConfig
@@ -251,6 +213,16 @@ class Config(_Section):
     augment: AugmentConfig = AugmentConfig()
     weight_rescaling: Literal["always", "cap", "off"] = "off"
     communication: CommunicationConfig = CommunicationConfig()
+
+    @field_validator("augment")
+    @classmethod
+    def _check_augment(cls, augment: AugmentConfig, info: ValidationInfo) -> AugmentConfig:
+        data = info.data.get("data")
+        if data is not None and data.name == "imagenet" and augment.pad_crop:
+            raise ValueError("must be without pad_crop for imagenet: data.preprocessing says how it is cropped")
+        if data is not None and data.name == "synthetic" and (augment.pad_crop or augment.flip):
+            raise ValueError("must be without pad_crop and flip for synthetic, which is not augmented")
+        return augment
 
     @field_validator("kfac")
     @classmethod

@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
+class AgreedInputError(InputError):
+    """An `InputError` that every rank raises alike, so that all can leave in order; see `Communicator.agree`."""
+
+
 class TrainingFailed(RuntimeError):
     """Training cannot go on, on any rank: it diverged or lost its data. Exit code 3."""

@@ -36,7 +36,7 @@ def explain(config: Config, num_ranks: int) -> str:
         f"{num_iterations} iterations ({config.train.epochs:g} epochs of {data.num_train} images) of "
         f"{batch.global_size} images: {slots} slots of {batch.per_rank} a rank",
     ]
-    model = create_model(config.model.name, data.num_classes, data.image_shape, config.run.seed)
+    model = create_model(config.model.name, data.num_classes, data.image_shape, config.run.seed, config.model.variant)
     if config.kfac is not None:
         blocks = create_blocks(model, list(model.parameters()), config.kfac.batchnorm, config.kfac.skip)
         lines += ["", *_layer_table(blocks, num_ranks)]

@@ -34,12 +34,20 @@ def choose_run_directory(output_dir: str | Path, name: str) -> Path:
 
     A directory holds a run when it has a ``metrics.jsonl``. Nothing is created. Call it on one rank and
     broadcast the answer: another rank may look after the first one has created the directory.
+
+    Raises:
+        InputError: If one cannot look there.
     """
     candidate = Path(output_dir) / name
     number = 1
-    while (candidate / METRICS_FILE).exists():
-        number += 1
-        candidate = Path(output_dir) / f"{name}-{number}"
+    try:
+        while (candidate / METRICS_FILE).exists():
+            number += 1
+            candidate = Path(output_dir) / f"{name}-{number}"
+    except OSError as error:  # no permission, or a name that the file system finds too long
+        raise InputError(
+            f"run.output_dir, run.name: cannot use {candidate} ({error.strerror}); choose another folder or name"
+        ) from error
     return candidate
 
 

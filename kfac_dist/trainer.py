@@ -16,6 +16,8 @@ from kfac_dist.augment import Purpose, RandomErasing, RunningMixup, keyed_genera
 from kfac_dist.communicator import Communicator, library_version
 from kfac_dist.config import Config, batch_slots
 from kfac_dist.data import Dataset, SlotSampler, create_dataset
+from kfac_dist.data.damage import DamagedPictures
+from kfac_dist.data.pictures import PictureError
 from kfac_dist.environment import describe_environment
 from kfac_dist.errors import TrainingFailed
 from kfac_dist.metrics import Progress, RunWriter, choose_run_directory
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 _EVAL_BATCH = 500
+_EVAL_PIXELS = 2**22  # of a batch: 83 images of 224x224
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,12 @@ class Trainer:
         with communicator.agree():
             self.num_local_slots = batch_slots(config, communicator.size)
             self.dataset = create_dataset(config.data, config.augment, self.device, dtype, seed)
-            model = create_model(config.model.name, self.dataset.num_classes, self.dataset.image_shape, seed)
+            model = create_model(
+                config.model.name, self.dataset.num_classes, self.dataset.image_shape, seed,
+                config.model.variant, config.model.zero_init_last_gamma,
+            )  # fmt: skip
             self.batchnorm = SlotwiseBatchNorm(model)
+        self.damaged = DamagedPictures(self.dataset, communicator)
         self.model: nn.Module = model.to(self.device, dtype)
         self.sampler = SlotSampler(
             self.dataset.num_train, config.batch.per_rank, config.batch.global_size // config.batch.per_rank, seed
@@ -76,12 +83,13 @@ class Trainer:
         """Train to the end; collective.
 
         Raises:
-            TrainingFailed: If the loss is no longer finite.
+            TrainingFailed: If the loss is no longer finite, or pictures are damaged.
         """
         start = time.perf_counter()
         self._log_start()
+        with self.communicator.agree():
+            progress = Progress(self.num_iterations, self.communicator.is_main)
         writer = self._create_writer()
-        progress = Progress(self.num_iterations, self.communicator.is_main)
         batches = self._batches()
         best = top1 = 0.0
         for iteration in range(self.num_iterations):
@@ -93,7 +101,7 @@ class Trainer:
         progress.close()
         writer.write(
             "summary", top1=top1, best_top1=best, iterations=self.num_iterations, seconds=seconds,
-            communication_bytes=self.communicator.payload_bytes,
+            communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.damaged.skipped),
         )  # fmt: skip
         writer.finish()
         return Result(top1, self.num_iterations, seconds, writer.directory)
@@ -109,9 +117,14 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, correct
-        for index, slot in enumerate(self.sampler.local_slots(self.communicator.rank, self.communicator.size)):
-            self.batchnorm.before_slot(index, self.num_local_slots)
-            sums += self._train_slot(iteration, slot, batches)
+        problem = ""
+        try:
+            for index, slot in enumerate(self.sampler.local_slots(self.communicator.rank, self.communicator.size)):
+                self.batchnorm.before_slot(index, self.num_local_slots)
+                sums += self._train_slot(iteration, slot, batches)
+        except PictureError as error:  # this rank's alone, until the others know
+            problem = str(error)
+        self.damaged.agree(problem)
         self.optimizer.step()
 
         loss, top1 = self._mean_over_slots(sums)
@@ -123,6 +136,7 @@ class Trainer:
             communication_bytes=self.communicator.payload_bytes - bytes_before,
         )  # fmt: skip
         self._report_retries(iteration, writer)
+        self._report_damaged(iteration, writer, progress)
         if not math.isfinite(loss):
             raise TrainingFailed(
                 f"the training loss is {loss} at iteration {iteration} (epoch {epoch:.2f}): training diverged. Lower "
@@ -142,7 +156,7 @@ class Trainer:
         torch.manual_seed(int(keyed_generator(self.config.run.seed, Purpose.TORCH, iteration, slot).integers(2**63)))
         with self.timer.stage("forward"):
             logits = self.model(images)
-            loss = F.cross_entropy(logits, targets)
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.train.label_smoothing)
         with self.timer.stage("backward"):
             (loss / self.num_local_slots).backward()
         correct = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).double().mean()
@@ -180,6 +194,12 @@ class Trainer:
         if retries:
             writer.write("event", iteration=iteration, event="retry", retries=retries, kept_inverses=kept)
 
+    def _report_damaged(self, iteration: int, writer: RunWriter, progress: Progress) -> None:
+        """Note the pictures that some rank has skipped for the first time."""
+        for problem in self.damaged.take_new():
+            writer.write("event", iteration=iteration, event="skipped_picture", problem=problem)
+            progress.say(f"skipped: {problem}")
+
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         rank, size = self.communicator.rank, self.communicator.size
         return self.dataset.train_batches(self.sampler, rank, size, 0, self.num_iterations)
@@ -195,7 +215,8 @@ class Trainer:
         """Top-1 in percent over all evaluation images, with BatchNorm statistics averaged over the ranks."""
         for buffer in self.batchnorm.running_buffers():
             self.communicator.all_reduce_(buffer, "mean")
-        loss, top1, top5 = evaluate(self.model, self.dataset, self.communicator)
+        loss, top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.damaged)
+        self._report_damaged(iteration, writer, progress)
         epoch = self.sampler.epoch_at(iteration + 1)
         writer.write("eval", iteration=iteration, epoch=epoch, loss=loss, top1=top1, top5=top5)
         progress.say(f"epoch {epoch:.2f}: test loss {loss:.4f}, top-1 {top1:.2f} %")
@@ -206,7 +227,8 @@ class Trainer:
     def _create_writer(self) -> RunWriter:
         """Open the run's directory; rank 0 chooses it."""
         config = self.config
-        chosen = choose_run_directory(config.run.output_dir, config.run.name)
+        with self.communicator.agree():
+            chosen = choose_run_directory(config.run.output_dir, config.run.name)
         directory = Path(self.communicator.gather_bytes(str(chosen).encode())[0].decode())
         hosts = [name.decode() for name in self.communicator.gather_bytes(socket.gethostname().encode())]
         environment = describe_environment(library_version(), hosts)
@@ -260,21 +282,32 @@ def create_optimizer(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, communicator: Communicator) -> tuple[float, float, float]:
+def evaluate(
+    model: nn.Module, dataset: Dataset, communicator: Communicator, damaged: DamagedPictures
+) -> tuple[float, float, float]:
     """Mean loss, top-1 and top-5 in percent over all evaluation images; collective.
 
-    Every image counts once, however the images divide over the ranks.
+    Every image counts once, however the images divide over the ranks; a rank may have none.
+
+    Raises:
+        TrainingFailed: On every rank, if pictures are damaged.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
-    for images, labels in dataset.eval_batches(communicator.rank, communicator.size, _EVAL_BATCH):
-        logits = model(images)
-        ranked = logits.topk(min(5, dataset.num_classes), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums[0] += loss.double().cpu()
-        sums[1] += ranked[:, 0].sum().cpu()
-        sums[2] += ranked.any(dim=1).sum().cpu()
-        sums[3] += len(labels)
+    batch_size = max(1, min(_EVAL_BATCH, _EVAL_PIXELS // math.prod(dataset.image_shape[1:])))
+    problem = ""
+    try:
+        for images, labels in dataset.eval_batches(communicator.rank, communicator.size, batch_size):
+            logits = model(images)
+            ranked = logits.topk(min(5, dataset.num_classes), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums[0] += loss.double().cpu()
+            sums[1] += ranked[:, 0].sum().cpu()
+            sums[2] += ranked.any(dim=1).sum().cpu()
+            sums[3] += len(labels)
+    except PictureError as error:  # this rank's alone, until the others know
+        problem = str(error)
+    damaged.agree(problem)
     loss_sum, top1, top5, count = communicator.all_reduce_(sums).tolist()
     return loss_sum / count, 100 * top1 / count, 100 * top5 / count
 

@@ -12,7 +12,7 @@ from typing import Literal, TextIO
 
 from torch import Tensor
 
-from kfac_dist.errors import InputError
+from kfac_dist.errors import AgreedInputError, InputError
 
 ReduceOp = Literal["sum", "mean", "min", "max"]
 
@@ -89,13 +89,13 @@ class Communicator(ABC):
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """Turn an `InputError` on any rank into the same `InputError` on every rank.
+        """Turn an `InputError` on any rank into the same error on every rank.
 
         For set-up work that can fail on one rank only (a folder that one node lacks): without it the
         others would wait in their next collective for ever.
 
         Raises:
-            InputError: On every rank, with the first failing rank's text.
+            AgreedInputError: On every rank, with the first failing rank's text.
         """
         problem = ""
         try:
@@ -106,4 +106,4 @@ class Communicator(ABC):
         failed = [rank for rank, text in enumerate(problems) if text]
         if failed:
             where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"
-            raise InputError(problems[failed[0]].decode() + where)
+            raise AgreedInputError(problems[failed[0]].decode() + where)

@@ -1,9 +1,14 @@
-"""Starting and ending a job: what the launcher promised, each rank's threads, and how a failure ends all ranks."""
+"""Starting and ending a job: what the launcher promised, each rank's threads, and how a failure ends all ranks.
+
+Importing this module makes an uncaught exception abort the whole job, so import it first: a rank that lacks a package
+would otherwise wait for the others in MPI_Finalize, and they for it in their first collective.
+"""
 
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import NoReturn
 
 import torch
@@ -71,10 +76,14 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Run a rank's main function and end the process so that no other rank is left waiting.
 
     `main` returns an exit code that all ranks agree on. An exception, or `sys.exit` from inside, is one rank's
-    own: its traceback is printed and the whole job is aborted, for the others may be blocked in a collective.
+    own: its traceback is printed and the whole job is aborted, for the others may be blocked in a collective. So it
+    is with an `InputError`, the user's to mend, but for the traceback.
     """
     try:
         code = main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _abort(EXIT_BAD_INPUT)
     except SystemExit as leaving:
         traceback.print_exc()
         _abort(leaving.code if isinstance(leaving.code, int) and leaving.code else 1)
@@ -90,3 +99,12 @@ def _abort(code: int) -> NoReturn:
     if MPI.COMM_WORLD.Get_size() > 1:
         MPI.COMM_WORLD.Abort(code)
     os._exit(code)
+
+
+def _abort_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    if MPI.COMM_WORLD.Get_size() > 1:
+        _abort(EXIT_FAILED)
+
+
+sys.excepthook = _abort_on_exception

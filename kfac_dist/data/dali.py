@@ -10,6 +10,7 @@ several times as long as the whole of torchvision's.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from collections import deque
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.data.decoding import BATCHES_AHEAD, DecodedBatch, Request, fill
-from kfac_dist.data.pictures import Picture, PictureError, decode_with_pillow, read_picture
+from kfac_dist.data.pictures import PictureError, decode_with_pillow, read_picture
 from kfac_dist.data.views import View
 from kfac_dist.errors import InputError
 
@@ -56,13 +57,7 @@ class DaliDecoder:
     """
 
     def __init__(self, side: int, workers: int, device: torch.device, resize_in_dali: bool | None = None) -> None:
-        try:
-            import nvidia.dali  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                f"data.loader must be torchvision here, got 'dali', which is not installed ({error}): install "
-                "it with pip install 'kfac_dist[dali]' (in a checkout: scripts/setup.sh dali)"
-            ) from error
+        self._dali = _import_dali()
         self.side = side
         self.workers = workers
         self.device = device
@@ -95,10 +90,9 @@ class DaliDecoder:
 
     def _build(self, source: _Source) -> Any:
         """A pipeline that takes its batches from the source."""
-        from nvidia.dali import Pipeline, fn, types
-
+        fn, types = self._dali.fn, self._dali.types
         on_gpu = self.device.type == "cuda"
-        pipeline = Pipeline(
+        pipeline = self._dali.Pipeline(
             batch_size=source.largest_batch,
             num_threads=self.workers,
             device_id=self.device.index or 0 if on_gpu else None,
@@ -107,18 +101,28 @@ class DaliDecoder:
         with pipeline:
             if not self.resize_in_dali:
                 (content,) = fn.external_source(source=source, num_outputs=1, dtype=[types.UINT8], ndim=[1])
-                pipeline.set_outputs(_decoded(content, "cpu"))
+                pipeline.set_outputs(self._decoded(content, "cpu"))
                 return _built(pipeline)
             kinds = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32]
             content, anchor, shape, resized, offset, mirrored = fn.external_source(
                 source=source, num_outputs=6, dtype=kinds, ndim=[1, 1, 1, 1, 1, 0]
             )
-            images = _decoded(content, "mixed" if on_gpu else "cpu")
+            images = self._decoded(content, "mixed" if on_gpu else "cpu")
             images = fn.slice(images, start=anchor, shape=shape, axes=[0, 1])
             images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
             images = fn.slice(images, start=offset, shape=[self.side, self.side], axes=[0, 1])
             pipeline.set_outputs(fn.flip(images, horizontal=mirrored))
         return _built(pipeline)
+
+    def _decoded(self, content: Any, device: str) -> Any:
+        # Chroma upsampled as libjpeg does by default, so that all decoders agree to about one level.
+        return self._dali.fn.decoders.image(
+            content,
+            device=device,
+            output_type=self._dali.types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,
+        )
 
     def _inputs_of(self, prepared: list[_Prepared]) -> tuple[list[np.ndarray], ...]:
         """What the pipeline gets for a batch: one list an input."""
@@ -140,10 +144,9 @@ class DaliDecoder:
         if self.resize_in_dali:
             images = torch.empty(len(prepared), self.side, self.side, 3, dtype=torch.uint8, device=self.device)
             if self.device.type == "cuda":
-                from nvidia.dali.plugin.pytorch import feed_ndarray
-
+                plugin = importlib.import_module("nvidia.dali.plugin.pytorch")
                 stream = torch.cuda.current_stream(self.device)
-                feed_ndarray(outputs.as_tensor(), images, cuda_stream=stream)
+                plugin.feed_ndarray(outputs.as_tensor(), images, cuda_stream=stream)
                 stream.synchronize()
             else:
                 images.copy_(torch.from_numpy(outputs.as_array()))
@@ -251,15 +254,6 @@ def _raw_pixels(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([np.frombuffer(b"P6 %d %d 255\n" % (width, height), dtype=np.uint8), pixels.ravel()])
 
 
-def _decoded(content: Any, device: str) -> Any:
-    from nvidia.dali import fn, types
-
-    # Chroma upsampled as libjpeg does by default, so that all decoders agree to about one level.
-    return fn.decoders.image(
-        content, device=device, output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
-    )
-
-
 def _built(pipeline: Any) -> Any:
     pipeline.build()
     return pipeline
@@ -268,3 +262,13 @@ def _built(pipeline: Any) -> Any:
 def _last_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else repr(error)
+
+
+def _import_dali() -> Any:
+    try:
+        return importlib.import_module("nvidia.dali")
+    except ImportError as error:
+        raise InputError(
+            f"data.loader must be torchvision here, got 'dali', which is not installed ({error}): install it with "
+            "pip install 'kfac_dist[dali]' (in a checkout: scripts/setup.sh dali)"
+        ) from error

@@ -15,7 +15,7 @@ from torch import Tensor
 from kfac_dist.data.base import share
 from kfac_dist.data.decoding import DecodedBatch, Decoder, Request
 from kfac_dist.data.folder import PictureFolder
-from kfac_dist.data.pictures import PictureError, decode, read_picture
+from kfac_dist.data.pictures import decode, read_picture
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.views import Views
 
@@ -26,40 +26,40 @@ CHANNEL_DEVIATION = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What makes network inputs of bytes: (bytes / 255 - mean) / deviation.
+    """What makes network inputs of bytes: scale * bytes - shift.
 
     Attributes:
-        mean: (3, side, side) or (3, 1, 1), on the scale of 0 ... 1.
-        deviation: (3, 1, 1).
+        scale: (3, 1, 1).
+        shift: (3, side, side) or (3, 1, 1).
     """
 
-    mean: Tensor
-    deviation: Tensor
+    scale: Tensor
+    shift: Tensor
 
     @classmethod
     def by_mean_image(cls, mean_image: Tensor) -> Normalisation:
         """The paper's: subtract the mean image, scale to [0, 1]. `mean_image`: (3, side, side) in 0 ... 255."""
-        return cls(mean_image / 255, torch.ones(3, 1, 1, dtype=mean_image.dtype))
+        return cls(torch.full((3, 1, 1), 1 / 255, dtype=mean_image.dtype), mean_image / 255)
 
     @classmethod
     def by_channel(cls) -> Normalisation:
-        """Today's standard: mean and standard deviation of each channel."""
+        """Today's standard: (bytes / 255 - mean) / deviation, of each channel."""
         mean, deviation = (
-            torch.tensor(values, dtype=torch.float64) for values in (CHANNEL_MEAN, CHANNEL_DEVIATION)
+            torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (CHANNEL_MEAN, CHANNEL_DEVIATION)
         )
-        return cls(mean[:, None, None], deviation[:, None, None])
+        return cls(1 / (255 * deviation), mean / deviation)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Normalisation:
         """The same on another device and in another floating type."""
-        return Normalisation(self.mean.to(device, dtype), self.deviation.to(device, dtype))
+        return Normalisation(self.scale.to(device, dtype), self.shift.to(device, dtype))
 
     def apply(self, images: Tensor) -> Tensor:
-        """(N, 3, side, side) uint8 to floating inputs of the mean's type."""
-        return (images.to(self.mean.dtype) / 255 - self.mean) / self.deviation
+        """(N, 3, side, side) uint8 to floating inputs of the shift's type."""
+        return images.to(self.shift.dtype).mul_(self.scale).sub_(self.shift)
 
     def undo(self, images: Tensor) -> Tensor:
         """Inputs to values in [0, 1]."""
-        return (images * self.deviation + self.mean).clamp(0, 1)
+        return ((images + self.shift) / (255 * self.scale)).clamp(0, 1)
 
 
 class FolderDataset:
@@ -188,8 +188,7 @@ class FolderDataset:
         if not any(good):
             raise batch.problems[0]
         return [
-            next((place + step) % size for step in range(size) if good[(place + step) % size])
-            for place in range(size)
+            next((place + step) % size for step in range(size) if good[(place + step) % size]) for place in range(size)
         ]
 
     def _is_good(self, batch: DecodedBatch, place: int) -> bool:

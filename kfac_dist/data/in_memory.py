@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.augment import CropFlip
+from kfac_dist.data.base import share
 from kfac_dist.data.sampling import SlotSampler
 
 
@@ -32,7 +33,7 @@ class ImageArrays:
     class_names: tuple[str, ...]
 
 
-class Dataset:
+class InMemoryDataset:
     """Training and evaluation images on the training device.
 
     Batches are normalised by the mean and standard deviation of each channel of the training images.
@@ -44,9 +45,9 @@ class Dataset:
         dtype: Floating type of the batches.
     """
 
-    def __init__(
-        self, arrays: ImageArrays, crop_flip: CropFlip, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    reads_files = False
+
+    def __init__(self, arrays: ImageArrays, crop_flip: CropFlip, device: torch.device, dtype: torch.dtype) -> None:
         self.class_names = arrays.class_names
         self.crop_flip = crop_flip
         self.dtype = dtype
@@ -82,18 +83,7 @@ class Dataset:
     def train_batches(
         self, sampler: SlotSampler, rank: int, num_ranks: int, first_iteration: int, last_iteration: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's slots, one after the other, iteration by iteration.
-
-        Args:
-            sampler: Which images make a slot; its `num_samples` is this data set's `num_train`.
-            rank: In [0, num_ranks).
-            num_ranks: Ranks that share each iteration.
-            first_iteration: Where to begin, >= 0.
-            last_iteration: Where to end, exclusive.
-
-        Yields:
-            Images (per_slot, C, H, W), normalised and augmented, and class indices (per_slot,) int64.
-        """
+        """This rank's slots, normalised and augmented; see `Dataset.train_batches`."""
         for iteration in range(first_iteration, last_iteration):
             for slot in sampler.local_slots(rank, num_ranks):
                 indices = torch.from_numpy(sampler.indices(iteration, slot)).to(self.train_images.device)
@@ -101,23 +91,25 @@ class Dataset:
                 yield self.crop_flip.apply(images, iteration, slot), self.train_labels[indices]
 
     def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the evaluation images; over all ranks each image comes exactly once.
-
-        Shares differ by at most one image and are empty for some ranks where there are more ranks than
-        images.
-
-        Args:
-            rank: In [0, num_ranks).
-            num_ranks: Ranks that share the evaluation.
-            batch_size: Most images of a batch, > 0; the last batch may be smaller.
-
-        Yields:
-            Images (n, C, H, W), normalised, and class indices (n,) int64, n >= 1.
-        """
-        first, last = (self.num_eval * edge // num_ranks for edge in (rank, rank + 1))
-        for start in range(first, last, batch_size):
-            stop = min(start + batch_size, last)
+        """This rank's share of the evaluation images; see `Dataset.eval_batches`."""
+        mine = share(self.num_eval, rank, num_ranks)
+        for start in range(mine.start, mine.stop, batch_size):
+            stop = min(start + batch_size, mine.stop)
             yield self._normalise(self.eval_images[start:stop]), self.eval_labels[start:stop]
+
+    def take_skipped(self) -> list[str]:
+        """Readers refuse damaged files, so nothing is left out."""
+        return []
+
+    def pictures(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Training images as they are stored, (H, W, C) each, the brightest value as 255."""
+        images = self.train_images[torch.from_numpy(indices).to(self.train_images.device)]
+        pixels = images.double() * (255 / int(self.train_images.max()))
+        return list(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Undo the normalisation, the brightest value as 1; see `Dataset.to_pixels`."""
+        return ((images * self._deviation + self._mean) / int(self.train_images.max())).clamp(0, 1)
 
     def _normalise(self, images: Tensor) -> Tensor:
         return (images.to(self.dtype) - self._mean) / self._deviation
@@ -135,9 +127,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     values = np.arange(256.0)
     # 256 counts a channel instead of a float64 copy of all pixels: exact, and small for any data set.
-    counts = np.stack(
-        [np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(images.shape[1])]
-    )
+    counts = np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(images.shape[1])])
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ values
     deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))

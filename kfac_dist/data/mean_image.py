@@ -2,8 +2,7 @@
 
 [mpirun -n P] python -m kfac_dist.data.mean_image DATA_ROOT --output FILE [--image-size 224]
 
-The ranks share the pictures; the sums are exact, so the file does not depend on their number. It carries the
-fingerprint of the training pictures, and training refuses a mean image of others.
+The ranks share the pictures; the sums are exact, so the file does not depend on their number.
 """
 
 from __future__ import annotations
@@ -21,58 +20,13 @@ from tqdm import tqdm
 from kfac_dist.communicator import Communicator, create_communicator, launch
 from kfac_dist.data.base import share
 from kfac_dist.data.folder import PictureFolder, list_pictures
+from kfac_dist.data.mean_file import save_mean_image
 from kfac_dist.data.pictures import PictureError, decode, read_picture
 from kfac_dist.data.views import upper_left_view
 from kfac_dist.errors import InputError
 
-_FORMAT = "kfac_dist mean image 1"
 _CHUNK = 64  # pictures between two looks at the progress bar
 _MOST_SKIPPED = 0.01
-
-
-def command_for(root: Path, output: str, side: int) -> str:
-    """The command line that makes a mean image."""
-    return f"python -m kfac_dist.data.mean_image {root} --output {output} --image-size {side}"
-
-
-def load_mean_image(path: Path, side: int, pictures: PictureFolder, root: Path) -> Tensor:
-    """Read a mean image and check that it belongs to the training pictures.
-
-    Args:
-        path: File that this module's command wrote.
-        side: Height and width that it must have.
-        pictures: All training pictures.
-        root: The data set's tree, for the message.
-
-    Returns:
-        (3, side, side) float64, on the scale of 0 ... 255.
-
-    Raises:
-        InputError: If the file is missing, damaged, of another size or of other pictures.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    remedy = f"make it with: {command_for(root, str(path), side)}"
-    if not path.is_file():
-        raise InputError(f"data.mean_image must be a file, got {path}, which is none: {remedy}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts, mean = file.metadata() or {}, file.get_tensor("mean")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"data.mean_image: {path} is not a mean image ({error}): {remedy}") from error
-    if facts.get("format") != _FORMAT:
-        raise InputError(f"data.mean_image: {path} is not a mean image of this program: {remedy}")
-    if mean.shape != (3, side, side):
-        made_for = mean.shape[-1]
-        raise InputError(
-            f"data.mean_image: {path} is for images of {made_for}x{made_for}, and data.image_size is {side}: {remedy}"
-        )
-    if facts.get("fingerprint") != pictures.fingerprint():
-        raise InputError(
-            f"data.mean_image: {path} is of other pictures ({facts.get('num_images')} of them) than the "
-            f"{len(pictures)} in {pictures.folder} (names and sizes of the files are compared): {remedy}"
-        )
-    return mean
 
 
 def compute_mean_image(
@@ -127,24 +81,6 @@ def compute_mean_image(
     return total / (len(pictures) - len(skipped)), skipped
 
 
-def save_mean_image(path: Path, mean: Tensor, pictures: PictureFolder) -> None:
-    """Write the file, complete or not at all.
-
-    Raises:
-        InputError: If it cannot be written.
-    """
-    from safetensors.torch import save
-
-    facts = {"format": _FORMAT, "fingerprint": pictures.fingerprint(), "num_images": str(len(pictures))}
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(save({"mean": mean}, metadata=facts))
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"--output: cannot write {path} ({error.strerror})") from error
-
-
 def _all_lines(communicator: Communicator, lines: list[str]) -> list[str]:
     gathered = communicator.gather_bytes("\n".join(lines).encode())
     return [line for part in gathered for line in part.decode().split("\n") if line]
@@ -170,9 +106,7 @@ def main() -> int:
             if options.image_size < 1 or workers < 1:
                 raise InputError("--image-size and --workers must be >= 1")
             pictures = list_pictures(options.root, "train")
-        mean, skipped = compute_mean_image(
-            pictures, options.image_size, communicator, workers, options.skip_damaged
-        )
+        mean, skipped = compute_mean_image(pictures, options.image_size, communicator, workers, options.skip_damaged)
         with communicator.agree():
             if communicator.is_main:
                 save_mean_image(options.output, mean, pictures)

@@ -65,7 +65,6 @@ class SyntheticDataset:
         """This rank's share of the evaluation images; see `Dataset.eval_batches`."""
         mine = share(self.num_eval, rank, num_ranks)
         for start in range(0, len(mine), batch_size):
-            # Counted on from the training images, so that none of them comes again.
             yield self._images(self.num_train + np.array(mine[start : start + batch_size]))
 
     def take_skipped(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from kfac_dist.errors import InputError
 from kfac_dist.models.batchnorm import SlotwiseBatchNorm
 from kfac_dist.models.cifar_resnet import CifarResNet
+from kfac_dist.models.residual import set_variant_, zero_last_gammas_
 from kfac_dist.models.small import alexnet32, digits_cnn
 
 __all__ = ["SlotwiseBatchNorm", "available_models", "create_model"]
@@ -28,7 +30,14 @@ def available_models() -> list[str]:
     return ["digits_cnn", *_CIFAR_RESNETS, "alexnet32", *_torchvision_classifiers()]
 
 
-def create_model(name: str, num_classes: int, image_shape: tuple[int, int, int], seed: int) -> nn.Module:
+def create_model(
+    name: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    seed: int,
+    variant: Literal["v1", "v1.5"] | None = None,
+    zero_init_last_gamma: bool = False,
+) -> nn.Module:
     """Build and initialise a network; the same weights for the same arguments, in float32 on the CPU.
 
     Weights of convolutions and linear layers are drawn from N(0, 2 / fan_in) (HeNormal) and their biases are
@@ -39,16 +48,29 @@ def create_model(name: str, num_classes: int, image_shape: tuple[int, int, int],
         num_classes: Outputs, > 0.
         image_shape: (channels, height, width) of the images.
         seed: Of the initial weights, >= 0.
+        variant: Where a bottleneck ResNet reduces the image: in the first 1x1 convolution of a stage (v1) or
+            in its 3x3 convolution (v1.5, as without this argument).
+        zero_init_last_gamma: Whether a ResNet's blocks start as the identity.
 
     Raises:
-        InputError: If there is no such model or it cannot take such images.
+        InputError: If there is no such model, it cannot take such images, or has no such variant.
     """
     build = _builder(name, num_classes, image_shape)
+    if variant is not None:
+        build = partial(_build_variant, build, name, variant)
     with torch.random.fork_rng(devices=[]):
         _check_takes_images(name, build, num_classes, image_shape)
         torch.manual_seed(seed)  # for what some torchvision models draw and `_initialise_` leaves alone
         model = build()
     _initialise_(model, torch.Generator().manual_seed(seed))
+    if zero_init_last_gamma:
+        zero_last_gammas_(model, name)
+    return model
+
+
+def _build_variant(build: Callable[[], nn.Module], name: str, variant: Literal["v1", "v1.5"]) -> nn.Module:
+    model = build()
+    set_variant_(model, name, variant)
     return model
 
 

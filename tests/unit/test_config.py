@@ -145,7 +145,7 @@ def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
             "optimizer.xyz is not a known key; known keys of optimizer: name, learning_rate,"
             " momentum, weight_decay",
         ),
-        ("model.xyz=1", "model.xyz is not a known key; known keys of model: name"),
+        ("model.xyz=1", "model.xyz is not a known key; known keys of model: name, variant, zero_init_last_gamma"),
         ("schedule.kind=constant", "schedule.power is not a known key; it belongs to another schedule.kind"),
         # types
         ("train.epochs=true", "train.epochs must be a number, got true"),

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 from kfac_dist.augment import CropFlip
 from kfac_dist.config import AugmentConfig, DataConfig
-from kfac_dist.data import Dataset, ImageArrays, SlotSampler, create_dataset
+from kfac_dist.data import ImageArrays, InMemoryDataset, SlotSampler, create_dataset
 from kfac_dist.data import cifar10 as cifar10_module
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.digits import read_digits
@@ -219,7 +219,7 @@ def arrays() -> ImageArrays:
 
 def test_train_batches_are_the_slots_normalised_and_augmented(arrays: ImageArrays) -> None:
     crop_flip = CropFlip(1, True, seed=5)
-    dataset = Dataset(arrays, crop_flip, CPU, torch.float64)
+    dataset = InMemoryDataset(arrays, crop_flip, CPU, torch.float64)
     assert (dataset.num_classes, dataset.image_shape, dataset.num_train, dataset.num_eval) == (
         4,
         (3, 6, 6),
@@ -243,7 +243,7 @@ def test_train_batches_are_the_slots_normalised_and_augmented(arrays: ImageArray
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 9])
 @pytest.mark.parametrize("batch_size", [2, 100])
 def test_eval_batches_have_every_image_once(arrays: ImageArrays, num_ranks: int, batch_size: int) -> None:
-    dataset = Dataset(arrays, CropFlip(1, True, seed=5), CPU, torch.float64)
+    dataset = InMemoryDataset(arrays, CropFlip(1, True, seed=5), CPU, torch.float64)
     mean = arrays.train_images.mean((0, 2, 3), keepdims=True)
     deviation = arrays.train_images.std((0, 2, 3), keepdims=True)
     batches = [

@@ -15,6 +15,8 @@ LAYERS = (
     "timing",
     "strict_yaml",
     "config_problems",
+    "config_base",
+    "config_data",
     "config",
     "communicator",
     "curvature",

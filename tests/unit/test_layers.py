@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.unit.small_net import assert_equal, backward, make_batch, make_kfac, make_net, train, weights
+from tests.unit.small_net import assert_equal, backward, make_batch, make_kfac, make_net, running, train, weights
 
 # Layers that are not covered -----------------------------------------------------------------------------
 
@@ -168,6 +168,18 @@ def test_a_batchnorm_layer_in_eval_mode_gets_the_plain_gradient_and_the_others_k
     assert moved == [False, False, True, True, False, False]
 
 
+def test_a_step_in_eval_mode_takes_the_plain_gradient_and_the_fisher_stays_due() -> None:
+    net = make_net()
+    optimizer = make_kfac(net, lr=0.25, momentum=0.0, refresh_interval=3)
+    net.eval()
+    before = weights(net)
+    train(net, optimizer)
+    assert_equal(weights(net), [b - 0.25 * p.grad for b, p in zip(before, net.parameters(), strict=True)])
+    net.train()
+    train(net, optimizer)
+    assert set(running(optimizer)) == {"0.A", "0.G", "1.F", "4.A", "4.G"}
+
+
 class WithUnused(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -179,11 +191,13 @@ class WithUnused(nn.Module):
         return self.net(x)
 
 
-def test_an_unused_layer_stays_as_it_is_and_the_others_do_not_notice() -> None:
+@pytest.mark.parametrize("refresh_interval", [1, 2])  # 2: parts of the buffer move, and find old values
+def test_an_unused_layer_stays_as_it_is_and_the_others_do_not_notice(refresh_interval: int) -> None:
+    settings = {"ema_decay": 0.5, "refresh_interval": refresh_interval}
     alone, model = make_net(), WithUnused(make_net())
     unused = weights(model.unused) + weights(model.unused_norm)
-    train(alone, make_kfac(alone, ema_decay=0.5), steps=3)
-    optimizer = make_kfac(model, ema_decay=0.5)
+    train(alone, make_kfac(alone, **settings), steps=3)
+    optimizer = make_kfac(model, **settings)
     train(model, optimizer, steps=3)
     assert_equal(weights(model.net), weights(alone))
     assert_equal(weights(model.unused) + weights(model.unused_norm), unused)

@@ -1,23 +1,37 @@
-"""train.py, but rank 1 fails in iteration 3 in the way that the first argument names, or before that."""
+"""train.py in which rank 1 fails in iteration 3, or before, in the way that the first argument names."""
 
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
-import train
 from mpi4py import MPI
-
-from kfac_dist.communicator import launch
-from kfac_dist.data import Dataset, SlotSampler
-from kfac_dist.errors import InputError
 
 FAILING_ITERATION = 3
 
-original_batches = Dataset.train_batches
+way = sys.argv.pop(1)
+is_failing_rank = MPI.COMM_WORLD.Get_rank() == 1
+if way == "missing folder" and is_failing_rank:
+    sys.argv.append("data.root=/nonexistent/svhn")
+if way == "missing package" and is_failing_rank:
+    sys.modules["yaml"] = None  # type: ignore[assignment]  # makes its import fail
+    print(f"failing at {time.time()}", flush=True)
+
+import train  # noqa: E402
+
+from kfac_dist.communicator import launch  # noqa: E402
+from kfac_dist.errors import InputError  # noqa: E402
+from kfac_dist.trainer import Trainer  # noqa: E402
+
+train_iteration = Trainer._train_iteration
 
 
-def fail(way: str) -> NoReturn:
+def failing_iteration(self: Trainer, iteration: int, *others: Any) -> None:
+    if is_failing_rank and iteration == FAILING_ITERATION:
+        fail()
+    train_iteration(self, iteration, *others)
+
+
+def fail() -> NoReturn:
     print(f"failing at {time.time()}", flush=True)
     if way == "exit 5":
         sys.exit(5)
@@ -28,20 +42,6 @@ def fail(way: str) -> NoReturn:
     raise RuntimeError("injected failure: disk on fire")
 
 
-def failing_batches(
-    self: Dataset, sampler: SlotSampler, rank: int, num_ranks: int, *iterations: int
-) -> Iterator[tuple[Any, Any]]:
-    num_slots = len(sampler.local_slots(rank, num_ranks))
-    for number, batch in enumerate(original_batches(self, sampler, rank, num_ranks, *iterations)):
-        if rank == 1 and number == FAILING_ITERATION * num_slots:
-            fail(way)
-        yield batch
-
-
-way = sys.argv.pop(1)
-if way == "missing folder":
-    if MPI.COMM_WORLD.Get_rank() == 1:
-        sys.argv.append("data.root=/nonexistent/svhn")
-else:
-    Dataset.train_batches = failing_batches  # type: ignore[method-assign]
+if way in ("exception", "exit 5", "exit 0", "input error"):
+    Trainer._train_iteration = failing_iteration  # type: ignore[method-assign]
 launch.run(train.main)
