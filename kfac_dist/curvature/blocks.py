@@ -6,7 +6,7 @@ Gradients travel flat: the parameters' gradients one behind the other.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,6 +17,7 @@ from kfac_dist.communicator.packing import triangle_numel
 from kfac_dist.curvature import batchnorm, factors, inverse
 from kfac_dist.curvature.assignment import Work, inversion_flops
 from kfac_dist.curvature.batchnorm import BatchNormForm
+from kfac_dist.curvature.inverse import Solver
 
 Matrices = dict[str, Tensor]
 
@@ -61,8 +62,8 @@ class Block(ABC):
         """What damping adds to each matrix's diagonals, (count,) by name."""
 
     @abstractmethod
-    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
-        """Apply the inverse of the damped Fisher to a flat gradient (num_values,), given the Cholesky factors."""
+    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
+        """Apply the inverse of the damped Fisher to a flat gradient (num_values,)."""
 
 
 class KroneckerBlock(Block):
@@ -105,12 +106,12 @@ class KroneckerBlock(Block):
         shift_A, shift_G = inverse.damping_shifts(matrices["A"], matrices["G"], damping)
         return {"A": shift_A, "G": shift_G}
 
-    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
         weight, bias = gradient.split([self.groups * self.rows * self.columns, self.has_bias * self.groups * self.rows])
         columns = [weight.view(self.groups, self.rows, self.columns)]
         if self.has_bias:
             columns.append(bias.view(self.groups, self.rows, 1))
-        solved = inverse.precondition_kronecker(torch.cat(columns, dim=2), cholesky["A"], cholesky["G"])
+        solved = inverse.precondition_kronecker(torch.cat(columns, dim=2), solvers["A"], solvers["G"])
         return torch.cat([part.flatten() for part in solved.split([self.columns, self.has_bias], dim=2)])
 
 
@@ -131,9 +132,9 @@ class BatchNormBlock(Block):
         fisher = matrices["F"]
         return {"F": fisher.new_full((fisher.shape[0],), damping)}
 
-    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
         vectors = batchnorm.split_gradient(gradient, self.form)
-        return batchnorm.join_gradient(inverse.precondition_vectors(vectors, cholesky["F"]), self.form)
+        return batchnorm.join_gradient(inverse.precondition_vectors(vectors, solvers["F"]), self.form)
 
 
 class PlainBlock(Block):
@@ -155,7 +156,7 @@ class PlainBlock(Block):
     def shifts(self, matrices: Matrices, damping: float) -> Matrices:
         return {}
 
-    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
         return gradient
 
 

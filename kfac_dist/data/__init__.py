@@ -43,9 +43,7 @@ _DESCRIPTIONS = {
 def describe_dataset(data: DataConfig) -> DatasetDescription:
     """Sizes of the data set that a configuration names, as published; reads no files."""
     description = _DESCRIPTIONS[data.name]
-    return replace(
-        description, num_train=min(description.num_train, data.train_limit or description.num_train)
-    )
+    return replace(description, num_train=min(description.num_train, data.train_limit or description.num_train))
 
 
 def create_dataset(

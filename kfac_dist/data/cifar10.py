@@ -76,10 +76,7 @@ def _read_batch(path: Path, published_md5: str) -> tuple[np.ndarray, np.ndarray]
         ) from error
     # A shortened copy has no published sum; a batch of full length that differs from the published one is
     # damaged.
-    if (
-        len(labels) == _WHOLE_BATCH
-        and hashlib.md5(content, usedforsecurity=False).hexdigest() != published_md5
-    ):
+    if len(labels) == _WHOLE_BATCH and hashlib.md5(content, usedforsecurity=False).hexdigest() != published_md5:
         raise InputError(f"{path} must have the MD5 sum {published_md5}, and has not: unpack {URL} again")
     return images, labels
 

@@ -74,9 +74,7 @@ class ThreadDecoder:
             for requests in batches:
                 shape = (len(requests), 3, self.side, self.side)
                 images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-                tasks = [
-                    pool.submit(fill, image, request) for image, request in zip(images, requests, strict=True)
-                ]
+                tasks = [pool.submit(fill, image, request) for image, request in zip(images, requests, strict=True)]
                 ahead.append((requests, images, tasks))
                 if len(ahead) > BATCHES_AHEAD:
                     yield _finish(*ahead.popleft())
@@ -96,8 +94,6 @@ def fill(image: Tensor, request: Request) -> PictureError | None:
     return None
 
 
-def _finish(
-    requests: list[Request], images: Tensor, tasks: list[Future[PictureError | None]]
-) -> DecodedBatch:
+def _finish(requests: list[Request], images: Tensor, tasks: list[Future[PictureError | None]]) -> DecodedBatch:
     results = [task.result() for task in tasks]
     return DecodedBatch(requests, images, {place: e for place, e in enumerate(results) if e is not None})

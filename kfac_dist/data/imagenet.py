@@ -44,9 +44,7 @@ class Normalisation:
     @classmethod
     def by_channel(cls) -> Normalisation:
         """Today's standard: mean and standard deviation of each channel."""
-        mean, deviation = (
-            torch.tensor(values, dtype=torch.float64) for values in (CHANNEL_MEAN, CHANNEL_DEVIATION)
-        )
+        mean, deviation = (torch.tensor(values, dtype=torch.float64) for values in (CHANNEL_MEAN, CHANNEL_DEVIATION))
         return cls(mean[:, None, None], deviation[:, None, None])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Normalisation:
@@ -188,8 +186,7 @@ class FolderDataset:
         if not any(good):
             raise batch.problems[0]
         return [
-            next((place + step) % size for step in range(size) if good[(place + step) % size])
-            for place in range(size)
+            next((place + step) % size for step in range(size) if good[(place + step) % size]) for place in range(size)
         ]
 
     def _is_good(self, batch: DecodedBatch, place: int) -> bool:

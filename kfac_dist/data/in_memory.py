@@ -44,9 +44,7 @@ class Dataset:
         dtype: Floating type of the batches.
     """
 
-    def __init__(
-        self, arrays: ImageArrays, crop_flip: CropFlip, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, arrays: ImageArrays, crop_flip: CropFlip, device: torch.device, dtype: torch.dtype) -> None:
         self.class_names = arrays.class_names
         self.crop_flip = crop_flip
         self.dtype = dtype
@@ -135,9 +133,7 @@ def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     values = np.arange(256.0)
     # 256 counts a channel instead of a float64 copy of all pixels: exact, and small for any data set.
-    counts = np.stack(
-        [np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(images.shape[1])]
-    )
+    counts = np.stack([np.bincount(images[:, channel].ravel(), minlength=256) for channel in range(images.shape[1])])
     shares = counts / counts.sum(axis=1, keepdims=True)
     mean = shares @ values
     deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))

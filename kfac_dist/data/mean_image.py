@@ -170,9 +170,7 @@ def main() -> int:
             if options.image_size < 1 or workers < 1:
                 raise InputError("--image-size and --workers must be >= 1")
             pictures = list_pictures(options.root, "train")
-        mean, skipped = compute_mean_image(
-            pictures, options.image_size, communicator, workers, options.skip_damaged
-        )
+        mean, skipped = compute_mean_image(pictures, options.image_size, communicator, workers, options.skip_damaged)
         with communicator.agree():
             if communicator.is_main:
                 save_mean_image(options.output, mean, pictures)

@@ -46,15 +46,12 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
         content = loadmat(path, variable_names=["X", "y"])
         images, labels = content["X"], content["y"].ravel()
         if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)) or len(labels) == 0:
-            raise ValueError(
-                f"X {images.dtype} {images.shape} and y {labels.shape} are not images and their labels"
-            )
+            raise ValueError(f"X {images.dtype} {images.shape} and y {labels.shape} are not images and their labels")
         if labels.min() < 1 or labels.max() > 10:
             raise ValueError("labels outside 1 ... 10")
     except Exception as error:  # a damaged file fails in any way inside the parser
         raise InputError(
-            f"{path} is not an SVHN file ({error!r}): it is truncated or damaged, "
-            f"fetch {URL}/{path.name} again"
+            f"{path} is not an SVHN file ({error!r}): it is truncated or damaged, fetch {URL}/{path.name} again"
         ) from error
     digits = labels.astype(np.int64) % 10  # the file counts 1 ... 10, with 10 for the digit 0
     return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), digits

@@ -99,10 +99,7 @@ class Views:
         mirrored = generator.random(num_images) < (0.5 if self.flip else 0.0)
         places = generator.random((num_images, 2))
         if self.preprocessing == "paper":
-            return [
-                _paper_view(self.side, place, bool(mirror))
-                for place, mirror in zip(places, mirrored, strict=True)
-            ]
+            return [_paper_view(self.side, place, bool(mirror)) for place, mirror in zip(places, mirrored, strict=True)]
         shapes = generator.random((num_images, _ATTEMPTS, 2))
         return [
             _random_resized_view(self.side, place, shape, bool(mirror))

@@ -39,9 +39,7 @@ class SlotwiseBatchNorm:
             if not module.track_running_stats:
                 continue
             if module.momentum is None:
-                raise InputError(
-                    f"BatchNorm layer {name}: momentum must be a number, got None: set it, such as to 0.1"
-                )
+                raise InputError(f"BatchNorm layer {name}: momentum must be a number, got None: set it, such as to 0.1")
             self._layers.append((module, module.momentum))
 
     def before_slot(self, slot_index: int, num_slots: int) -> None:

@@ -38,9 +38,7 @@ class ResidualBlock(nn.Module):
         if self.stride == 1 and self.added_channels == 0:
             return x
         before = self.added_channels // 2
-        return F.pad(
-            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added_channels - before)
-        )
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.added_channels - before))
 
 
 class CifarResNet(nn.Module):
@@ -73,6 +71,4 @@ class CifarResNet(nn.Module):
 
 def _stage(in_channels: int, out_channels: int, stride: int, num_blocks: int) -> nn.Sequential:
     first = ResidualBlock(in_channels, out_channels, stride)
-    return nn.Sequential(
-        first, *(ResidualBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1))
-    )
+    return nn.Sequential(first, *(ResidualBlock(out_channels, out_channels, 1) for _ in range(num_blocks - 1)))

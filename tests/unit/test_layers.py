@@ -93,7 +93,7 @@ def test_a_step_that_only_creates_state_changes_nothing_else(
     gradient: str, lr: float, optimizer_settings: dict[str, Any]
 ) -> None:
     net = make_net()
-    settings = {"lr": 0.1, "ema_decay": 0.5, "refresh_interval": 2, **optimizer_settings}
+    settings = {"lr": 0.1, "ema_decay": 0.5, "refresh": 2, **optimizer_settings}
     optimizer = make_kfac(net, **settings)
     before = weights(net)
     if gradient == "zero":
