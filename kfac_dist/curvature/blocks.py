@@ -18,6 +18,7 @@ from kfac_dist.curvature import batchnorm, factors, inverse
 from kfac_dist.curvature.assignment import Work, inversion_flops
 from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.inverse import Solver
+from kfac_dist.errors import InputError
 
 Matrices = dict[str, Tensor]
 
@@ -173,7 +174,14 @@ def create_blocks(
 
     Returns:
         Blocks; each trained parameter of the model is in exactly one.
+
+    Raises:
+        InputError: If a pattern matches no module.
     """
+    names = [name for name, _ in model.named_modules()]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"skip must hold patterns of the model's module names, got {pattern!r}, which fits none")
     wanted = {id(parameter) for parameter in trained}
     uses = _count_owners(model)
     claimed: set[int] = set()

@@ -107,7 +107,7 @@ def test_a_step_that_only_creates_state_changes_nothing_else(
     assert set(optimizer.state) == set(net.parameters())
     state = optimizer.state_dict()["kfac"]
     assert state["iteration"] == 0
-    assert all(not block["running"] and not block["cholesky"] for block in state["blocks"].values())
+    assert all(not block["running"] and not block["solvers"] for block in state["blocks"].values())
 
     fresh = make_net()
     train(fresh, make_kfac(fresh, **settings), steps=3)
@@ -274,3 +274,8 @@ def test_a_sample_without_a_batch_dimension_is_a_batch_of_one(layer: str) -> Non
         results.append(weights(model))
     for batched_weight, weight in zip(*results, strict=True):
         torch.testing.assert_close(weight, batched_weight, rtol=1e-12, atol=1e-14)
+
+
+def test_a_pattern_that_fits_no_module_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"skip must hold patterns .* got 'head\*', which fits none"):
+        make_kfac(make_net(), skip=["0", "head*"])

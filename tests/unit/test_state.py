@@ -128,7 +128,7 @@ def test_training_on_does_not_change_the_loaded_state() -> None:
     resumed.load_state_dict(saved)
     train(net, resumed, steps=2)
     for name, block in untouched["kfac"]["blocks"].items():
-        for kind in ("running", "cholesky"):
+        for kind in ("running", "solvers"):
             for matrix, value in block[kind].items():
                 assert torch.equal(saved["kfac"]["blocks"][name][kind][matrix], value)
         assert saved["kfac"]["blocks"][name]["num_averaged"] == block["num_averaged"]
@@ -142,7 +142,7 @@ def kfac_tensors(state: dict[str, Any]) -> list[Tensor]:
     return [
         value
         for block in state["kfac"]["blocks"].values()
-        for kind in ("running", "cholesky")
+        for kind in ("running", "solvers")
         for value in block[kind].values()
     ]
 
