@@ -68,7 +68,7 @@ def test_uncovered_layers_are_listed_with_the_reason_and_get_the_plain_gradient(
 
 @pytest.mark.parametrize(
     ("patterns", "skipped"),
-    [(["0"], {"0"}), (["4"], {"4"}), (["[01]"], {"0", "1"}), (["*"], {"0", "1", "4"}), (["x*"], set()), ([], set())],
+    [(["0"], {"0"}), (["4"], {"4"}), (["[01]"], {"0", "1"}), (["*"], {"0", "1", "4"}), ([], set())],
 )
 def test_skip_patterns(patterns: list[str], skipped: set[str]) -> None:
     net = make_net()
