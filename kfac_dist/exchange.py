@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kfac_dist.communicator.packing import FlatBuffer, Part, triangle_numel
 from kfac_dist.curvature.blocks import Block
-from kfac_dist.curvature.capture import StatisticKey
+from kfac_dist.curvature.staleness import StatisticKey
 
 GRADIENT = "gradient"
 
@@ -18,8 +18,7 @@ class Exchange:
     Stage 3 carries, for each owner, its blocks' packed matrices that are due and their gradients; stage 6 the
     preconditioned gradients. Where several ranks own a block each of them contributes an equal share of stage 6.
 
-    Attributes:
-        updates: The buffer of stage 6.
+    Where Diff is asked for, its owner adds one value for each refreshed matrix to stage 6.
     """
 
     def __init__(
@@ -34,29 +33,16 @@ class Exchange:
         self._num_ranks = num_ranks
         numel = sum(part.numel for part in self._statistics_parts(every_statistic(blocks)))
         self._statistics_storage = torch.zeros(numel, dtype=dtype, device=device)
-        parts = [
-            Part(block.name, rank, end - begin)
-            for block, ranks in self._blocks
-            for rank, begin, end in _equal_shares(ranks, block.num_values)
-        ]
-        storage = torch.zeros(sum(part.numel for part in parts), dtype=dtype, device=device)
-        self.updates = FlatBuffer(parts, num_ranks, storage)
+        numel = sum(part.numel for part in self._updates_parts(every_statistic(blocks)))
+        self._updates_storage = torch.zeros(numel, dtype=dtype, device=device)
 
     def statistics(self, due: Sequence[StatisticKey]) -> FlatBuffer:
         """The buffer of stage 3 when these statistics are due; keys are those and (block name, GRADIENT)."""
         return FlatBuffer(self._statistics_parts(due), self._num_ranks, self._statistics_storage)
 
-    def write_update(self, block: Block, ranks: Sequence[int], rank: int, direction: Tensor) -> None:
-        """Put this rank's share of a block's 𝒢 (num_values,) into the buffer of stage 6."""
-        for owner, begin, end in _equal_shares(ranks, block.num_values):
-            if owner == rank:
-                self.updates.part(block.name, rank).copy_(direction[begin:end])
-
-    def directions(self, block: Block) -> list[Tensor]:
-        """𝒢 of each of the block's parameters; views of the gathered buffer where one rank owns the block."""
-        pieces = self.updates.copies(block.name)
-        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return [view.to(p.dtype) for p, view in zip(block.parameters, parameter_views(flat, block), strict=True)]
+    def updates(self, with_change: Sequence[StatisticKey] = ()) -> FlatBuffer:
+        """The buffer of stage 6; keys are block names, and the statistics whose Diff travels along."""
+        return FlatBuffer(self._updates_parts(with_change), self._num_ranks, self._updates_storage)
 
     def _statistics_parts(self, due: Iterable[StatisticKey]) -> list[Part]:
         due = set(due)
@@ -70,6 +56,31 @@ class Exchange:
             numels[block.name, GRADIENT] = block.num_values
             parts += [Part(key, rank, numel) for rank in ranks for key, numel in numels.items()]
         return parts
+
+    def _updates_parts(self, with_change: Iterable[StatisticKey]) -> list[Part]:
+        with_change = set(with_change)
+        parts = []
+        for block, ranks in self._blocks:
+            parts += [
+                Part(block.name, rank, end - begin) for rank, begin, end in _equal_shares(ranks, block.num_values)
+            ]
+            keys = every_statistic([block])
+            parts += [Part(key, ranks[0], 1) for key in keys if key in with_change]
+        return parts
+
+
+def write_update(updates: FlatBuffer, block: Block, ranks: Sequence[int], rank: int, direction: Tensor) -> None:
+    """Put this rank's share of a block's 𝒢 (num_values,) into the buffer of stage 6."""
+    for owner, begin, end in _equal_shares(ranks, block.num_values):
+        if owner == rank:
+            updates.part(block.name, rank).copy_(direction[begin:end])
+
+
+def read_update(updates: FlatBuffer, block: Block) -> list[Tensor]:
+    """𝒢 of each of the block's parameters; views of the gathered buffer where one rank owns the block."""
+    pieces = updates.copies(block.name)
+    flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return [view.to(p.dtype) for p, view in zip(block.parameters, parameter_views(flat, block), strict=True)]
 
 
 def every_statistic(blocks: Iterable[Block]) -> list[StatisticKey]:

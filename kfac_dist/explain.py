@@ -60,7 +60,7 @@ def _layer_table(blocks: list[Block], num_ranks: int) -> list[str]:
         )  # fmt: skip
     exchange = Exchange(blocks, owners, num_ranks, torch.float32, torch.device("meta"))
     refresh, stale = (exchange.statistics(keys).data for keys in (every_statistic(blocks), []))
-    updates = exchange.updates.data
+    updates = exchange.updates().data
     loads = [
         sum(work.flops for work, ranks in zip(works, owners, strict=True) if rank in ranks) for rank in range(num_ranks)
     ]

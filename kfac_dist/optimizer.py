@@ -9,12 +9,21 @@ from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator, create_communicator
 from kfac_dist.communicator.packing import unpack_symmetric
-from kfac_dist.curvature.assignment import assign_owners
+from kfac_dist.curvature.assignment import assign_owners, inversion_flops
 from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, block_work, create_blocks
-from kfac_dist.curvature.capture import Capture, StatisticKey
+from kfac_dist.curvature.capture import Capture
+from kfac_dist.curvature.staleness import IntervalRefresh, RefreshSchedule, StatisticKey
 from kfac_dist.curvature.state import BlockCurvature, refresh_inverses
-from kfac_dist.exchange import GRADIENT, Exchange, add_weight_decay, every_statistic, flatten_gradients
+from kfac_dist.exchange import (
+    GRADIENT,
+    Exchange,
+    add_weight_decay,
+    every_statistic,
+    flatten_gradients,
+    read_update,
+    write_update,
+)
 from kfac_dist.timing import StageTimer
 from kfac_dist.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
 
@@ -36,6 +45,7 @@ class KFAC(torch.optim.Optimizer):
         owners: For each block the ranks that own it.
         num_retries: Factorisations on this rank that needed more damping, so far.
         num_kept_inverses: Refreshes on this rank that failed for good and kept the previous inverse, so far.
+        changes: Diff of each matrix that the last step refreshed, the same on every rank; empty if not tracked.
     """
 
     def __init__(
@@ -52,9 +62,10 @@ class KFAC(torch.optim.Optimizer):
         weight_rescaling: WeightRescaling = "off",
         batchnorm: BatchNormForm = "diagonal",
         ema_decay: float | None = None,
-        refresh_interval: int = 1,
+        refresh: RefreshSchedule | int = 1,
         accumulation_steps: int = 1,
         skip: Sequence[str] = (),
+        track_changes: bool = False,
         timer: StageTimer | None = None,
     ) -> None:
         """Hook the model's layers and share them out; collective.
@@ -72,9 +83,11 @@ class KFAC(torch.optim.Optimizer):
             weight_rescaling: Eq. 18 for weights of Linear and convolution layers: "always", "cap" or "off".
             batchnorm: Form of the BatchNorm Fisher: "full", "unit" or "diagonal".
             ema_decay: Share of the old Fisher in its running average; None (the paper) keeps the newest only.
-            refresh_interval: Iterations from one refresh of the Fisher to the next.
+            refresh: Iterations from one refresh of the Fisher to the next, or a schedule from
+                `kfac_dist.curvature.staleness`.
             accumulation_steps: Backward passes for each `step`; divide each loss by this number, as usual.
             skip: Shell-style patterns of module names that shall get the plain gradient.
+            track_changes: Keep Diff (Eq. 19) of each refreshed matrix in `changes`; an adaptive schedule always does.
             timer: Charged with the stages' seconds.
 
         Raises:
@@ -93,7 +106,10 @@ class KFAC(torch.optim.Optimizer):
         super().__init__(params, defaults)
         _check_choice("batchnorm", batchnorm, ("full", "unit", "diagonal"))
         _check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
-        _check("refresh_interval", _is_count(refresh_interval), refresh_interval, "an integer ≥ 1")
+        if not isinstance(refresh, RefreshSchedule):
+            _check("refresh", _is_count(refresh), refresh, "an integer ≥ 1 or a RefreshSchedule")
+            interval = refresh
+            refresh = IntervalRefresh(lambda iteration: interval)
         _check("accumulation_steps", _is_count(accumulation_steps), accumulation_steps, "an integer ≥ 1")
         _check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
         self.communicator = communicator if communicator is not None else create_communicator()
@@ -101,7 +117,9 @@ class KFAC(torch.optim.Optimizer):
         self.num_retries = 0
         self.num_kept_inverses = 0
         self._ema_decay = ema_decay
-        self._refresh_interval = refresh_interval
+        self._refresh = refresh
+        self._track_changes = track_changes or refresh.needs_changes
+        self.changes: dict[StatisticKey, float] = {}
         self._timer = timer or StageTimer()
         self._iteration = 0
 
@@ -114,6 +132,7 @@ class KFAC(torch.optim.Optimizer):
         _check("params", not foreign, f"others too, of shapes {foreign}", "parameters of the model")
         self._rescaled = {id(weight) for weight in rescaled_weights(model)}
         self.owners = assign_owners([block_work(block) for block in self.blocks], self.communicator.size)
+        self._first_owner = {block.name: ranks[0] for block, ranks in zip(self.blocks, self.owners, strict=True)}
         self._owned = {
             block.name: BlockCurvature(block)
             for block, ranks in zip(self.blocks, self.owners, strict=True)
@@ -122,6 +141,7 @@ class KFAC(torch.optim.Optimizer):
         self._device = trained[0].device
         self._exchange = Exchange(self.blocks, self.owners, self.communicator.size, self._dtype, self._device)
         self._index_groups()
+        self._refresh.plan_for(_refresh_costs(self.blocks))
         self._capture = Capture(self.blocks)
         self._begin_iteration()
         for tensor in (*model.parameters(), *model.buffers()):
@@ -154,11 +174,11 @@ class KFAC(torch.optim.Optimizer):
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
-            updates = self._exchange.updates
-            self.communicator.all_gather_v(updates.data, updates.counts)
+            self.communicator.all_gather_v(self._updates.data, self._updates.counts)
         with self._timer.stage("update"):
             self._update_parameters()
         if present or not self._statistic_keys:  # statistics that are due but that no rank captured stay due
+            self._record_refresh(present)
             self._iteration += 1
         self._begin_iteration()
         return loss
@@ -207,10 +227,18 @@ class KFAC(torch.optim.Optimizer):
             statistic = unpack_symmetric(packed, *curvature.block.stacks[matrix])
             if present[name] < size:  # the average was taken over all ranks, some of which had nothing to give
                 statistic *= size / present[name]
+            if self._track_changes and self._is_first_owner(name):
+                change = curvature.change(matrix, statistic, self._ema_decay)
+                self._updates.part((name, matrix), rank).copy_(change)
             curvature.average(matrix, statistic, self._ema_decay)
             refreshed.setdefault(name, []).append(matrix)
         curvatures = [self._owned[name] for name in refreshed]
-        report = refresh_inverses(curvatures, [self._damping(c.block) for c in curvatures], refreshed)
+        report = refresh_inverses(
+            curvatures,
+            [self._damping(curvature.block) for curvature in curvatures],
+            refreshed,
+            lambda key: self._refresh.expected_interval(key, self._iteration),
+        )
         self.num_retries += report.num_retries
         self.num_kept_inverses += report.num_kept
 
@@ -222,14 +250,14 @@ class KFAC(torch.optim.Optimizer):
                 gradient = self._statistics.part((block.name, GRADIENT), rank)
                 add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
                 direction = self._owned[block.name].precondition(gradient)
-                self._exchange.write_update(block, ranks, rank, direction)
+                write_update(self._updates, block, ranks, rank, direction)
 
     def _update_parameters(self) -> None:
         """Stage 6: every rank applies Eq. 17 and 18 to all parameters."""
         directions = {
             id(parameter): direction
             for block in self.blocks
-            for parameter, direction in zip(block.parameters, self._exchange.directions(block), strict=True)
+            for parameter, direction in zip(block.parameters, read_update(self._updates, block), strict=True)
         }
         for group in self.param_groups:
             weights = [parameter for parameter in group["params"] if id(parameter) in directions]
@@ -241,6 +269,19 @@ class KFAC(torch.optim.Optimizer):
                 group["weight_rescaling"],
                 [velocities[number] for number in rescaled],
             )
+
+    def _record_refresh(self, present: Mapping[str, int]) -> None:
+        """Tell the schedule, the same on every rank, what was refreshed and by how much it changed."""
+        changes = dict.fromkeys(self._statistic_keys, float("inf"))
+        known = [key for key in changes if key[0] in present]
+        if self._track_changes and known:
+            values = torch.cat([self._updates.copies(key)[0] for key in known]).tolist()  # one copy from the device
+            changes |= dict(zip(known, values, strict=True))
+        self.changes = changes if self._track_changes else {}
+        self._refresh.record(self._iteration, changes)
+
+    def _is_first_owner(self, name: str) -> bool:
+        return self._first_owner[name] == self.communicator.rank
 
     def _velocity(self, parameter: Parameter) -> Tensor:
         state = self.state[parameter]
@@ -258,9 +299,9 @@ class KFAC(torch.optim.Optimizer):
 
     def _begin_iteration(self) -> None:
         """Decide from the iteration alone, as every rank does alike, which statistics the next step refreshes."""
-        due = self._iteration % self._refresh_interval == 0
-        self._statistic_keys: list[StatisticKey] = every_statistic(self.blocks) if due else []
+        self._statistic_keys = self._refresh.due(every_statistic(self.blocks), self._iteration)
         self._statistics = self._exchange.statistics(self._statistic_keys)
+        self._updates = self._exchange.updates(self._statistic_keys if self._track_changes else ())
         self._begin_capture()
 
     def _begin_capture(self) -> None:
@@ -312,14 +353,8 @@ class KFAC(torch.optim.Optimizer):
         state = super().state_dict()
         state[_STATE_KEY] = {
             "iteration": self._iteration,
-            "blocks": {
-                name: {
-                    "running": dict(curvature.running),
-                    "cholesky": dict(curvature.cholesky),
-                    "num_averaged": dict(curvature.num_averaged),
-                }
-                for name, curvature in self._owned.items()
-            },
+            "refresh": self._refresh.state_dict(),
+            "blocks": {name: curvature.state_dict() for name, curvature in self._owned.items()},
         }
         return state
 
@@ -342,16 +377,17 @@ class KFAC(torch.optim.Optimizer):
         super().load_state_dict(state)
         self._index_groups()
         for name, curvature in self._owned.items():
-            saved = curvature_state["blocks"][name]
-            curvature.running = {
-                key: value.to(self._device, self._dtype, copy=True) for key, value in saved["running"].items()
-            }
-            curvature.cholesky = {
-                key: value.to(self._device, self._dtype, copy=True) for key, value in saved["cholesky"].items()
-            }
-            curvature.num_averaged = dict(saved["num_averaged"])
+            curvature.load_state_dict(curvature_state["blocks"][name], self._device, self._dtype)
         self._iteration = int(curvature_state["iteration"])
+        self._refresh.load_state_dict(curvature_state["refresh"])
         self._begin_iteration()
+
+
+def _refresh_costs(blocks: Sequence[Block]) -> dict[StatisticKey, float]:
+    """Operations of factorising each matrix."""
+    return {
+        (block.name, matrix): inversion_flops([stack], 0) for block in blocks for matrix, stack in block.stacks.items()
+    }
 
 
 def _check(name: str, allowed: bool, value: object, rule: str) -> None:

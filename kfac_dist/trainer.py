@@ -274,7 +274,7 @@ def create_optimizer(
         weight_rescaling=config.weight_rescaling,
         batchnorm=config.kfac.batchnorm,
         ema_decay=config.kfac.ema_decay,
-        refresh_interval=config.kfac.refresh.interval,
+        refresh=config.kfac.refresh.interval,
         accumulation_steps=accumulation_steps,
         skip=config.kfac.skip,
         timer=timer,

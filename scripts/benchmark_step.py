@@ -42,7 +42,7 @@ def step_function(work: str, name: str, device: torch.device, timer: StageTimer)
     communicator = create_communicator("reduce")
     if name == "kfac":
         optimizer: KFAC | SGD = KFAC(
-            model, communicator, lr=1e-4, damping=0.03, refresh_interval=2, ema_decay=0.9, timer=timer
+            model, communicator, lr=1e-4, damping=0.03, refresh=2, ema_decay=0.9, timer=timer
         )
     else:
         optimizer = SGD(model, communicator, lr=1e-4, timer=timer)

@@ -6,7 +6,7 @@ Gradients travel flat: the parameters' gradients one behind the other.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -17,6 +17,8 @@ from kfac_dist.communicator.packing import triangle_numel
 from kfac_dist.curvature import batchnorm, factors, inverse
 from kfac_dist.curvature.assignment import Work, inversion_flops
 from kfac_dist.curvature.batchnorm import BatchNormForm
+from kfac_dist.curvature.inverse import Solver
+from kfac_dist.errors import InputError
 
 Matrices = dict[str, Tensor]
 
@@ -61,8 +63,8 @@ class Block(ABC):
         """What damping adds to each matrix's diagonals, (count,) by name."""
 
     @abstractmethod
-    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
-        """Apply the inverse of the damped Fisher to a flat gradient (num_values,), given the Cholesky factors."""
+    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
+        """Apply the inverse of the damped Fisher to a flat gradient (num_values,)."""
 
 
 class KroneckerBlock(Block):
@@ -105,12 +107,12 @@ class KroneckerBlock(Block):
         shift_A, shift_G = inverse.damping_shifts(matrices["A"], matrices["G"], damping)
         return {"A": shift_A, "G": shift_G}
 
-    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
         weight, bias = gradient.split([self.groups * self.rows * self.columns, self.has_bias * self.groups * self.rows])
         columns = [weight.view(self.groups, self.rows, self.columns)]
         if self.has_bias:
             columns.append(bias.view(self.groups, self.rows, 1))
-        solved = inverse.precondition_kronecker(torch.cat(columns, dim=2), cholesky["A"], cholesky["G"])
+        solved = inverse.precondition_kronecker(torch.cat(columns, dim=2), solvers["A"], solvers["G"])
         return torch.cat([part.flatten() for part in solved.split([self.columns, self.has_bias], dim=2)])
 
 
@@ -131,9 +133,9 @@ class BatchNormBlock(Block):
         fisher = matrices["F"]
         return {"F": fisher.new_full((fisher.shape[0],), damping)}
 
-    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
         vectors = batchnorm.split_gradient(gradient, self.form)
-        return batchnorm.join_gradient(inverse.precondition_vectors(vectors, cholesky["F"]), self.form)
+        return batchnorm.join_gradient(inverse.precondition_vectors(vectors, solvers["F"]), self.form)
 
 
 class PlainBlock(Block):
@@ -155,7 +157,7 @@ class PlainBlock(Block):
     def shifts(self, matrices: Matrices, damping: float) -> Matrices:
         return {}
 
-    def precondition(self, gradient: Tensor, cholesky: Matrices) -> Tensor:
+    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
         return gradient
 
 
@@ -172,7 +174,14 @@ def create_blocks(
 
     Returns:
         Blocks; each trained parameter of the model is in exactly one.
+
+    Raises:
+        InputError: If a pattern matches no module.
     """
+    names = [name for name, _ in model.named_modules()]
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"skip must hold patterns of the model's module names, got {pattern!r}, which fits none")
     wanted = {id(parameter) for parameter in trained}
     uses = _count_owners(model)
     claimed: set[int] = set()

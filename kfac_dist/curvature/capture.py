@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from kfac_dist.communicator.packing import pack_symmetric
 from kfac_dist.curvature.blocks import Block
-
-StatisticKey = tuple[str, str]  # (block name, matrix name)
+from kfac_dist.curvature.staleness import StatisticKey
 
 
 class Capture:

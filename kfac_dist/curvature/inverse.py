@@ -5,11 +5,14 @@
     pi       balance of the damping between A and G
     L        lower Cholesky factor of a damped matrix
 
-A damped matrix is kept as its Cholesky factor: solving with it costs what multiplying by the inverse would.
+A matrix that is refreshed soon is kept as its Cholesky factor: solving with it takes as many operations as multiplying
+by the inverse, which costs twice as many again as the factor to form. A matrix that serves many iterations is kept as
+its inverse, because products run faster than triangular solves.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -99,31 +102,52 @@ def batched_cholesky(stacks: Sequence[Tensor], shifts: Sequence[Tensor]) -> list
     return [results[index] for index in range(len(stacks))]
 
 
-def precondition_kronecker(gradient: Tensor, L_A: Tensor, L_G: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Solver:
+    """A damped stack of matrices in the form that it is solved with.
+
+    Attributes:
+        matrix: (k, n, n), lower Cholesky factors or inverses.
+        is_inverse: Which of the two.
+    """
+
+    matrix: Tensor
+    is_inverse: bool = False
+
+    def inverted(self) -> "Solver":
+        """The same matrices as explicit inverses."""
+        return self if self.is_inverse else Solver(torch.cholesky_inverse(self.matrix), is_inverse=True)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Inverse times `right`, (k, n, m)."""
+        return torch.bmm(self.matrix, right) if self.is_inverse else torch.cholesky_solve(right, self.matrix)
+
+
+def precondition_kronecker(gradient: Tensor, A: Solver, G: Solver) -> Tensor:
     """G⁻¹ ∇L A⁻¹ for a layer's weight matrices.
 
     Args:
         gradient: (k, m, n), the weight's gradient, bias as the last column; k groups.
-        L_A: (k, n, n), Cholesky factors of the damped A.
-        L_G: (k, m, m), likewise of G.
+        A: Solver of the damped A, (k, n, n).
+        G: Likewise of G, (k, m, m).
 
     Returns:
         (k, m, n).
     """
-    return torch.cholesky_solve(torch.cholesky_solve(gradient, L_G).mT, L_A).mT
+    return A.solve(G.solve(gradient).mT).mT
 
 
-def precondition_vectors(gradient: Tensor, L: Tensor) -> Tensor:
+def precondition_vectors(gradient: Tensor, F: Solver) -> Tensor:
     """F⁻¹ ∇L for a stack of independent blocks.
 
     Args:
         gradient: (k, n).
-        L: (k, n, n), Cholesky factors of the damped F.
+        F: Solver of the damped F, (k, n, n).
 
     Returns:
         (k, n).
     """
-    return torch.cholesky_solve(gradient[..., None], L)[..., 0]
+    return F.solve(gradient[..., None])[..., 0]
 
 
 def _mean_diagonal(stack: Tensor) -> Tensor:

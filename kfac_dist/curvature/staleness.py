@@ -42,17 +42,29 @@ def eq21_interval(epoch: float) -> int:
 class RefreshSchedule(ABC):
     """Decides which statistics each iteration refreshes."""
 
+    needs_changes: bool = False
+    """Whether `record` needs Diff values, which costs a pass over each refreshed matrix."""
+
+    def plan_for(self, costs: Mapping[StatisticKey, float]) -> None:
+        """Learn the work of refreshing each statistic; called once, before anything else."""
+        del costs  # only a schedule that spreads the load uses them
+
     @abstractmethod
     def due(self, keys: Sequence[StatisticKey], iteration: int) -> list[StatisticKey]:
         """Those of all statistics that this iteration refreshes, in the order given; changes nothing."""
 
     @abstractmethod
     def record(self, iteration: int, changes: Mapping[StatisticKey, float]) -> None:
-        """Note that these statistics were refreshed, with their Diff (infinite at a first refresh)."""
+        """Note that these statistics were refreshed.
+
+        Args:
+            iteration: The iteration that refreshed them.
+            changes: Diff of each; infinite where it is not known, as at a first refresh.
+        """
 
     @abstractmethod
-    def expected_interval(self, key: StatisticKey) -> int:
-        """Iterations that the inverse of a statistic refreshed now will probably serve."""
+    def expected_interval(self, key: StatisticKey, iteration: int) -> int:
+        """Iterations that the inverse of a statistic refreshed in this iteration will probably serve."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -83,8 +95,8 @@ class IntervalRefresh(RefreshSchedule):
     def record(self, iteration: int, changes: Mapping[StatisticKey, float]) -> None:
         self._last |= dict.fromkeys((matrix for _, matrix in changes), iteration)
 
-    def expected_interval(self, key: StatisticKey) -> int:
-        return self._interval(key[1], self._last.get(key[1], 0))
+    def expected_interval(self, key: StatisticKey, iteration: int) -> int:
+        return self._interval(key[1], iteration)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": dict(self._last)}
@@ -114,7 +126,6 @@ class AdaptiveRefresh(RefreshSchedule):
         threshold: float,
         max_interval: int,
         after_iteration: int = 0,
-        costs: Mapping[StatisticKey, float] | None = None,
     ) -> None:
         """Set the rule.
 
@@ -122,15 +133,19 @@ class AdaptiveRefresh(RefreshSchedule):
             threshold: Largest Diff that lets an interval grow, > 0.
             max_interval: Longest interval in iterations, ≥ 1.
             after_iteration: Iteration up to which everything is refreshed every time.
-            costs: Work of refreshing each statistic, for spreading the load; 1 each if None.
         """
         self._threshold = threshold
         self._max_interval = max_interval
         self._after_iteration = after_iteration
-        self._costs = dict(costs or {})
+        self._costs: dict[StatisticKey, float] = {}
         self._intervals: dict[StatisticKey, tuple[int, int]] = {}  # (last, the one before)
         self._next: dict[StatisticKey, int] = {}
         self._load: dict[int, float] = {}
+
+    needs_changes = True
+
+    def plan_for(self, costs: Mapping[StatisticKey, float]) -> None:
+        self._costs = dict(costs)
 
     def due(self, keys: Sequence[StatisticKey], iteration: int) -> list[StatisticKey]:
         return [key for key in keys if self._next.get(key, iteration) <= iteration]
@@ -145,7 +160,7 @@ class AdaptiveRefresh(RefreshSchedule):
             chosen = self._next[key]
             self._load[chosen] = self._load.get(chosen, 0.0) + self._costs.get(key, 1.0)
 
-    def expected_interval(self, key: StatisticKey) -> int:
+    def expected_interval(self, key: StatisticKey, iteration: int) -> int:
         return self._intervals.get(key, (1, 0))[0]
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from kfac_dist import KFAC, SGD, create_communicator
+from kfac_dist.exchange import read_update
 from tests.unit.small_net import assert_equal, backward, make_kfac, make_net, train, weights
 
 # Closures, schedulers, groups ----------------------------------------------------------------------------
@@ -51,9 +52,8 @@ def test_one_cycle_schedule_sets_learning_rate_and_momentum() -> None:
         seen.append((group["lr"], group["momentum"]))
         optimizer.step()
         if velocity:  # Δw = m·v − η·𝒢, so a step with these values moved the weights by them
-            directions = [
-                torch.cat([p.flatten() for p in optimizer._exchange.directions(block)]) for block in optimizer.blocks
-            ]
+            updates = optimizer._exchange.updates()
+            directions = [torch.cat([p.flatten() for p in read_update(updates, block)]) for block in optimizer.blocks]
             moved = torch.cat([(p - b).flatten() for p, b in zip(weights(net), before, strict=True)])
             expected = group["momentum"] * torch.cat([v.flatten() for v in velocity]) - group["lr"] * torch.cat(
                 directions
@@ -176,8 +176,8 @@ def test_parameters_not_given_do_not_move() -> None:
         ("batchnorm", "block", "one of full, unit, diagonal"),
         ("ema_decay", 1.0, r"in \(0, 1\) or None"),
         ("ema_decay", 0.0, r"in \(0, 1\) or None"),
-        ("refresh_interval", 0, "an integer ≥ 1"),
-        ("refresh_interval", 1.5, "an integer ≥ 1"),
+        ("refresh", 0, "an integer ≥ 1 or a RefreshSchedule"),
+        ("refresh", 1.5, "an integer ≥ 1 or a RefreshSchedule"),
         ("accumulation_steps", 0, "an integer ≥ 1"),
         ("skip", "head*", "a list of patterns"),
     ],

@@ -11,13 +11,14 @@ from torch import nn
 
 from kfac_dist.curvature.blocks import BatchNormBlock, KroneckerBlock
 from kfac_dist.curvature.inverse import (
+    Solver,
     add_to_diagonal,
     batched_cholesky,
     damp_factors,
     precondition_kronecker,
     precondition_vectors,
 )
-from kfac_dist.curvature.state import BlockCurvature, refresh_inverses
+from kfac_dist.curvature.state import INVERSE_FROM_INTERVAL, BlockCurvature, refresh_inverses
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -111,13 +112,17 @@ def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
 # Preconditioning
 
 
+@pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 3, 5), (1, 5, 3), (2, 3, 4), (4, 1, 2)])
-def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns):
+def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns, inverted):
     A = random_psd(count, columns, rank=2)  # singular but for the damping
     G = random_psd(count, rows, seed=1, rank=1)
     gradient = random(count, rows, columns, seed=2)
     A_damped, G_damped = damp_factors(A, G, 1e-2)
-    solved = precondition_kronecker(gradient, torch.linalg.cholesky(A_damped), torch.linalg.cholesky(G_damped))
+    A_solver, G_solver = Solver(torch.linalg.cholesky(A_damped)), Solver(torch.linalg.cholesky(G_damped))
+    if inverted:
+        A_solver, G_solver = A_solver.inverted(), G_solver.inverted()
+    solved = precondition_kronecker(gradient, A_solver, G_solver)
     for group in range(count):
         dense = torch.kron(G_damped[group], A_damped[group])
         expected = torch.linalg.solve(dense, gradient[group].flatten())
@@ -126,7 +131,7 @@ def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns):
 
 def test_vectors_are_solved_block_by_block():
     stack, gradient = random_psd(3, 4) + 0.1 * identity(4), random(3, 4, seed=1)
-    solved = precondition_vectors(gradient, torch.linalg.cholesky(stack))
+    solved = precondition_vectors(gradient, Solver(torch.linalg.cholesky(stack)))
     dense = torch.linalg.solve(torch.block_diag(*stack), gradient.flatten())
     assert_close(solved.flatten(), dense)
 
@@ -199,12 +204,12 @@ def test_damping_does_not_build_up_in_the_running_fisher():
     curvature = kronecker_curvature()
     before = {matrix: value.clone() for matrix, value in curvature.running.items()}
     refresh_inverses([curvature], [0.5], matrices_of(curvature))
-    first = {matrix: value.clone() for matrix, value in curvature.cholesky.items()}
+    first = {matrix: solver.matrix.clone() for matrix, solver in curvature.solvers.items()}
     for _ in range(3):
         refresh_inverses([curvature], [0.5], matrices_of(curvature))
     for matrix in ("A", "G"):
         assert torch.equal(curvature.running[matrix], before[matrix])
-        assert torch.equal(curvature.cholesky[matrix], first[matrix])
+        assert torch.equal(curvature.solvers[matrix].matrix, first[matrix])
 
 
 def test_running_average_is_unbiased_from_the_first_statistic_on():
@@ -229,29 +234,39 @@ def test_a_failing_block_alone_is_retried_with_ten_times_the_damping():
     bad.running["F"][2] = -1.0  # needs a damping above 1: 0.05 and 0.5 fail, 5 does
     report = refresh_inverses([good, bad], [0.05, 0.05], matrices_of(good, bad))
     assert (report.num_retries, report.num_kept) == (2, 0)
-    assert_close(good.cholesky["F"], (good.running["F"] + 0.05).sqrt())
-    assert_close(bad.cholesky["F"], (bad.running["F"] + 5.0).sqrt())
+    assert_close(good.solvers["F"].matrix, (good.running["F"] + 0.05).sqrt())
+    assert_close(bad.solvers["F"].matrix, (bad.running["F"] + 5.0).sqrt())
 
 
 @pytest.mark.parametrize("hopeless", [-1e6, math.nan])
 def test_as_a_last_resort_the_previous_inverse_is_kept(hopeless):
     good, bad = kronecker_curvature(name="good"), kronecker_curvature(name="bad")
     refresh_inverses([good, bad], [0.1, 0.1], matrices_of(good, bad))
-    previous = {matrix: value.clone() for matrix, value in bad.cholesky.items()}
+    previous = {matrix: solver.matrix.clone() for matrix, solver in bad.solvers.items()}
     bad.running["G"][0, 0, 0] = hopeless
     report = refresh_inverses([good, bad], [0.2, 0.2], matrices_of(good, bad))
     assert (report.num_retries, report.num_kept) == (3, 1)
     for matrix in ("A", "G"):  # both, so that they fit each other
-        assert torch.equal(bad.cholesky[matrix], previous[matrix])
+        assert torch.equal(bad.solvers[matrix].matrix, previous[matrix])
     A_damped, _ = damp_factors(good.running["A"], good.running["G"], 0.2)
-    assert_close(good.cholesky["A"], torch.linalg.cholesky(A_damped))
+    assert_close(good.solvers["A"].matrix, torch.linalg.cholesky(A_damped))
 
 
 def test_a_matrix_that_is_not_refreshed_keeps_its_factors():
     curvature = kronecker_curvature()
     refresh_inverses([curvature], [0.1], matrices_of(curvature))
-    previous = {matrix: value.clone() for matrix, value in curvature.cholesky.items()}
+    previous = {matrix: solver.matrix.clone() for matrix, solver in curvature.solvers.items()}
     curvature.average("G", random_psd(1, 3, seed=9), None)
     refresh_inverses([curvature], [0.1], {"layer": ["G"]})
-    assert torch.equal(curvature.cholesky["A"], previous["A"])
-    assert not torch.allclose(curvature.cholesky["G"], previous["G"])
+    assert torch.equal(curvature.solvers["A"].matrix, previous["A"])
+    assert not torch.allclose(curvature.solvers["G"].matrix, previous["G"])
+
+
+def test_a_matrix_that_serves_long_is_kept_as_its_inverse():
+    factors, inverses = kronecker_curvature(), kronecker_curvature()
+    refresh_inverses([factors], [0.1], matrices_of(factors))
+    intervals = {"A": INVERSE_FROM_INTERVAL, "G": INVERSE_FROM_INTERVAL - 1}
+    refresh_inverses([inverses], [0.1], matrices_of(inverses), lambda key: intervals[key[1]])
+    assert [inverses.solvers[matrix].is_inverse for matrix in ("A", "G")] == [True, False]
+    gradient = random(factors.block.num_values)
+    assert_close(inverses.precondition(gradient), factors.precondition(gradient))

@@ -188,7 +188,7 @@ def test_between_refreshes_the_old_inverses_are_used_and_nothing_is_captured() -
     net = make_net()
     reference = DenseKfac(net, "diagonal")
     communicator = create_communicator("reduce")
-    optimizer = KFAC(net, communicator, lr=0.1, momentum=0.5, damping=0.1, refresh_interval=3)
+    optimizer = KFAC(net, communicator, lr=0.1, momentum=0.5, damping=0.1, refresh=3)
     values = sum(parameter.numel() for parameter in net.parameters())
     for step in range(7):
         x, y = make_batch(step)

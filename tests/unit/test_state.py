@@ -28,8 +28,8 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
     [
         {},
         {"ema_decay": 0.7, "batchnorm": "unit", "weight_decay": 0.01, "weight_rescaling": "always"},
-        {"refresh_interval": 3, "batchnorm": "full"},  # saved after 5 steps: two into the third interval
-        {"refresh_interval": 2, "ema_decay": 0.9, "skip": ["4"]},
+        {"refresh": 3, "batchnorm": "full"},  # saved after 5 steps: two into the third interval
+        {"refresh": 2, "ema_decay": 0.9, "skip": ["4"]},
     ],
     ids=["plain", "average", "stale", "stale average"],
 )
@@ -83,13 +83,13 @@ def test_the_settings_of_groups_and_their_schedule_are_restored() -> None:
 
 def test_between_refreshes_the_stored_inverses_are_used_not_recomputed() -> None:
     net = make_net()
-    optimizer = make_kfac(net, refresh_interval=3, damping=0.1)
+    optimizer = make_kfac(net, refresh=3, damping=0.1)
     train(net, optimizer, steps=4)
     saved = through_file({"model": net.state_dict(), "optimizer": optimizer.state_dict()})
     train(net, optimizer, steps=2, first=4)
 
     other = make_net()
-    resumed = make_kfac(other, refresh_interval=3, damping=0.1)
+    resumed = make_kfac(other, refresh=3, damping=0.1)
     other.load_state_dict(saved["model"])
     for block in saved["optimizer"]["kfac"]["blocks"].values():
         for matrix in block["running"].values():
@@ -128,7 +128,7 @@ def test_training_on_does_not_change_the_loaded_state() -> None:
     resumed.load_state_dict(saved)
     train(net, resumed, steps=2)
     for name, block in untouched["kfac"]["blocks"].items():
-        for kind in ("running", "cholesky"):
+        for kind in ("running", "solvers"):
             for matrix, value in block[kind].items():
                 assert torch.equal(saved["kfac"]["blocks"][name][kind][matrix], value)
         assert saved["kfac"]["blocks"][name]["num_averaged"] == block["num_averaged"]
@@ -142,7 +142,7 @@ def kfac_tensors(state: dict[str, Any]) -> list[Tensor]:
     return [
         value
         for block in state["kfac"]["blocks"].values()
-        for kind in ("running", "cholesky")
+        for kind in ("running", "solvers")
         for value in block[kind].values()
     ]
 
@@ -156,12 +156,12 @@ def test_the_fisher_of_a_half_precision_model_stays_in_fp32(dtype: torch.dtype) 
         optimizer.step()
 
     net = make_net().to(dtype)
-    optimizer = make_kfac(net, ema_decay=0.5, refresh_interval=2)
+    optimizer = make_kfac(net, ema_decay=0.5, refresh=2)
     for number in range(2):
         step(net, optimizer, number)
     saved = through_file({"model": net.state_dict(), "optimizer": optimizer.state_dict()})
     other = make_net(seed=1).to(dtype)
-    resumed = make_kfac(other, ema_decay=0.5, refresh_interval=2)
+    resumed = make_kfac(other, ema_decay=0.5, refresh=2)
     other.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
     for state in (saved["optimizer"], resumed.state_dict()):
