@@ -58,7 +58,7 @@ def main() -> int:
                 setup.print_once(explain(config, arguments.ranks or setup.size))
             return 0
         threads = launch.share_threads(setup.local_size)
-        communicator = create_communicator(config.communication.reduce_scatter)
+        communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend)
         logging.info("%s, %d threads a rank", communicator.description, threads)
         result = Trainer(config, communicator).train()
         setup.print_once(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")

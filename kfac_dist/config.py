@@ -23,6 +23,7 @@ from pydantic import (
 from kfac_dist import strict_yaml
 from kfac_dist.config_base import FractionRange, Patterns, PositiveRange, Section, Text
 from kfac_dist.config_data import DataConfig
+from kfac_dist.config_kfac import KfacConfig
 from kfac_dist.config_problems import describe
 from kfac_dist.errors import InputError
 
@@ -80,58 +81,6 @@ class OptimizerConfig(Section):
     learning_rate: PositiveFloat
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NonNegativeFloat = 0.0
-
-
-class DampingConfig(Section):
-    """Eq. 13: damping falls from `initial` towards `target`, at a rate set by `warmup_steps` iterations.
-
-    With `warmup_steps` 0 the damping is constant.
-    """
-
-    initial: PositiveFloat
-    target: PositiveFloat
-    warmup_steps: NonNegativeInt
-    batchnorm_ratio: Annotated[float, Field(ge=1)]
-
-    @field_validator("target")
-    @classmethod
-    def _check_target(cls, target: float, info: ValidationInfo) -> float:
-        initial = info.data.get("initial")
-        if initial is not None and target > initial:
-            raise ValueError(f"must be <= kfac.damping.initial = {initial}")
-        return target
-
-    @field_validator("warmup_steps")
-    @classmethod
-    def _check_rate(cls, warmup_steps: int, info: ValidationInfo) -> int:
-        initial, target = info.data.get("initial"), info.data.get("target")
-        if initial is None or target is None:
-            return warmup_steps
-        # alpha = total / warmup_steps is the share of the way that one step goes: at most all of it.
-        total = 2 * (math.log10(initial) - math.log10(target))
-        if total > warmup_steps:
-            raise ValueError(
-                f"must be >= {math.ceil(total)} for a damping that goes from {initial} to {target}"
-                " (to keep it constant: 0, and target equal to initial)"
-            )
-        return warmup_steps
-
-
-class RefreshConfig(Section):
-    """How often factors and inverses are computed anew, in iterations."""
-
-    schedule: Literal["every"] = "every"
-    interval: PositiveInt = 1
-
-
-class KfacConfig(Section):
-    """What K-FAC needs beyond `OptimizerConfig`."""
-
-    damping: DampingConfig
-    batchnorm: Literal["full", "unit", "diagonal"] = "diagonal"
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    refresh: RefreshConfig = RefreshConfig()
-    skip: Patterns = ()
 
 
 class PolynomialSchedule(Section):

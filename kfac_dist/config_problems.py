@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 _RULES = {
@@ -45,38 +46,52 @@ def describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{key} is not a known key; {_suggest(key, model)}"
     if kind == "missing" and key.endswith("]"):
         return f"{key} is missing from the list"
-    if kind in ("missing", "union_tag_not_found"):
-        return f"{key}{'.kind' if kind != 'missing' else ''} is required; it has no default"
-    if kind == "union_tag_invalid":
-        return f"{key}.kind must be one of {context['expected_tags']}, got {context['tag']!r}"
+    if kind == "missing":
+        return f"{key} is required; it has no default"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = f"{key}.{context['discriminator'].strip(chr(39))}"
+        if kind == "union_tag_not_found":
+            return f"{tag} is required; it has no default"
+        return f"{tag} must be one of {context['expected_tags']}, got {context['tag']!r}"
     rule = _RULES[kind].format(**context) if kind in _RULES else problem["msg"]
     return f"{key} {rule}, got {_show(problem['input'])}"
 
 
 def _dotted(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    parts = list(location)
-    field = model.model_fields.get(str(parts[0]))
-    if len(parts) > 1 and field is not None and field.discriminator:
-        del parts[1]  # the tag of a union, which pydantic names and the file does not
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
+    """The key as it stands in the file: pydantic's location without the tags that it puts in for unions."""
+    text = ""
+    sections = [model]
+    parts = iter(location)
+    for part in parts:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+        fields = [section.model_fields[str(part)] for section in sections if str(part) in section.model_fields]
+        sections = [section for field in fields for section in _sections(field)]
+        if fields and fields[0].discriminator:
+            next(parts, None)
+    return text.lstrip(".")
+
+
+def _sections(field: FieldInfo) -> list[type[BaseModel]]:
+    """The kinds of section that a field may hold; none for a plain value."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
-        for section in (field.annotation, *get_args(field.annotation)):
-            if isinstance(section, type) and issubclass(section, BaseModel):
-                yield from _known_keys(section, f"{prefix}{name}.")
+        for section in _sections(field):
+            yield from _known_keys(section, f"{prefix}{name}.")
 
 
 def _suggest(key: str, model: type[BaseModel]) -> str:
     known = list(dict.fromkeys(_known_keys(model)))
     section, _, name = key.rpartition(".")
     if key in known:
-        return f"it belongs to another {section}.kind"
+        return f"it belongs to another kind of {section}"
     elsewhere = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
-    if len(elsewhere) == 1:
-        return f"did you mean {elsewhere[0]}?"
+    if elsewhere:
+        return f"did you mean {min(elsewhere, key=lambda candidate: candidate.count('.'))}?"
     siblings = [candidate.rpartition(".")[2] for candidate in known if candidate.rpartition(".")[0] == section]
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kfac_dist.communicator.packing import triangle_numel
 from kfac_dist.config import Config, batch_slots
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks import Block, PlainBlock, block_work, create_blocks
@@ -39,12 +40,12 @@ def explain(config: Config, num_ranks: int) -> str:
     model = create_model(config.model.name, data.num_classes, data.image_shape, config.run.seed, config.model.variant)
     if config.kfac is not None:
         blocks = create_blocks(model, list(model.parameters()), config.kfac.batchnorm, config.kfac.skip)
-        lines += ["", *_layer_table(blocks, num_ranks)]
+        lines += ["", *_layer_table(blocks, num_ranks, 8 if config.train.precision == "fp64" else 4)]
     lines += ["", *_schedule_table(config, sampler, num_iterations)]
     return "\n".join(lines)
 
 
-def _layer_table(blocks: list[Block], num_ranks: int) -> list[str]:
+def _layer_table(blocks: list[Block], num_ranks: int, value_bytes: int) -> list[str]:
     """A line for each layer, the ranks' loads, the bytes of both collectives, and what is not covered."""
     works = [block_work(block) for block in blocks]
     owners = assign_owners(works, num_ranks)
@@ -53,14 +54,16 @@ def _layer_table(blocks: list[Block], num_ranks: int) -> list[str]:
         matrices = ", ".join(
             f"{name} {'' if count == 1 else f'{count}x'}{size}" for name, (count, size) in block.stacks.items()
         )
-        gradient = 4 * block.num_values
+        packed = sum(count * triangle_numel(size) for count, size in block.stacks.values())
         rows.append(
-            (block.name, block.form, matrices or "-", _mib(work.num_bytes - gradient), _mib(gradient),
-             f"{work.flops:.2g}", ",".join(map(str, ranks)))
+            (block.name, block.form, matrices or "-", _mib(value_bytes * packed),
+             _mib(value_bytes * block.num_values), f"{work.flops:.2g}", ",".join(map(str, ranks)))
         )  # fmt: skip
     exchange = Exchange(blocks, owners, num_ranks, torch.float32, torch.device("meta"))
-    refresh, stale = (exchange.statistics(keys).data for keys in (every_statistic(blocks), []))
-    updates = exchange.updates().data
+    refresh, stale, updates = (
+        _mib(value_bytes * buffer.data.numel(), exact=True)
+        for buffer in (exchange.statistics(every_statistic(blocks)), exchange.statistics([]), exchange.updates())
+    )
     loads = [
         sum(work.flops for work, ranks in zip(works, owners, strict=True) if rank in ranks) for rank in range(num_ranks)
     ]
@@ -68,8 +71,8 @@ def _layer_table(blocks: list[Block], num_ranks: int) -> list[str]:
     lines += [
         "",
         f"stages 4 and 5, operations of a refresh: largest rank {max(loads):.3g}, all ranks {sum(loads):.3g}",
-        f"stage 3 (ReduceScatterV): {_mib(4 * refresh.numel())} with a refresh, {_mib(4 * stale.numel())} without; "
-        f"stage 6 (AllGatherV): {_mib(4 * updates.numel())}",
+        f"stage 3 (ReduceScatterV): {refresh} with a refresh, {stale} without",
+        f"stage 6 (AllGatherV): {updates}",
         "",
     ]
     plain = [block for block in blocks if isinstance(block, PlainBlock)]
@@ -99,5 +102,5 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.3f} MiB"
+def _mib(num_bytes: int, exact: bool = False) -> str:
+    return f"{num_bytes / 2**20:.3f} MiB" + (f" ({num_bytes:,} bytes)" if exact else "")

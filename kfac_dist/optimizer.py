@@ -13,6 +13,7 @@ from kfac_dist.curvature.assignment import assign_owners, inversion_flops
 from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, block_work, create_blocks
 from kfac_dist.curvature.capture import Capture
+from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.curvature.staleness import IntervalRefresh, RefreshSchedule, StatisticKey
 from kfac_dist.curvature.state import BlockCurvature, refresh_inverses
 from kfac_dist.exchange import (
@@ -325,6 +326,16 @@ class KFAC(torch.optim.Optimizer):
     def uncovered(self) -> list[PlainBlock]:
         """Blocks that get the plain gradient, with the reason."""
         return [block for block in self.blocks if isinstance(block, PlainBlock)]
+
+    def spectra(self) -> dict[StatisticKey, tuple[float, float, float]]:
+        """Smallest and largest eigenvalue and effective rank of each running matrix; collective, and not fast."""
+        keys = every_statistic(self.blocks)
+        values = torch.zeros(len(keys), 3, dtype=torch.float64)
+        for number, (name, matrix) in enumerate(keys):
+            if self._is_first_owner(name) and matrix in self._owned[name].running:
+                values[number] = spectrum(self._owned[name].running[matrix]).cpu()
+        self.communicator.all_reduce_(values)
+        return {key: (low, high, rank) for key, (low, high, rank) in zip(keys, values.tolist(), strict=True)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; only the constructor does, since layers are shared out over the ranks then.

@@ -23,8 +23,8 @@ from kfac_dist.errors import TrainingFailed
 from kfac_dist.metrics import Progress, RunWriter, choose_run_directory
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optimizer import KFAC
+from kfac_dist.optimizers import create_optimizer
 from kfac_dist.schedules import LearningRateSchedule, coupled_momentum, damping_at
-from kfac_dist.sgd import SGD
 from kfac_dist.timing import StageTimer
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,10 @@ class Trainer:
         )
         self.num_iterations = self.sampler.num_iterations(config.train.epochs)
         self.timer = StageTimer()
-        self.optimizer = create_optimizer(config, self.model, communicator, self.num_local_slots, self.timer)
+        with communicator.agree():
+            self.optimizer = create_optimizer(
+                config, self.model, communicator, self.num_local_slots, self.sampler.epoch_at, self.timer
+            )
         self.learning_rate = LearningRateSchedule.from_config(config.schedule, config.optimizer.learning_rate)
         self.mixup = RunningMixup(config.augment.mixup_alpha, seed)
         erasing = config.augment.erasing
@@ -136,6 +139,7 @@ class Trainer:
             communication_bytes=self.communicator.payload_bytes - bytes_before,
         )  # fmt: skip
         self._report_retries(iteration, writer)
+        self._report_changes(iteration, writer)
         self._report_damaged(iteration, writer, progress)
         if not math.isfinite(loss):
             raise TrainingFailed(
@@ -194,6 +198,24 @@ class Trainer:
         if retries:
             writer.write("event", iteration=iteration, event="retry", retries=retries, kept_inverses=kept)
 
+    def _report_changes(self, iteration: int, writer: RunWriter) -> None:
+        """Diff (Eq. 19) of the matrices that this iteration refreshed; the first refresh of each has none."""
+        if self.config.kfac is None or not self.config.kfac.monitor.diff or not isinstance(self.optimizer, KFAC):
+            return
+        for (layer, matrix), change in self.optimizer.changes.items():
+            if math.isfinite(change):
+                writer.write("fisher", iteration=iteration, layer=layer, matrix=matrix, diff=change)
+
+    def _report_spectra(self, iteration: int, writer: RunWriter) -> None:
+        """Eigenvalue range and effective rank of the running Fisher, where asked for."""
+        if self.config.kfac is None or not self.config.kfac.monitor.spectrum or not isinstance(self.optimizer, KFAC):
+            return
+        for (layer, matrix), (smallest, largest, rank) in self.optimizer.spectra().items():
+            writer.write(
+                "fisher", iteration=iteration, layer=layer, matrix=matrix,
+                smallest_eigenvalue=smallest, largest_eigenvalue=largest, effective_rank=rank,
+            )  # fmt: skip
+
     def _report_damaged(self, iteration: int, writer: RunWriter, progress: Progress) -> None:
         """Note the pictures that some rank has skipped for the first time."""
         for problem in self.damaged.take_new():
@@ -219,6 +241,7 @@ class Trainer:
         self._report_damaged(iteration, writer, progress)
         epoch = self.sampler.epoch_at(iteration + 1)
         writer.write("eval", iteration=iteration, epoch=epoch, loss=loss, top1=top1, top5=top5)
+        self._report_spectra(iteration, writer)
         progress.say(f"epoch {epoch:.2f}: test loss {loss:.4f}, top-1 {top1:.2f} %")
         return top1
 
@@ -246,39 +269,6 @@ class Trainer:
             logger.info("K-FAC covers %d layers", covered)
             for block in self.optimizer.uncovered:
                 logger.info("plain gradient for %s (%d values): %s", block.name, block.num_values, block.reason)
-
-
-def create_optimizer(
-    config: Config, model: nn.Module, communicator: Communicator, accumulation_steps: int, timer: StageTimer
-) -> KFAC | SGD:
-    """The optimizer that a configuration names; collective."""
-    settings = config.optimizer
-    if config.kfac is None:
-        return SGD(
-            model,
-            communicator,
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            weight_rescaling=config.weight_rescaling,
-            timer=timer,
-        )
-    return KFAC(
-        model,
-        communicator,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        damping=config.kfac.damping.initial,
-        batchnorm_damping_ratio=config.kfac.damping.batchnorm_ratio,
-        weight_decay=settings.weight_decay,
-        weight_rescaling=config.weight_rescaling,
-        batchnorm=config.kfac.batchnorm,
-        ema_decay=config.kfac.ema_decay,
-        refresh=config.kfac.refresh.interval,
-        accumulation_steps=accumulation_steps,
-        skip=config.kfac.skip,
-        timer=timer,
-    )
 
 
 @torch.no_grad()

@@ -149,15 +149,11 @@ def report(figures: dict[str, list[tuple[float, float]]], options: argparse.Name
         "processor": processor_model(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
-        "versions": {
-            name: package_version(name) for name in ("torch", "torchvision", "pillow", "nvidia-dali-cuda130")
-        },
+        "versions": {name: package_version(name) for name in ("torch", "torchvision", "pillow", "nvidia-dali-cuda130")},
     }
     lines = ["| loader | images/s | images/s of processor time (per core) |", "| --- | ---: | ---: |"]
     for row in rows:
-        lines.append(
-            f"| {row['loader']} | {row['images_per_second']:.0f} | {row['images_per_processor_second']:.0f} |"
-        )
+        lines.append(f"| {row['loader']} | {row['images_per_second']:.0f} | {row['images_per_processor_second']:.0f} |")
     print("\n".join(lines))
     if options.output is not None:
         options.output.with_suffix(".json").write_text(json.dumps({**facts, "results": rows}, indent=2) + "\n")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kfac_dist.augment import CropFlip
-from kfac_dist.data.base import Dataset
+from kfac_dist.data.base import Dataset, Original
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.dali import DaliDecoder
 from kfac_dist.data.decoding import Decoder, ThreadDecoder
@@ -32,6 +32,7 @@ __all__ = [
     "Dataset",
     "ImageArrays",
     "InMemoryDataset",
+    "Original",
     "SlotSampler",
     "create_dataset",
     "describe_dataset",

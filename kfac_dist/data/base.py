@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from kfac_dist.data.sampling import SlotSampler
+
+
+@dataclass(frozen=True)
+class Original:
+    """A training image before any augmentation.
+
+    Attributes:
+        pixels: (H, W, C) uint8.
+        outline: (top, left, height, width) of what is cut out of it, in its pixels; None where nothing is.
+    """
+
+    pixels: np.ndarray
+    outline: tuple[float, float, float, float] | None
 
 
 class Dataset(Protocol):
@@ -72,8 +86,8 @@ class Dataset(Protocol):
     def take_skipped(self) -> list[str]:
         """Files left out as damaged since the last call; only where the configuration allows it."""
 
-    def pictures(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Training images as they are stored, (H, W, C) uint8 each, to look at."""
+    def originals(self, sampler: SlotSampler, iteration: int, slot: int, limit: int) -> list[Original]:
+        """The first images of a slot as they are stored, at most `limit`, to look at."""
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Normalised images, (N, C, H, W), as values in [0, 1] to look at."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kfac_dist.data.base import share
+from kfac_dist.data.base import Original, share
 from kfac_dist.data.decoding import DecodedBatch, Decoder, Request
 from kfac_dist.data.folder import PictureFolder
 from kfac_dist.data.pictures import decode, read_picture
@@ -173,9 +172,14 @@ class FolderDataset:
         skipped, self._skipped = self._skipped, []
         return skipped
 
-    def pictures(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Training pictures as they are stored, (H, W, 3) uint8 each."""
-        return [decode(read_picture(self.train.path(index))).permute(1, 2, 0).numpy() for index in indices]
+    def originals(self, sampler: SlotSampler, iteration: int, slot: int, limit: int) -> list[Original]:
+        """Pictures as they are stored, with the outline of their crop; see `Dataset.originals`."""
+        indices = sampler.indices(iteration, slot)
+        found = []
+        for index, view in list(zip(indices, self.views.train(len(indices), iteration, slot), strict=True))[:limit]:
+            pixels = decode(read_picture(self.train.path(index))).permute(1, 2, 0).numpy()
+            found.append(Original(pixels, view(*pixels.shape[:2]).outline()))
+        return found
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Undo the normalisation; see `Dataset.to_pixels`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.augment import CropFlip
-from kfac_dist.data.base import share
+from kfac_dist.data.base import Original, share
 from kfac_dist.data.sampling import SlotSampler
 
 
@@ -101,11 +101,12 @@ class InMemoryDataset:
         """Readers refuse damaged files, so nothing is left out."""
         return []
 
-    def pictures(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Training images as they are stored, (H, W, C) each, the brightest value as 255."""
-        images = self.train_images[torch.from_numpy(indices).to(self.train_images.device)]
-        pixels = images.double() * (255 / int(self.train_images.max()))
-        return list(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    def originals(self, sampler: SlotSampler, iteration: int, slot: int, limit: int) -> list[Original]:
+        """Images as they are stored, the brightest value as 255; see `Dataset.originals`."""
+        indices = torch.from_numpy(sampler.indices(iteration, slot)[:limit])
+        images = self.train_images[indices.to(self.train_images.device)].double()
+        pixels = (images * (255 / int(self.train_images.max()))).round().byte()
+        return [Original(image, None) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Undo the normalisation, the brightest value as 1; see `Dataset.to_pixels`."""

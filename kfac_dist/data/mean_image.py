@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from kfac_dist.data.folder import PictureFolder, list_pictures
 from kfac_dist.data.mean_file import save_mean_image
 from kfac_dist.data.pictures import PictureError, decode, read_picture
 from kfac_dist.data.views import upper_left_view
-from kfac_dist.errors import InputError
+from kfac_dist.errors import AgreedInputError, InputError
 
 _CHUNK = 64  # pictures between two looks at the progress bar
 _MOST_SKIPPED = 0.01
@@ -45,7 +46,7 @@ def compute_mean_image(
         (3, side, side) float64 on the scale of 0 ... 255, and what was left out.
 
     Raises:
-        InputError: If a picture is damaged and `skip` is false, or more than 1 % are.
+        AgreedInputError: If a picture is damaged and `skip` is false, or more than 1 % are.
     """
     # Sums of whole numbers below 2^53: exact in float64, in whatever order they are added.
     total = torch.zeros(3, side, side, dtype=torch.float64)
@@ -73,10 +74,11 @@ def compute_mean_image(
             total += sum(result for result in squares if not isinstance(result, PictureError))
             bar.update(len(squares))
     skipped = _all_lines(communicator, problems)
-    if len(skipped) > _MOST_SKIPPED * len(pictures):
-        raise InputError(
-            f"{len(skipped)} of {len(pictures)} pictures cannot be used, more than 1 %; the first: {skipped[0]}"
-        )
+    with communicator.agree():
+        if len(skipped) > _MOST_SKIPPED * len(pictures):
+            raise InputError(
+                f"{len(skipped)} of {len(pictures)} pictures cannot be used, more than 1 %; the first: {skipped[0]}"
+            )
     communicator.all_reduce_(total)
     return total / (len(pictures) - len(skipped)), skipped
 
@@ -86,23 +88,13 @@ def _all_lines(communicator: Communicator, lines: list[str]) -> list[str]:
     return [line for part in gathered for line in part.decode().split("\n") if line]
 
 
-def main() -> int:
+def main(options: argparse.Namespace) -> int:
     """Run one rank; returns the exit code, which is the same on every rank."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kfac_dist.data.mean_image",
-        description="Compute the mean image of an ImageFolder tree's training pictures; mpirun shares the work.",
-    )
-    parser.add_argument("root", type=Path, help="the tree that holds train/<class>/<picture>")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
-    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="data.image_size (224)")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads a rank (default: its share of cores)")
-    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged pictures, at most 1 %%")
     communicator = create_communicator("reduce")
     try:
-        launch.check_world_size(communicator.size, os.environ)
-        options = parser.parse_args()
-        workers = options.workers or launch.share_threads(communicator.local_size)
         with communicator.agree():
+            launch.check_world_size(communicator.size, os.environ)
+            workers = options.workers or launch.share_threads(communicator.local_size)
             if options.image_size < 1 or workers < 1:
                 raise InputError("--image-size and --workers must be >= 1")
             pictures = list_pictures(options.root, "train")
@@ -114,10 +106,24 @@ def main() -> int:
             communicator.print_once(f"left out: {problem}", sys.stderr)
         communicator.print_once(f"{options.output}: mean of {len(pictures) - len(skipped)} pictures")
         return 0
-    except InputError as error:
+    except AgreedInputError as error:
         communicator.print_once(f"error: {error}", sys.stderr)
         return launch.EXIT_BAD_INPUT
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Command line; all ranks have the same."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kfac_dist.data.mean_image",
+        description="Compute the mean image of an ImageFolder tree's training pictures; mpirun shares the work.",
+    )
+    parser.add_argument("root", type=Path, help="the tree that holds train/<class>/<picture>")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
+    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="data.image_size (224)")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads a rank (default: its share of cores)")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged pictures, at most 1 %%")
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(partial(main, parse_arguments()))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kfac_dist.data.base import share
+from kfac_dist.data.base import Original, share
 from kfac_dist.data.sampling import SlotSampler
 
 _NUM_PATTERNS = 61  # prime: classes and patterns come in all combinations
@@ -71,10 +71,11 @@ class SyntheticDataset:
         """Nothing can be damaged."""
         return []
 
-    def pictures(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The images as bytes, (H, W, C) each."""
-        pixels = 255 * self.to_pixels(self._images(indices)[0])
-        return list(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    def originals(self, sampler: SlotSampler, iteration: int, slot: int, limit: int) -> list[Original]:
+        """The images as bytes; see `Dataset.originals`."""
+        images, _ = self._images(sampler.indices(iteration, slot)[:limit])
+        pixels = (255 * self.to_pixels(images)).round().byte()
+        return [Original(image, None) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Three standard deviations around zero as [0, 1]."""

@@ -146,7 +146,7 @@ def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
             " momentum, weight_decay",
         ),
         ("model.xyz=1", "model.xyz is not a known key; known keys of model: name, variant, zero_init_last_gamma"),
-        ("schedule.kind=constant", "schedule.power is not a known key; it belongs to another schedule.kind"),
+        ("schedule.kind=constant", "schedule.power is not a known key; it belongs to another kind of schedule"),
         # types
         ("train.epochs=true", "train.epochs must be a number, got true"),
         ("train.epochs='6'", "train.epochs must be a number, got '6'"),
@@ -169,7 +169,7 @@ def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
         ("optimizer.weight_decay=-1", "optimizer.weight_decay must be >= 0, got -1"),
         ("kfac.ema_decay=1.0", "kfac.ema_decay must be < 1, got 1.0"),
         ("kfac.damping.batchnorm_ratio=0.5", "kfac.damping.batchnorm_ratio must be >= 1, got 0.5"),
-        ("kfac.refresh.interval=0", "kfac.refresh.interval must be > 0, got 0"),
+        ("kfac.refresh={schedule: every, interval: 0}", "kfac.refresh.interval must be > 0, got 0"),
         ("weight_rescaling=on", "weight_rescaling must be 'always', 'cap' or 'off', got 'on'"),
         ("model.name=''", "model.name must not be empty, got ''"),
         (

@@ -17,6 +17,7 @@ LAYERS = (
     "config_problems",
     "config_base",
     "config_data",
+    "config_kfac",
     "config",
     "communicator",
     "curvature",
@@ -25,6 +26,7 @@ LAYERS = (
     "exchange",
     "optimizer",
     "sgd",
+    "optimizers",
     "augment",
     "data",
     "models",
@@ -33,6 +35,7 @@ LAYERS = (
     "trainer",
     "plots",
     "explain",
+    "memory",
 )
 # What `from kfac_dist import KFAC, SGD, create_communicator` draws on, and what it must do without.
 LIBRARY = ("kfac_dist.optimizer", "kfac_dist.sgd", "kfac_dist.communicator")

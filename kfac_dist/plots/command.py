@@ -1,0 +1,67 @@
+"""The command line of the figures.
+
+python -m kfac_dist.plots curves  RUN [RUN ...] --output FILE.png [--labels LABEL ...]
+python -m kfac_dist.plots figure3 RUN [RUN ...] --output FILE.png [--labels LABEL ...]
+python -m kfac_dist.plots batch   CONFIG.yaml [dotted.key=value ...] --output FILE.png
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from kfac_dist.config import load_config
+from kfac_dist.errors import InputError
+from kfac_dist.plots.batch import draw_batch
+from kfac_dist.plots.curves import draw_curves
+from kfac_dist.plots.figure3 import batch_label, draw_figure3
+from kfac_dist.plots.runs import describe_runs, read_run, save_figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        save_figure(_draw(options), options.output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(options.output)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kfac_dist.plots", description="Draw figures of runs and data.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("curves", "accuracy, learning rate, loss and stage seconds of runs"),
+        ("figure3", "the paper's Figure 3: top-1 and learning rate of runs against iteration and epoch"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder (it holds metrics.jsonl)")
+        command.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run, in order")
+    command = commands.add_parser("batch", help="a training batch before and after crop, mixup and erasing")
+    command.add_argument("config", help="YAML file; see configs/")
+    command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key of the file")
+    command.add_argument("--iteration", type=int, default=3, metavar="N", help="which iteration's batch (3)")
+    command.add_argument("--images", type=int, default=8, metavar="N", help="how many of its images (8)")
+    for command in commands.choices.values():
+        command.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture to write: FILE.png")
+    return parser
+
+
+def _draw(options: argparse.Namespace) -> Figure:
+    if options.command == "batch":
+        if options.iteration < 0 or options.images < 1:
+            raise InputError("--iteration must be >= 0 and --images >= 1")
+        return draw_batch(load_config(options.config, options.overrides), options.iteration, options.images)
+    labels = options.labels or [None] * len(options.runs)
+    if len(labels) != len(options.runs):
+        raise InputError(f"--labels must name each of the {len(options.runs)} runs, got {len(labels)} labels")
+    if options.command == "figure3":
+        named = [label or batch_label(run) for run, label in zip(options.runs, labels, strict=True)]
+        return draw_figure3([read_run(run, label) for run, label in zip(options.runs, named, strict=True)])
+    runs = [read_run(run, label) for run, label in zip(options.runs, labels, strict=True)]
+    return draw_curves(runs, describe_runs(options.runs))

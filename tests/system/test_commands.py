@@ -1,0 +1,138 @@
+"""What a user types before training: --help, --print-config, --explain."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kfac_dist.config import load_config
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+LAYERS = ("0", "1", "4", "5", "9")  # of digits_cnn: convolution, BatchNorm, convolution, BatchNorm, linear
+
+Command = Callable[..., Any]
+
+
+def test_help(command: Command) -> None:
+    finished = command("--help")
+    assert finished.code == 0
+    for word in ("CONFIG.yaml", "--print-config", "--explain", "--ranks", "dotted.key=value"):
+        assert word in finished.out
+
+
+def test_print_config_shows_the_resolved_whole(command: Command, tmp_path: Path) -> None:
+    finished = command(QUICKSTART, "--print-config", "optimizer.momentum=0.8")
+    assert finished.code == 0
+    settings = yaml.safe_load(finished.out)
+    assert settings["optimizer"]["momentum"] == 0.8
+    assert settings["run"]["output_dir"] == "runs"  # a default
+    path = tmp_path / "resolved.yaml"
+    path.write_text(finished.out, encoding="utf-8")
+    assert load_config(path) == load_config(QUICKSTART, ["optimizer.momentum=0.8"])
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["--print-config", "CONFIG", "train.epochs=3", "batch.per_rank=32"],
+        ["CONFIG", "--print-config", "train.epochs=3", "batch.per_rank=32"],
+        ["CONFIG", "train.epochs=3", "--print-config", "batch.per_rank=32"],
+        ["CONFIG", "train.epochs=3", "batch.per_rank=32", "--print-config"],
+    ],
+)
+def test_options_stand_anywhere(order: list[str], command: Command) -> None:
+    finished = command(*(QUICKSTART if word == "CONFIG" else word for word in order))
+    assert finished.code == 0, finished.err
+    settings = yaml.safe_load(finished.out)
+    assert (settings["train"]["epochs"], settings["batch"]["per_rank"]) == (3, 32)
+
+
+def owner_column(text: str) -> dict[str, list[int]]:
+    """Owners by layer, from the table of --explain."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("layer "))
+    end = lines.index("", start)
+    return {line.split()[0]: [int(rank) for rank in line.split()[-1].split(",")] for line in lines[start + 1 : end]}
+
+
+def num_bytes(text: str, stage: str) -> int:
+    found = re.search(rf"\({stage}\): [\d.]+ MiB \(([\d,]+) bytes\)", text)
+    assert found, text
+    return int(found[1].replace(",", ""))
+
+
+def test_explain_on_3_ranks(command: Command, tmp_path: Path) -> None:
+    output_dir = tmp_path / "runs"
+    finished = command(
+        QUICKSTART, "--explain", "--ranks", "3", "batch.global_size=192", f"run.output_dir={output_dir}"
+    )
+    assert finished.code == 0, finished.err
+    assert "3 ranks" in finished.out
+    assert "1 slots of 64 a rank" in finished.out
+    owners = owner_column(finished.out)
+    assert tuple(owners) == LAYERS
+    assert all(len(ranks) == 1 for ranks in owners.values())
+    assert set(sum(owners.values(), [])) == {0, 1, 2}
+    assert "A 144, G 32" in finished.out  # the second convolution
+    assert "A 129, G 10" in finished.out
+    assert "every trained parameter is covered" in finished.out
+    # Iterations 0, 22 and 44 of ceil(6 x 1438 / 192) = 45: learning rate 0.03 (1 - e / 6)^2, momentum in ratio.
+    table = finished.out[finished.out.index("iteration ") :].splitlines()[1:4]
+    rows = [line.split() for line in table]
+    assert [row[0] for row in rows] == ["0", "22", "44"]
+    for row in rows:
+        epoch = int(row[0]) * 192 / 1438
+        learning_rate = 0.03 * (1 - epoch / 6) ** 2
+        assert float(row[1]) == pytest.approx(epoch, abs=0.006)
+        assert float(row[2]) == pytest.approx(learning_rate, rel=1e-3)
+        assert float(row[3]) == pytest.approx(0.9 * learning_rate / 0.03, rel=1e-3)
+    assert float(rows[0][4]) == 0.025
+    assert not output_dir.exists()
+
+
+def test_explain_on_more_ranks_than_layers(command: Command) -> None:
+    finished = command(QUICKSTART, "--explain", "--ranks=64", "batch.global_size=4096")
+    assert finished.code == 0, finished.err
+    owners = owner_column(finished.out)
+    assert tuple(owners) == LAYERS
+    assert sorted(sum(owners.values(), [])) == list(range(64))  # no rank idles
+    assert len(owners["4"]) > len(owners["0"])  # the most expensive layer has the most owners
+
+
+def test_explain_names_what_is_not_covered_and_why(command: Command) -> None:
+    finished = command(QUICKSTART, "--explain", 'kfac.skip=["1", "9"]')
+    uncovered = finished.out.partition("not covered, plain gradient:\n")[2].split("\n\n")[0].splitlines()
+    assert uncovered == ["  1: skipped by pattern", "  9: skipped by pattern"]
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["train.precision=fp64"], ["kfac.batchnorm=full", "kfac.refresh.interval=2"]]
+)
+def test_explained_bytes_are_those_of_a_run(overrides: list[str], command: Command, tmp_path: Path) -> None:
+    settings = [*overrides, "train.epochs=0.15", f"run.output_dir={tmp_path}"]  # two iterations
+    explained = command(QUICKSTART, "--explain", *settings).out
+    assert command(QUICKSTART, *settings).code == 0
+    lines = (tmp_path / "quickstart" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    first, second = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+    expected = num_bytes(explained, "ReduceScatterV") + num_bytes(explained, "AllGatherV")
+    assert first["communication_bytes"] == expected
+    stale = re.search(r"with a refresh, [\d.]+ MiB \(([\d,]+) bytes\) without", explained)
+    assert stale
+    if "kfac.refresh.interval=2" in overrides:
+        expected = int(stale[1].replace(",", "")) + num_bytes(explained, "AllGatherV")
+    assert second["communication_bytes"] == expected
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_explained(path: Path, command: Command) -> None:
+    """The configurations that come with the project are valid, and their models and schedules exist."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    overrides = [] if settings["data"]["name"] == "digits" else ["data.root=/nonexistent"]
+    finished = command(path, "--explain", *overrides)
+    assert finished.code == 0, finished.err
+    assert settings["model"]["name"] in finished.out
