@@ -71,7 +71,9 @@ def compute_mean_image(
             problems += [str(result) for result in squares if isinstance(result, PictureError)]
             if problems and not skip:
                 raise InputError(problems[0])
-            total += sum(result for result in squares if not isinstance(result, PictureError))
+            for result in squares:
+                if not isinstance(result, PictureError):
+                    total += result  # of another type: adding the bytes to each other would overflow
             bar.update(len(squares))
     skipped = _all_lines(communicator, problems)
     with communicator.agree():

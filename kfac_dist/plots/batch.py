@@ -84,7 +84,7 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 
 def _label_text(label: Tensor, class_names: Sequence[str]) -> str:
-    shares, classes = label.topk(min(_MOST_NAMES, len(class_names)))
+    shares, classes = (values.tolist() for values in label.topk(min(_MOST_NAMES, len(class_names))))
     names = [class_names[number][:_MOST_LETTERS] for number in classes]
     if shares[0] > 0.995:
         return names[0]

@@ -42,7 +42,6 @@ def assert_refused(finished: Any, *words: str) -> None:
         (["optimiser.name=sgd"], ["optimiser", "not a known key"]),
         (["train.epochs=many", "run.seed=-1"], ["2 problems", "train.epochs must be a number", "run.seed must be >= 0"]),
         (["train.epochs"], ["'train.epochs' must be dotted.key=value"]),
-        (["run.name=" + 300 * "x"], ["run.name", "choose another"]),
         (["--frobnicate"], ["unrecognized arguments: --frobnicate", "usage: train.py"]),
         (["--explain", "--ranks=0"], ["--ranks", ">= 1", "got 0"]),
         (["--explain", "--ranks=two"], ["--ranks", "'two'"]),
@@ -85,6 +84,11 @@ def test_output_folder_that_is_a_file(command: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     finished = command(QUICKSTART, f"run.output_dir={tmp_path / 'file' / 'runs'}")
     assert_refused(finished, "run.output_dir", str(tmp_path / "file"))
+
+
+def test_run_name_that_is_too_long(command: Command, tmp_path: Path) -> None:
+    finished = command(QUICKSTART, f"run.output_dir={tmp_path}", "run.name=" + 300 * "x")
+    assert_refused(finished, "run.name: cannot use", "File name too long")
 
 
 def test_unknown_progress_style(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,7 @@ from kfac_dist.errors import InputError
 
 def random_images(num_images: int, height: int = 6, width: int = 8, channels: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(num_images)
-    return 1 + torch.rand(
-        num_images, channels, height, width, dtype=torch.float64, generator=generator
-    )  # no zeros
+    return 1 + torch.rand(num_images, channels, height, width, dtype=torch.float64, generator=generator)  # no zeros
 
 
 def test_keys_separate_uses_iterations_and_slots() -> None:
@@ -113,9 +111,7 @@ def test_running_mixup_off_keeps_nothing() -> None:
 def test_running_mixup_refuses_a_state_of_another_batch_size() -> None:
     mixup = RunningMixup(0.4, seed=0)
     mixup.mix(random_images(4), torch.ones(4, 2), 0, 0)
-    with pytest.raises(
-        InputError, match=r"slot 0 has images \(4, 3, 6, 8\).*got \(2, 3, 6, 8\).*batch\.per_rank"
-    ):
+    with pytest.raises(InputError, match=r"slot 0 has images \(4, 3, 6, 8\).*got \(2, 3, 6, 8\).*batch\.per_rank"):
         mixup.mix(random_images(2), torch.ones(2, 2), 1, 0)
 
 

@@ -120,9 +120,7 @@ def test_overrides(valid_file: Path, override: str, key: str, value: object) -> 
 
 
 def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
-    erasing = [
-        f"augment.erasing.{item}" for item in ("probability=0.5", "area=[0.02, 0.25]", "aspect=[0.3, 1]")
-    ]
+    erasing = [f"augment.erasing.{item}" for item in ("probability=0.5", "area=[0.02, 0.25]", "aspect=[0.3, 1]")]
     config = load_config(valid_file, ["run.seed=1", "run.seed=2", *erasing])
     assert config.run.seed == 2
     assert config.augment.erasing is not None
@@ -142,8 +140,7 @@ def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
         ("kfka=1", "kfka is not a known key; did you mean kfac?"),
         (
             "optimizer.xyz.name=1",
-            "optimizer.xyz is not a known key; known keys of optimizer: name, learning_rate,"
-            " momentum, weight_decay",
+            "optimizer.xyz is not a known key; known keys of optimizer: name, learning_rate, momentum, weight_decay",
         ),
         ("model.xyz=1", "model.xyz is not a known key; known keys of model: name, variant, zero_init_last_gamma"),
         ("schedule.kind=constant", "schedule.power is not a known key; it belongs to another kind of schedule"),

@@ -105,13 +105,9 @@ def test_cifar10_batch_of_another_structure_is_named(cifar_folder: Path, batch: 
         read_cifar10(cifar_folder)
 
 
-def test_whole_cifar10_batch_must_have_the_published_sum(
-    cifar_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whole_cifar10_batch_must_have_the_published_sum(cifar_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cifar10_module, "_WHOLE_BATCH", 3)
-    with pytest.raises(
-        InputError, match=r"data_batch_1 must have the MD5 sum c99cafc152244af753f735de768cd75f"
-    ):
+    with pytest.raises(InputError, match=r"data_batch_1 must have the MD5 sum c99cafc152244af753f735de768cd75f"):
         read_cifar10(cifar_folder)
 
 
@@ -125,9 +121,7 @@ class Exploit:
 
 def test_code_in_a_cifar10_batch_does_not_run(cifar_folder: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
-    write_batch(
-        cifar_folder / "data_batch_1", cifar_batch(0) | {b"x": Exploit((os.system, f"touch {marker}"))}
-    )
+    write_batch(cifar_folder / "data_batch_1", cifar_batch(0) | {b"x": Exploit((os.system, f"touch {marker}"))})
     with pytest.raises(InputError, match=r"data_batch_1 .*system, which image data do not need"):
         read_cifar10(cifar_folder)
     assert not marker.exists()
@@ -246,9 +240,7 @@ def test_eval_batches_have_every_image_once(arrays: ImageArrays, num_ranks: int,
     dataset = InMemoryDataset(arrays, CropFlip(1, True, seed=5), CPU, torch.float64)
     mean = arrays.train_images.mean((0, 2, 3), keepdims=True)
     deviation = arrays.train_images.std((0, 2, 3), keepdims=True)
-    batches = [
-        batch for rank in range(num_ranks) for batch in dataset.eval_batches(rank, num_ranks, batch_size)
-    ]
+    batches = [batch for rank in range(num_ranks) for batch in dataset.eval_batches(rank, num_ranks, batch_size)]
     assert all(0 < len(images) <= batch_size for images, _ in batches)
     images = torch.cat([images for images, _ in batches])
     expected = torch.from_numpy((arrays.eval_images - mean) / deviation)

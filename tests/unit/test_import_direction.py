@@ -105,9 +105,7 @@ def test_imports_only_from_above(module: str) -> None:
 def test_only_the_communicator_knows_mpi(module: str) -> None:
     if within(module, "kfac_dist.communicator"):
         pytest.skip("the communicator may")
-    found = {
-        name for name in imports_of(module) if within(name, "mpi4py") or within(name, "torch.distributed")
-    }
+    found = {name for name in imports_of(module) if within(name, "mpi4py") or within(name, "torch.distributed")}
     assert not found, f"{module} imports {found}; only kfac_dist/communicator/ may"
 
 

@@ -90,9 +90,7 @@ def test_weights_depend_on_the_seed_alone(name: str) -> None:
 
 
 def test_unknown_name_lists_close_ones() -> None:
-    with pytest.raises(
-        InputError, match=r"'resnet2O'; close to it: .*resnet20.*To list all: .*available_models"
-    ):
+    with pytest.raises(InputError, match=r"'resnet2O'; close to it: .*resnet20.*To list all: .*available_models"):
         create_model("resnet2O", 10, CIFAR, seed=0)
     names = available_models()
     assert {"digits_cnn", "alexnet32", "resnet20", "resnet50", "vgg16"} <= set(names)
@@ -109,9 +107,7 @@ def test_unknown_name_lists_close_ones() -> None:
         ("vit_b_16", CIFAR, "3x32x32.*Expected 224"),
     ],
 )
-def test_images_that_do_not_fit_are_refused(
-    name: str, image_shape: tuple[int, int, int], problem: str
-) -> None:
+def test_images_that_do_not_fit_are_refused(name: str, image_shape: tuple[int, int, int], problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         create_model(name, 10, image_shape, seed=0)
 

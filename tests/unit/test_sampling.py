@@ -19,15 +19,11 @@ from kfac_dist.data.sampling import SlotSampler
 def test_slots_in_order_are_the_stream(num_samples: int, per_slot: int, num_slots: int, seed: int) -> None:
     sampler = SlotSampler(num_samples, per_slot, num_slots, seed)
     iterations = 4
-    stream = np.concatenate(
-        [sampler.indices(t, slot) for t in range(iterations) for slot in range(num_slots)]
-    )
+    stream = np.concatenate([sampler.indices(t, slot) for t in range(iterations) for slot in range(num_slots)])
     assert stream.dtype == np.int64
     assert len(stream) == iterations * per_slot * num_slots
     num_epochs = -(-len(stream) // num_samples)
-    orders = [
-        np.random.default_rng([seed, Purpose.ORDER, e]).permutation(num_samples) for e in range(num_epochs)
-    ]
+    orders = [np.random.default_rng([seed, Purpose.ORDER, e]).permutation(num_samples) for e in range(num_epochs)]
     np.testing.assert_array_equal(stream, np.concatenate(orders)[: len(stream)])
 
 

@@ -72,9 +72,7 @@ def test_damping_that_would_turn_negative_or_diverge_is_refused(
 
 
 def test_schedules_from_configuration() -> None:
-    polynomial = PolynomialSchedule(
-        kind="polynomial", power=2.0, start_epoch=2.0, end_epoch=10.0, warmup_epochs=4.0
-    )
+    polynomial = PolynomialSchedule(kind="polynomial", power=2.0, start_epoch=2.0, end_epoch=10.0, warmup_epochs=4.0)
     schedule = schedules.LearningRateSchedule.from_config(polynomial, 0.8)
     assert schedule.at(1.0) == pytest.approx(0.2, rel=1e-14)
     assert schedule.at(3.0) == pytest.approx(0.8 * 0.75 * (7 / 8) ** 2, rel=1e-14)
@@ -87,7 +85,5 @@ def test_schedules_from_configuration() -> None:
 
     schedule = schedules.LearningRateSchedule.from_config(ConstantSchedule(kind="constant"), 0.3)
     assert [schedule.at(epoch) for epoch in (0.0, 50.0)] == [0.3, 0.3]
-    schedule = schedules.LearningRateSchedule.from_config(
-        ConstantSchedule(kind="constant", warmup_epochs=2.0), 0.3
-    )
+    schedule = schedules.LearningRateSchedule.from_config(ConstantSchedule(kind="constant", warmup_epochs=2.0), 0.3)
     assert schedule.at(1.0) == pytest.approx(0.15, rel=1e-14)

@@ -109,7 +109,7 @@ def test_before_the_given_iteration_everything_is_refreshed_every_time():
 def test_refreshes_are_spread_over_iterations():
     keys = [(f"layer{number}", "A") for number in range(40)]
     schedule = AdaptiveRefresh(threshold=0.1, max_interval=20)
-    schedule.plan_for({key: 1.0 for key in keys})
+    schedule.plan_for(dict.fromkeys(keys, 1.0))
     counts: Counter[int] = Counter()
     last: dict[StatisticKey, int] = {}
     for iteration in range(400):
@@ -131,7 +131,7 @@ def test_a_restored_schedule_goes_on_alike(make):
     restored.load_state_dict(schedule.state_dict())
     for iteration in range(17, 60):
         assert restored.due(KEYS, iteration) == schedule.due(KEYS, iteration)
-        changes = {key: 0.2 if iteration == 40 else 0.0 for key in schedule.due(KEYS, iteration)}
+        changes = dict.fromkeys(schedule.due(KEYS, iteration), 0.2 if iteration == 40 else 0.0)
         schedule.record(iteration, changes)
         restored.record(iteration, changes)
 
