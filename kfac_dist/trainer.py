@@ -5,6 +5,7 @@ import math
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,21 +93,20 @@ class Trainer:
         self._log_start()
         with self.communicator.agree():
             progress = Progress(self.num_iterations, self.communicator.is_main)
-        writer = self._create_writer()
-        batches = self._batches()
-        best = top1 = 0.0
-        for iteration in range(self.num_iterations):
-            self._train_iteration(iteration, batches, writer, progress)
-            if self._evaluation_is_due(iteration):
-                top1 = self._evaluate(iteration, writer, progress)
-                best = max(best, top1)
-        seconds = time.perf_counter() - start
-        progress.close()
-        writer.write(
-            "summary", top1=top1, best_top1=best, iterations=self.num_iterations, seconds=seconds,
-            communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.damaged.skipped),
-        )  # fmt: skip
-        writer.finish()
+        with closing(self._create_writer()) as writer, closing(progress):
+            batches = self._batches()
+            best = top1 = 0.0
+            for iteration in range(self.num_iterations):
+                self._train_iteration(iteration, batches, writer, progress)
+                if self._evaluation_is_due(iteration):
+                    top1 = self._evaluate(iteration, writer, progress)
+                    best = max(best, top1)
+            seconds = time.perf_counter() - start
+            writer.write(
+                "summary", top1=top1, best_top1=best, iterations=self.num_iterations, seconds=seconds,
+                communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.damaged.skipped),
+            )  # fmt: skip
+            writer.finish()
         return Result(top1, self.num_iterations, seconds, writer.directory)
 
     # One iteration ------------------------------------------------------------------------------------

@@ -41,9 +41,7 @@ def step_function(work: str, name: str, device: torch.device, timer: StageTimer)
     labels = torch.randint(10, (batch,), generator=generator).to(device)
     communicator = create_communicator("reduce")
     if name == "kfac":
-        optimizer: KFAC | SGD = KFAC(
-            model, communicator, lr=1e-4, damping=0.03, refresh=2, ema_decay=0.9, timer=timer
-        )
+        optimizer: KFAC | SGD = KFAC(model, communicator, lr=1e-4, damping=0.03, refresh=2, ema_decay=0.9, timer=timer)
     else:
         optimizer = SGD(model, communicator, lr=1e-4, timer=timer)
 

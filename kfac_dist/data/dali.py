@@ -5,7 +5,7 @@ samples and crops are then the same on any number of ranks, an epoch has each pi
 any padding or last-batch policy, and a run can go on in the middle of an epoch without DALI's checkpoints.
 
 On a GPU DALI does everything. On a CPU it decodes only, and torch resizes: its antialiased CPU resizing takes
-several times as long as the whole of torchvision's.
+several times as long.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.data.decoding import BATCHES_AHEAD, DecodedBatch, Request, fill
-from kfac_dist.data.pictures import PictureError, decode_with_pillow, read_picture
+from kfac_dist.data.pictures import PictureError, decode, read_picture
 from kfac_dist.data.views import View
 from kfac_dist.errors import InputError
 
@@ -154,8 +154,7 @@ class DaliDecoder:
         images = torch.empty(len(prepared), 3, self.side, self.side, dtype=torch.uint8)
 
         def cut(place: int) -> None:
-            picture = torch.from_numpy(np.asarray(outputs.at(place))).permute(2, 0, 1)
-            images[place] = prepared[place].view.apply(picture)
+            images[place] = prepared[place].view.apply(np.asarray(outputs.at(place)))
 
         list(pool.map(cut, range(len(prepared))))
         return images
@@ -240,7 +239,7 @@ def _prepare(request: Request) -> _Prepared:
         if picture.is_plain_jpeg:
             content = np.frombuffer(picture.content, dtype=np.uint8)
         else:
-            content = _raw_pixels(decode_with_pillow(picture))
+            content = _raw_pixels(decode(picture))
         return _Prepared(content, request.view(picture.height, picture.width), None)
     except PictureError as error:
         side = request.view(1, 1).side

@@ -50,7 +50,7 @@ class Decoder(Protocol):
 
 
 class ThreadDecoder:
-    """torchvision's JPEG decoder and resizing (Pillow for other files), in threads.
+    """Pillow and torch's resizing, in threads.
 
     Both leave Python's lock alone, so threads do what processes would, without forking a process that has
     MPI open and without copying batches between processes.

@@ -177,8 +177,8 @@ class FolderDataset:
         indices = sampler.indices(iteration, slot)
         found = []
         for index, view in list(zip(indices, self.views.train(len(indices), iteration, slot), strict=True))[:limit]:
-            pixels = decode(read_picture(self.train.path(index))).permute(1, 2, 0).numpy()
-            found.append(Original(pixels, view(*pixels.shape[:2]).outline()))
+            picture = read_picture(self.train.path(index))
+            found.append(Original(decode(picture), view(picture.height, picture.width).outline()))
         return found
 
     def to_pixels(self, images: Tensor) -> Tensor:

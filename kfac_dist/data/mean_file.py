@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from kfac_dist.data.folder import PictureFolder
 from kfac_dist.errors import InputError
 
-_FORMAT = "kfac_dist mean image 1"
+_KEY = "kfac_dist mean image"  # of the metadata; one entry, because safetensors orders several at random
 
 
 def command_for(root: Path, output: str, side: int) -> str:
@@ -40,20 +41,20 @@ def load_mean_image(path: Path, side: int, pictures: PictureFolder, root: Path) 
         raise InputError(f"data.mean_image must be a file, got {path}, which is none: {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
+            facts = json.loads((file.metadata() or {}).get(_KEY, "{}"))
             mean: Tensor = file.get_tensor("mean")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"data.mean_image: {path} is not a mean image ({error}): {remedy}") from error
-    if facts.get("format") != _FORMAT:
+    if "fingerprint" not in facts:
         raise InputError(f"data.mean_image: {path} is not a mean image of this program: {remedy}")
     if mean.shape != (3, side, side):
         made_for = mean.shape[-1]
         raise InputError(
             f"data.mean_image: {path} is for images of {made_for}x{made_for}, and data.image_size is {side}: {remedy}"
         )
-    if facts.get("fingerprint") != pictures.fingerprint():
+    if facts["fingerprint"] != pictures.fingerprint():
         raise InputError(
-            f"data.mean_image: {path} is of other pictures ({facts.get('num_images')} of them) than the "
+            f"data.mean_image: {path} is of other pictures ({facts['num_images']} of them) than the "
             f"{len(pictures)} in {pictures.folder} (names and sizes of the files are compared): {remedy}"
         )
     return mean
@@ -67,11 +68,11 @@ def save_mean_image(path: Path, mean: Tensor, pictures: PictureFolder) -> None:
     """
     from safetensors.torch import save
 
-    facts = {"format": _FORMAT, "fingerprint": pictures.fingerprint(), "num_images": str(len(pictures))}
+    facts = {"fingerprint": pictures.fingerprint(), "num_images": len(pictures)}
     unfinished = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(save({"mean": mean}, metadata=facts))
+        unfinished.write_bytes(save({"mean": mean}, metadata={_KEY: json.dumps(facts)}))
         os.replace(unfinished, path)
     except OSError as error:
         raise InputError(f"--output: cannot write {path} ({error.strerror})") from error

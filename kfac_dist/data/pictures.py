@@ -1,8 +1,8 @@
 """One picture: from a file's bytes to RGB pixels, or an error that names the file.
 
-Files are checked by what is in them, not by their names: a PNG may be called .JPEG. Ordinary JPEGs (8 bits,
-grey or colour, with their end marker) go to a fast decoder; everything else goes to Pillow, which also judges
-what is damaged. Orientation tags are ignored, as torchvision's ImageFolder ignores them.
+Files are judged by what is in them, not by their names: a PNG may be called .JPEG. Orientation tags are ignored, as
+torchvision's ImageFolder ignores them. (torchvision's own decoder would be faster than Pillow, but has been deprecated
+since version 0.29 and is to be removed.)
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 MAX_PIXELS = 89_478_485
 """Pictures of more pixels are refused before they are decoded: 256 MiB of RGB; ImageNet's largest is far below."""
@@ -36,7 +34,7 @@ class Picture:
         content: Its bytes.
         height: Pixels.
         width: Pixels.
-        is_plain_jpeg: Whether any JPEG decoder gives its RGB pixels.
+        is_plain_jpeg: Whether any JPEG decoder gives its RGB pixels: grey or colour, 8 bits, with an end marker.
     """
 
     path: Path
@@ -66,26 +64,8 @@ def read_picture(path: Path) -> Picture:
     return Picture(path, content, height, width, is_plain)
 
 
-def decode(picture: Picture) -> Tensor:
-    """RGB pixels, (3, H, W) uint8.
-
-    Raises:
-        PictureError: If the file is truncated or damaged.
-    """
-    if picture.is_plain_jpeg:
-        from torchvision.io import ImageReadMode, decode_jpeg  # slow to import
-
-        content = torch.from_numpy(np.frombuffer(bytearray(picture.content), dtype=np.uint8))
-        try:
-            pixels: Tensor = decode_jpeg(content, mode=ImageReadMode.RGB)
-            return pixels
-        except RuntimeError:
-            pass  # Pillow says what is wrong with it, or can read it after all
-    return torch.from_numpy(decode_with_pillow(picture)).permute(2, 0, 1)
-
-
-def decode_with_pillow(picture: Picture) -> np.ndarray:
-    """RGB pixels, (H, W, 3) uint8, of any format that Pillow knows.
+def decode(picture: Picture) -> np.ndarray:
+    """RGB pixels, (H, W, 3) uint8.
 
     Raises:
         PictureError: If the file is truncated or damaged.

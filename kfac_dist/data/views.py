@@ -49,14 +49,14 @@ class View:
     side: int
     mirrored: bool
 
-    def apply(self, picture: Tensor) -> Tensor:
-        """The square, (3, side, side) uint8, of a picture (3, H, W) uint8.
+    def apply(self, picture: np.ndarray) -> Tensor:
+        """The square, (3, side, side) uint8, of a picture (H, W, 3) uint8.
 
         Resizing is bilinear with antialiasing (a triangle filter as wide as the reduction).
         """
         top, left, height, width = self.box
-        cut = picture[None, :, top : top + height, left : left + width]
-        resized = torch.nn.functional.interpolate(cut, size=self.resized, mode="bilinear", antialias=True)[0]
+        cut = torch.from_numpy(picture[top : top + height, left : left + width]).permute(2, 0, 1)
+        resized = torch.nn.functional.interpolate(cut[None], size=self.resized, mode="bilinear", antialias=True)[0]
         top, left = self.offset
         square = resized[:, top : top + self.side, left : left + self.side]
         return square.flip(2) if self.mirrored else square

@@ -85,7 +85,7 @@ def _show(axes: Axes, image: np.ndarray) -> None:
 
 def _label_text(label: Tensor, class_names: Sequence[str]) -> str:
     shares, classes = (values.tolist() for values in label.topk(min(_MOST_NAMES, len(class_names))))
-    names = [class_names[number][:_MOST_LETTERS] for number in classes]
+    names: list[str] = [class_names[number][:_MOST_LETTERS] for number in classes]
     if shares[0] > 0.995:
         return names[0]
     return "\n".join(f"{share:.2f} {name}" for share, name in zip(shares, names, strict=True) if share > 0.005)

@@ -2,6 +2,8 @@
 
 python -m kfac_dist.plots curves  RUN [RUN ...] --output FILE.png [--labels LABEL ...]
 python -m kfac_dist.plots figure3 RUN [RUN ...] --output FILE.png [--labels LABEL ...]
+python -m kfac_dist.plots figure5 RUN --output FILE.png
+python -m kfac_dist.plots figure6 RUN [RUN ...] --output FILE.png [--labels LABEL ...]
 python -m kfac_dist.plots batch   CONFIG.yaml [dotted.key=value ...] --output FILE.png
 """
 
@@ -16,7 +18,8 @@ from kfac_dist.config import load_config
 from kfac_dist.errors import InputError
 from kfac_dist.plots.batch import draw_batch
 from kfac_dist.plots.curves import draw_curves
-from kfac_dist.plots.figure3 import batch_label, draw_figure3
+from kfac_dist.plots.figure3 import batch_label, draw_figure3, fisher_label
+from kfac_dist.plots.figure5 import draw_figure5
 from kfac_dist.plots.runs import describe_runs, read_run, save_figure
 
 
@@ -38,10 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("curves", "accuracy, learning rate, loss and stage seconds of runs"),
         ("figure3", "the paper's Figure 3: top-1 and learning rate of runs against iteration and epoch"),
+        ("figure6", "the paper's Figure 6: the same, named by BatchNorm Fisher and refresh schedule"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder (it holds metrics.jsonl)")
         command.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run, in order")
+    command = commands.add_parser("figure5", help="the paper's Figure 5: percentiles of Diff over layers")
+    command.add_argument("run", metavar="RUN", help="folder of a run with kfac.monitor.diff=true")
     command = commands.add_parser("batch", help="a training batch before and after crop, mixup and erasing")
     command.add_argument("config", help="YAML file; see configs/")
     command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key of the file")
@@ -57,11 +63,14 @@ def _draw(options: argparse.Namespace) -> Figure:
         if options.iteration < 0 or options.images < 1:
             raise InputError("--iteration must be >= 0 and --images >= 1")
         return draw_batch(load_config(options.config, options.overrides), options.iteration, options.images)
+    if options.command == "figure5":
+        return draw_figure5(options.run)
     labels = options.labels or [None] * len(options.runs)
     if len(labels) != len(options.runs):
         raise InputError(f"--labels must name each of the {len(options.runs)} runs, got {len(labels)} labels")
-    if options.command == "figure3":
-        named = [label or batch_label(run) for run, label in zip(options.runs, labels, strict=True)]
+    if options.command in ("figure3", "figure6"):
+        name = batch_label if options.command == "figure3" else fisher_label
+        named = [label or name(run) for run, label in zip(options.runs, labels, strict=True)]
         return draw_figure3([read_run(run, label) for run, label in zip(options.runs, named, strict=True)])
     runs = [read_run(run, label) for run, label in zip(options.runs, labels, strict=True)]
     return draw_curves(runs, describe_runs(options.runs))

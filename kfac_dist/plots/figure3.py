@@ -1,4 +1,4 @@
-"""Figure 3 of the paper: validation top-1 and learning rate against iteration and epoch, one curve a batch size."""
+"""Figures 3 and 6 of the paper: validation top-1 and learning rate against iteration and epoch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,17 @@ def batch_label(directory: str | Path) -> str | None:
     size = (config.get("batch") or {}).get("global_size")
     optimizer = {"kfac": "K-FAC", "sgd": "SGD"}.get((config.get("optimizer") or {}).get("name", ""), "")
     return f"{optimizer} batch {size:,}".strip() if isinstance(size, int) else None
+
+
+def fisher_label(directory: str | Path) -> str | None:
+    """A run's name in Figure 6: form of the BatchNorm Fisher and refresh schedule."""
+    config = read_config(Path(directory))
+    kfac = config.get("kfac") or {}
+    refresh = kfac.get("refresh") or {}
+    schedule = refresh.get("schedule")
+    if schedule == "every":
+        schedule = f"every {refresh['interval']}"
+    return f"{kfac['batchnorm']}, {schedule}" if "batchnorm" in kfac and schedule else None
 
 
 def draw_figure3(runs: Sequence[Run]) -> Figure:

@@ -16,7 +16,7 @@ def run_program(mpirun: Callable[..., CompletedProcess[str]]) -> Callable[..., C
 
     def run(num_ranks: int, name: str, *args: str | Path, timeout: float = 90) -> CompletedProcess[str]:
         # A program's own folder leads its sys.path, not the checkout.
-        env = {"PYTHONPATH": str(ROOT)}
+        env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off"}
         return mpirun(num_ranks, [HERE / "programs" / name, *args], env=env, timeout=timeout)
 
     return run

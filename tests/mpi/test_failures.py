@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def seconds_since_failure(finished: CompletedProcess[str]) -> float:
         ("exit 5", 5, "SystemExit: 5", 1),
         ("exit 0", 1, "SystemExit: 0", 1),
         ("input error", 2, "error: injected failure: image 7 cannot be read", 0),
-        ("missing package", 3, "ModuleNotFoundError", 1),
+        ("missing package", 3, "ModuleNotFoundError: No module named 'yaml'", 1),
     ],
 )
 def test_one_rank_fails(
@@ -68,14 +67,9 @@ def test_configuration_error_is_printed_once(mpirun: Run) -> None:
     assert "Traceback" not in finished.stderr
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [["optimizer.name=sgd", "kfac=null", "weight_rescaling=off"], ["weight_rescaling=off"]],
-    ids=["sgd", "kfac"],
-)
-def test_divergence(overrides: list[str], mpirun: Run, tmp_path: Path) -> None:
-    arguments: list[Any] = ["train.py", QUICKSTART, "optimizer.learning_rate=1.0e+38", *overrides]
-    finished = mpirun(2, [*arguments, f"run.output_dir={tmp_path}"])
+def test_divergence(mpirun: Run, tmp_path: Path) -> None:
+    overrides = ["optimizer.learning_rate=1.0e+38", "weight_rescaling=off", f"run.output_dir={tmp_path}"]
+    finished = mpirun(2, ["train.py", QUICKSTART, *overrides])
     assert finished.returncode == 3, finished.stderr
     assert finished.stderr.count("training failed: the training loss is nan at iteration") == 1
     assert "Traceback" not in finished.stderr

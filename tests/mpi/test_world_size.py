@@ -66,6 +66,10 @@ def compare(folder: Path, one_rank: Path, case: str) -> None:
             assert top1 == [(pytest.approx(their, rel=1e-12), their) for _, their in top1], f"{case}: {kind} top-1"
         else:
             assert max(abs(our - their) for our, their in top1) < 1.0, f"{case}: {kind} top-1"
+    changes = [[record["diff"] for record in metrics(run, case, "fisher")] for run in (folder, one_rank)]
+    if case == "kfac_variants":
+        assert len(changes[0]) == 6 * 8  # refreshed at iterations 0, 3, …, 18; 8 matrices; the first has no Diff
+        assert changes[0] == pytest.approx(changes[1], rel=tolerance)
     text = f"{case} ({folder.name}): " + ", ".join(f"{part} {value:.1e}" for part, value in measured.items())
     print(text)
     assert max(measured.values()) < tolerance, text
@@ -104,7 +108,7 @@ def test_bytes_equal_the_formula(one_rank: Path) -> None:
     refresh = {
         "kfac": 8 * (kronecker + diagonal + 2 * gradients),
         "kfac_fp32": 4 * (kronecker + diagonal + 2 * gradients),
-        "kfac_variants": 8 * (kronecker + full + 2 * gradients),
+        "kfac_variants": 8 * (kronecker + full + 2 * gradients + 8),  # and Diff of each matrix
         "sgd": 8 * 2 * gradients,
     }
     for case, expected in refresh.items():

@@ -97,6 +97,7 @@ def test_every_key_is_used(
     }.items():
         finished = command(write_config({**batch, **changes}))
         assert finished.code == 0, f"{name}: {finished.err}"
+    assert command(write_config(), "--explain").code == 0
     keys = set(leaf_keys(Config))
     assert sorted(keys - keys_read) == []
     assert len(keys) > 40  # the walk found the sections

@@ -187,3 +187,34 @@ def test_layers_without_running_statistics_are_left_alone_and_cumulative_ones_re
     assert without[0].momentum == 0.1
     with pytest.raises(InputError, match=r"layer norm: momentum must be a number, got None"):
         SlotwiseBatchNorm(nn.ModuleDict({"norm": nn.BatchNorm1d(3, momentum=None)}))
+
+
+def test_resnet50_reduces_in_the_3x3_or_the_first_1x1_convolution() -> None:
+    shape = (3, 64, 64)
+    plain, later, earlier = (
+        create_model("resnet50", 10, shape, seed=0, variant=variant) for variant in (None, "v1.5", "v1")
+    )
+    for model, first, second in ((plain, 1, 2), (later, 1, 2), (earlier, 2, 1)):
+        for name in ("layer2", "layer3", "layer4"):
+            block = model.get_submodule(f"{name}.0")
+            assert (block.conv1.stride, block.conv2.stride) == ((first, first), (second, second))
+            assert model.get_submodule(f"{name}.1").conv1.stride == (1, 1)
+        assert all(module.bias is None for module in model.modules() if isinstance(module, nn.Conv2d))
+        assert sum(parameter.numel() for parameter in model.parameters()) == 25_557_032 - 990 * 2049
+    images = torch.randn(2, *shape)
+    assert all(map(torch.equal, later.state_dict().values(), earlier.state_dict().values()))
+    assert torch.equal(plain(images), later(images))
+    assert not torch.allclose(earlier(images), later(images))
+    with pytest.raises(InputError, match=r"model\.variant must be left out for resnet18: only bottleneck ResNets"):
+        create_model("resnet18", 10, CIFAR, seed=0, variant="v1")
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet20", "bn2"), ("resnet18", "bn2"), ("resnet50", "bn3")])
+def test_zero_init_last_gamma(name: str, last: str) -> None:
+    model = create_model(name, 10, CIFAR, seed=0, zero_init_last_gamma=True)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    zero = {n for n, m in norms.items() if not m.weight.any()}
+    assert zero == {n for n in norms if "." in n and n.endswith(f".{last}")}
+    assert len(zero) == {"resnet20": 9, "resnet18": 8, "resnet50": 16}[name]
+    with pytest.raises(InputError, match=r"model\.zero_init_last_gamma must be false for alexnet32"):
+        create_model("alexnet32", 10, CIFAR, seed=0, zero_init_last_gamma=True)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from importlib.abc import MetaPathFinder
 from typing import Any, NoReturn
 
 from mpi4py import MPI
@@ -12,9 +13,19 @@ way = sys.argv.pop(1)
 is_failing_rank = MPI.COMM_WORLD.Get_rank() == 1
 if way == "missing folder" and is_failing_rank:
     sys.argv.append("data.root=/nonexistent/svhn")
+
+
+class MissingPackage(MetaPathFinder):
+    """Makes the import of PyYAML fail, as on a node where it is not installed."""
+
+    def find_spec(self, name: str, *others: Any) -> None:
+        if name == "yaml":
+            print(f"failing at {time.time()}", flush=True)
+            raise ModuleNotFoundError("No module named 'yaml'", name=name)
+
+
 if way == "missing package" and is_failing_rank:
-    sys.modules["yaml"] = None  # type: ignore[assignment]  # makes its import fail
-    print(f"failing at {time.time()}", flush=True)
+    sys.meta_path.insert(0, MissingPackage())
 
 import train  # noqa: E402
 

@@ -21,7 +21,8 @@ CASES = {
     "kfac_fp32": ["train.precision=fp32", "kfac.damping.initial=0.1", "kfac.damping.target=0.05"],
     "kfac_variants": [
         "kfac.ema_decay=0.9",
-        "kfac.refresh.interval=3",
+        "kfac.refresh={schedule: every, interval: 3}",
+        "kfac.monitor.diff=true",
         "kfac.batchnorm=full",
         "weight_rescaling=cap",
         "communication.reduce_scatter=native",

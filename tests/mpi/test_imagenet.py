@@ -1,0 +1,158 @@
+"""The data set `imagenet` under mpirun: the same run on any number of ranks, damage, the mean image's command."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import pytest
+import torch
+
+from tests.picture_tree import NUM_TRAIN, write_tree
+
+pytestmark = pytest.mark.mpi
+
+Run = Callable[..., CompletedProcess[str]]
+
+CONFIG = "tests/mpi/programs/imagenet.yaml"
+TEN_ITERATIONS = [
+    "data.image_size=64",
+    "batch.global_size=64",
+    "batch.per_rank=16",
+    "train.epochs=0.64",
+    "train.evaluate_every=10",
+]
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def make_mean_image(mpirun: Run, num_ranks: int, root: Path, output: Path, side: int, *args: str) -> Any:
+    command = ["-m", "kfac_dist.data.mean_image", str(root), "--output", str(output), "--image-size", str(side)]
+    return mpirun(num_ranks, [*command, *args], timeout=120)
+
+
+@pytest.fixture(scope="module")
+def tree(mpirun: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of generated pictures, and its mean image in the file `mean`."""
+    root = write_tree(tmp_path_factory.mktemp("tree"))
+    made = make_mean_image(mpirun, 2, root, root / "mean", 32)
+    assert made.returncode == 0, made.stderr
+    return root
+
+
+def settings(root: Path, *overrides: str) -> list[str]:
+    return [f"data.root={root}", f"data.mean_image={root / 'mean'}", *overrides]
+
+
+def test_mean_image_is_the_same_from_any_number_of_ranks(mpirun: Run, tree: Path, tmp_path: Path) -> None:
+    made = make_mean_image(mpirun, 3, tree, tmp_path / "mean", 32)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == f"{tmp_path / 'mean'}: mean of {NUM_TRAIN} pictures\n"
+    assert (tmp_path / "mean").read_bytes() == (tree / "mean").read_bytes()
+
+
+def test_mean_image_command_names_what_is_wrong_once(mpirun: Run, tmp_path: Path) -> None:
+    missing = make_mean_image(mpirun, 2, tmp_path / "none", tmp_path / "mean", 32)
+    assert missing.returncode == 2
+    assert missing.stderr.count("error: data.root must contain the folder train") == 1
+    root = write_tree(tmp_path)
+    (root / "train/n03/020.JPEG").write_bytes(b"")  # the last one: a picture of rank 1
+    damaged = make_mean_image(mpirun, 2, root, tmp_path / "mean", 32)
+    assert damaged.returncode == 2
+    assert damaged.stderr.count("020.JPEG cannot be used (the file is empty)") == 1
+    assert "Traceback" not in missing.stderr + damaged.stderr
+    assert not (tmp_path / "mean").exists()
+
+
+@pytest.mark.parametrize("loader", ["torchvision", "dali"])
+def test_ranks_and_accumulation_give_the_same_parameters(
+    run_program: Run, tree: Path, tmp_path: Path, loader: str
+) -> None:
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra dali)")
+    parameters, losses = {}, {}
+    for num_ranks in (1, 2, 3, 4) if loader == "torchvision" else (1, 3):
+        folder = tmp_path / str(num_ranks)
+        finished = run_program(
+            num_ranks, "train_imagenet.py", folder, *settings(tree, f"data.loader={loader}"), timeout=120
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        parameters[num_ranks] = torch.load(folder / "parameters.pt", weights_only=True)
+        losses[num_ranks] = [
+            record["loss"] for kind in ("train", "eval") for record in records(folder / "imagenet", kind)
+        ]
+    assert len(losses[1]) == 5 + 5
+    for num_ranks in parameters.keys() - {1}:
+        for name, alone in parameters[1].items():
+            assert (parameters[num_ranks][name] - alone).norm() <= 1e-9 * alone.norm(), f"{name} on {num_ranks} ranks"
+        assert losses[num_ranks] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_a_damaged_picture_ends_all_ranks(mpirun: Run, tree: Path, tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree")
+    command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
+    path = root / "train/n02/007.JPEG"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\0\0")  # of the same size, so the mean image still belongs to it
+    path.write_bytes((content[: len(content) // 2]).ljust(len(content), b"\0"))
+    finished = mpirun(2, [*command, *settings(root, f"data.mean_image={tree / 'mean'}")], timeout=90)
+    assert finished.returncode == 3, finished.stderr
+    assert finished.stderr.count("training failed: ") == 1
+    assert "train/n02/007.JPEG cannot be used" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "imagenet/DONE").exists()
+
+
+def test_damaged_pictures_can_be_skipped(mpirun: Run, tree: Path, tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree")
+    command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
+    skip = settings(root, f"data.mean_image={tree / 'mean'}", "data.on_error=skip")
+    (root / "val/n01/000.JPEG").write_bytes(b"")
+    finished = mpirun(2, [*command, *skip], timeout=90)
+    assert finished.returncode == 0, finished.stderr
+    (event,) = records(tmp_path / "imagenet", "event")
+    assert (event["event"], event["iteration"]) == ("skipped_picture", 0)
+    assert "val/n01/000.JPEG cannot be used (the file is empty)" in event["problem"]
+    assert records(tmp_path / "imagenet", "summary")[0]["skipped_pictures"] == 1
+    top1 = [record["top1"] for record in records(tmp_path / "imagenet", "eval")]
+    assert all(9 * value / 100 == pytest.approx(round(9 * value / 100), abs=1e-9) for value in top1)  # of 9, not 10
+
+    (root / "val/n02/001.JPEG").write_bytes(b"")  # a second one is more than 1 % of 31
+    finished = mpirun(2, [*command, *skip], timeout=90)
+    assert finished.returncode == 3, finished.stderr
+    assert "2 of 31 pictures cannot be used, more than the 1 %" in finished.stderr
+
+
+def test_bad_data_is_refused_once(mpirun: Run, tree: Path, tmp_path: Path) -> None:
+    command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
+    for overrides, text in (
+        (["data.root=/nowhere"], "data.root must contain the folder train, got /nowhere"),
+        (["data.image_size=40"], "is for images of 32x32, and data.image_size is 40: make it with: python -m"),
+        (["data.mean_image=null"], "data.mean_image must name the mean image that data.preprocessing=paper subtracts"),
+    ):
+        finished = mpirun(2, [*command, *settings(tree, *overrides)], timeout=60)
+        assert finished.returncode == 2, finished.stderr
+        assert finished.stderr.count(text) == 1
+        assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_iterations_of_the_recipe_on_real_pictures(mpirun: Run, data_dir: Path, tmp_path: Path) -> None:
+    """ResNet-50 with every scheme of bs4k.yaml on 2 ranks; only sizes are reduced. The loss falls."""
+    root = data_dir / "imagenette-mini"
+    if not root.is_dir():
+        pytest.skip(f"needs {root}")
+    made = make_mean_image(mpirun, 2, root, tmp_path / "mean", 64)
+    assert made.returncode == 0, made.stderr
+    places = [f"run.output_dir={tmp_path}", f"data.root={root}", f"data.mean_image={tmp_path / 'mean'}"]
+    finished = mpirun(2, ["train.py", "configs/imagenet/bs4k.yaml", *places, *TEN_ITERATIONS], timeout=1100)
+    assert finished.returncode == 0, finished.stderr
+    losses = [record["loss"] for record in records(tmp_path / "imagenet-bs4k", "train")]
+    assert len(losses) == 10
+    print(losses)
+    assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.1
