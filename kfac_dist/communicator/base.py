@@ -102,7 +102,7 @@ class Communicator(ABC):
             yield
         except InputError as error:
             problem = str(error)
-        problems = self.gather_bytes(problem.encode())
+        problems = self.gather_bytes(problem.encode(errors="backslashreplace"))  # file names may be no text
         failed = [rank for rank, text in enumerate(problems) if text]
         if failed:
             where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"

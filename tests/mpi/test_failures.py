@@ -33,9 +33,7 @@ def seconds_since_failure(finished: CompletedProcess[str]) -> float:
         ("missing package", 3, "ModuleNotFoundError: No module named 'yaml'", 1),
     ],
 )
-def test_one_rank_fails(
-    way: str, code: int, report: str, tracebacks: int, run_program: Run, tmp_path: Path
-) -> None:
+def test_one_rank_fails(way: str, code: int, report: str, tracebacks: int, run_program: Run, tmp_path: Path) -> None:
     finished = run_program(2, "failing_rank.py", way, QUICKSTART, f"run.output_dir={tmp_path}")
     assert seconds_since_failure(finished) < 10
     assert finished.returncode == code

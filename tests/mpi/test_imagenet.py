@@ -1,5 +1,6 @@
 """The data set `imagenet` under mpirun: the same run on any number of ranks, damage, the mean image's command."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,14 +69,13 @@ def test_mean_image_command_names_what_is_wrong_once(mpirun: Run, tmp_path: Path
     assert not (tmp_path / "mean").exists()
 
 
-@pytest.mark.parametrize("loader", ["torchvision", "dali"])
-def test_ranks_and_accumulation_give_the_same_parameters(
-    run_program: Run, tree: Path, tmp_path: Path, loader: str
-) -> None:
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra dali)")
+def has_dali() -> bool:
+    return importlib.util.find_spec("nvidia.dali") is not None
+
+
+def test_ranks_accumulation_and_loaders_give_the_same_parameters(run_program: Run, tree: Path, tmp_path: Path) -> None:
     parameters, losses = {}, {}
-    for num_ranks in (1, 2, 3, 4) if loader == "torchvision" else (1, 3):
+    for num_ranks, loader in ((1, "torchvision"), (4, "torchvision"), (3, "dali" if has_dali() else "torchvision")):
         folder = tmp_path / str(num_ranks)
         finished = run_program(
             num_ranks, "train_imagenet.py", folder, *settings(tree, f"data.loader={loader}"), timeout=120
@@ -86,7 +86,7 @@ def test_ranks_and_accumulation_give_the_same_parameters(
             record["loss"] for kind in ("train", "eval") for record in records(folder / "imagenet", kind)
         ]
     assert len(losses[1]) == 5 + 5
-    for num_ranks in parameters.keys() - {1}:
+    for num_ranks in (3, 4):
         for name, alone in parameters[1].items():
             assert (parameters[num_ranks][name] - alone).norm() <= 1e-9 * alone.norm(), f"{name} on {num_ranks} ranks"
         assert losses[num_ranks] == pytest.approx(losses[1], rel=1e-9)
@@ -97,8 +97,8 @@ def test_a_damaged_picture_ends_all_ranks(mpirun: Run, tree: Path, tmp_path: Pat
     command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
     path = root / "train/n02/007.JPEG"
     content = path.read_bytes()
-    path.write_bytes(content[:-2] + b"\0\0")  # of the same size, so the mean image still belongs to it
-    path.write_bytes((content[: len(content) // 2]).ljust(len(content), b"\0"))
+    # Cut off, but of the same size: the mean image still belongs to the tree.
+    path.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
     finished = mpirun(2, [*command, *settings(root, f"data.mean_image={tree / 'mean'}")], timeout=90)
     assert finished.returncode == 3, finished.stderr
     assert finished.stderr.count("training failed: ") == 1
@@ -127,17 +127,13 @@ def test_damaged_pictures_can_be_skipped(mpirun: Run, tree: Path, tmp_path: Path
     assert "2 of 31 pictures cannot be used, more than the 1 %" in finished.stderr
 
 
-def test_bad_data_is_refused_once(mpirun: Run, tree: Path, tmp_path: Path) -> None:
+def test_a_wrong_mean_image_is_refused_once(mpirun: Run, tree: Path, tmp_path: Path) -> None:
     command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
-    for overrides, text in (
-        (["data.root=/nowhere"], "data.root must contain the folder train, got /nowhere"),
-        (["data.image_size=40"], "is for images of 32x32, and data.image_size is 40: make it with: python -m"),
-        (["data.mean_image=null"], "data.mean_image must name the mean image that data.preprocessing=paper subtracts"),
-    ):
-        finished = mpirun(2, [*command, *settings(tree, *overrides)], timeout=60)
-        assert finished.returncode == 2, finished.stderr
-        assert finished.stderr.count(text) == 1
-        assert "Traceback" not in finished.stderr
+    finished = mpirun(2, [*command, *settings(tree, "data.image_size=40")], timeout=60)
+    assert finished.returncode == 2, finished.stderr
+    text = "is for images of 32x32, and data.image_size is 40: make it with: python -m kfac_dist.data.mean_image"
+    assert finished.stderr.count(text) == 1
+    assert "Traceback" not in finished.stderr
 
 
 @pytest.mark.slow

@@ -40,7 +40,10 @@ def assert_refused(finished: Any, *words: str) -> None:
         (["kfac.damping.target=-0.1"], ["kfac.damping.target must be > 0, got -0.1"]),
         (["optimizer.learning_rat=0.1"], ["optimizer.learning_rat is not a known key", "learning_rate"]),
         (["optimiser.name=sgd"], ["optimiser", "not a known key"]),
-        (["train.epochs=many", "run.seed=-1"], ["2 problems", "train.epochs must be a number", "run.seed must be >= 0"]),
+        (
+            ["train.epochs=many", "run.seed=-1"],
+            ["2 problems", "train.epochs must be a number", "run.seed must be >= 0"],
+        ),
         (["train.epochs"], ["'train.epochs' must be dotted.key=value"]),
         (["--frobnicate"], ["unrecognized arguments: --frobnicate", "usage: train.py"]),
         (["--explain", "--ranks=0"], ["--ranks", ">= 1", "got 0"]),
@@ -59,9 +62,9 @@ def test_no_arguments(command: Command) -> None:
     assert_refused(command(), "config", "usage: train.py")
 
 
-def test_missing_configuration(command: Command, tmp_path: Path) -> None:
-    path = tmp_path / "nowhere.yaml"
-    assert_refused(command(path), str(path))
+@pytest.mark.parametrize(("name", "shown"), [("nowhere.yaml", "nowhere.yaml"), ("\udcff.yaml", "\\udcff.yaml")])
+def test_missing_configuration(name: str, shown: str, command: Command, tmp_path: Path) -> None:
+    assert_refused(command(tmp_path / name), shown)
 
 
 @pytest.mark.parametrize("content", [b"run: {name: x", b"just words", b"\xff\xfe\x00", b""])

@@ -68,16 +68,14 @@ def num_bytes(text: str, stage: str) -> int:
 
 def test_explain_on_3_ranks(command: Command, tmp_path: Path) -> None:
     output_dir = tmp_path / "runs"
-    finished = command(
-        QUICKSTART, "--explain", "--ranks", "3", "batch.global_size=192", f"run.output_dir={output_dir}"
-    )
+    finished = command(QUICKSTART, "--explain", "--ranks", "3", "batch.global_size=192", f"run.output_dir={output_dir}")
     assert finished.code == 0, finished.err
     assert "3 ranks" in finished.out
     assert "1 slots of 64 a rank" in finished.out
     owners = owner_column(finished.out)
     assert tuple(owners) == LAYERS
     assert all(len(ranks) == 1 for ranks in owners.values())
-    assert set(sum(owners.values(), [])) == {0, 1, 2}
+    assert {rank for ranks in owners.values() for rank in ranks} == {0, 1, 2}
     assert "A 144, G 32" in finished.out  # the second convolution
     assert "A 129, G 10" in finished.out
     assert "every trained parameter is covered" in finished.out
@@ -100,7 +98,7 @@ def test_explain_on_more_ranks_than_layers(command: Command) -> None:
     assert finished.code == 0, finished.err
     owners = owner_column(finished.out)
     assert tuple(owners) == LAYERS
-    assert sorted(sum(owners.values(), [])) == list(range(64))  # no rank idles
+    assert sorted(rank for ranks in owners.values() for rank in ranks) == list(range(64))  # no rank idles
     assert len(owners["4"]) > len(owners["0"])  # the most expensive layer has the most owners
 
 

@@ -9,6 +9,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from kfac_dist.communicator import Communicator, create_communicator, launch
+from kfac_dist.communicator.base import ReduceOp
 from kfac_dist.communicator.mpi import ReduceScatterAlgorithm
 from kfac_dist.errors import InputError
 
@@ -68,12 +69,13 @@ def check_all_reduce_and_broadcast(communicator: Communicator) -> None:
     size, rank = communicator.size, communicator.rank
     for dtype in DTYPES:
         every = torch.stack([values_of(other, 12, dtype) for other in range(size)])
-        for op, expected in (
+        results: list[tuple[ReduceOp, Tensor]] = [
             ("sum", every.sum(0)),
             ("mean", every.mean(0)),
             ("min", every.amin(0)),
             ("max", every.amax(0)),
-        ):
+        ]
+        for op, expected in results:
             tensor = values_of(rank, 12, dtype).view(3, 4)
             before = communicator.payload_bytes
             result = communicator.all_reduce_(tensor, op)

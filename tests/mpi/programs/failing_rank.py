@@ -28,7 +28,6 @@ if way == "missing package" and is_failing_rank:
     sys.meta_path.insert(0, MissingPackage())
 
 import train  # noqa: E402
-
 from kfac_dist.communicator import launch  # noqa: E402
 from kfac_dist.errors import InputError  # noqa: E402
 from kfac_dist.trainer import Trainer  # noqa: E402
@@ -54,5 +53,5 @@ def fail() -> NoReturn:
 
 
 if way in ("exception", "exit 5", "exit 0", "input error"):
-    Trainer._train_iteration = failing_iteration  # type: ignore[method-assign]
+    Trainer._train_iteration = failing_iteration  # type: ignore[assignment]
 launch.run(train.main)
