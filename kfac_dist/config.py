@@ -4,7 +4,6 @@ The attribute names are the YAML keys. A key has a default only where no paper s
 of a configuration are reported at once, each as the dotted key, the rule and the value found.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +20,7 @@ from pydantic import (
 )
 
 from kfac_dist import strict_yaml
-from kfac_dist.config_base import FractionRange, Patterns, PositiveRange, Section, Text
+from kfac_dist.config_base import FractionRange, PositiveRange, Section, Text
 from kfac_dist.config_data import DataConfig
 from kfac_dist.config_kfac import KfacConfig
 from kfac_dist.config_problems import describe

@@ -92,8 +92,6 @@ class KfacConfig(Section):
     damping: DampingConfig
     batchnorm: Literal["full", "unit", "diagonal"] = "diagonal"
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    refresh: Annotated[RefreshConfig, Field(discriminator="schedule")] = EveryRefresh(
-        schedule="every"
-    )
+    refresh: Annotated[RefreshConfig, Field(discriminator="schedule")] = EveryRefresh(schedule="every")
     skip: Patterns = ()
     monitor: MonitorConfig = MonitorConfig()

@@ -7,7 +7,13 @@ from torch import nn
 from kfac_dist.communicator import Communicator
 from kfac_dist.config import Config
 from kfac_dist.config_kfac import EveryRefresh, PaperRefresh, RefreshConfig
-from kfac_dist.curvature.staleness import AdaptiveRefresh, IntervalRefresh, RefreshSchedule, eq20_interval, eq21_interval
+from kfac_dist.curvature.staleness import (
+    AdaptiveRefresh,
+    IntervalRefresh,
+    RefreshSchedule,
+    eq20_interval,
+    eq21_interval,
+)
 from kfac_dist.optimizer import KFAC
 from kfac_dist.sgd import SGD
 from kfac_dist.timing import StageTimer

@@ -24,14 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in gpu_items:
-            item.add_marker(
-                pytest.mark.skip(reason="no CUDA device here (torch.cuda.is_available() is false)")
-            )
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here (torch.cuda.is_available() is false)"))
 
 
-def run_limited(
-    command: Sequence[str | os.PathLike[str]], env: Mapping[str, str], timeout: float
-) -> Completed:
+def run_limited(command: Sequence[str | os.PathLike[str]], env: Mapping[str, str], timeout: float) -> Completed:
     """Run a command from the checkout's root; after `timeout` seconds end it and all it started, and fail."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
@@ -56,9 +52,7 @@ def run_limited(
             texts.append(file.read())
     if timed_out:
         command_text = " ".join(map(str, command))
-        pytest.fail(
-            f"still running after {timeout} s: {command_text}\n{texts[0][-4000:]}\n{texts[1][-4000:]}"
-        )
+        pytest.fail(f"still running after {timeout} s: {command_text}\n{texts[0][-4000:]}\n{texts[1][-4000:]}")
     return Completed(command, process.returncode, texts[0], texts[1])
 
 
@@ -96,9 +90,7 @@ def mpirun() -> Callable[..., Completed]:
 def run_python() -> Callable[..., Completed]:
     """``run_python(args, env=None, timeout=60)``: like `mpirun`, but ``python *args`` on its own."""
 
-    def run(
-        args: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout: float = 60
-    ) -> Completed:
+    def run(args: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout: float = 60) -> Completed:
         return run_limited([sys.executable, *args], env or {}, timeout)
 
     return run

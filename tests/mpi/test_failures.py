@@ -57,7 +57,7 @@ def test_folder_missing_on_one_rank(run_program: Run, tmp_path: Path) -> None:
 
 
 def test_configuration_error_is_printed_once(mpirun: Run) -> None:
-    finished = mpirun(3, ["train.py", QUICKSTART, "kfac.damping.target=-1", "run.sed=3"])
+    finished = mpirun(3, ["train.py", QUICKSTART, "kfac.damping.target=-1", "run.sed=3"], timeout=120)
     assert finished.returncode == 2
     assert finished.stderr.count("error: ") == 1
     assert finished.stderr.count("kfac.damping.target must be > 0, got -1") == 1
@@ -67,7 +67,7 @@ def test_configuration_error_is_printed_once(mpirun: Run) -> None:
 
 def test_divergence(mpirun: Run, tmp_path: Path) -> None:
     overrides = ["optimizer.learning_rate=1.0e+38", "weight_rescaling=off", f"run.output_dir={tmp_path}"]
-    finished = mpirun(2, ["train.py", QUICKSTART, *overrides])
+    finished = mpirun(2, ["train.py", QUICKSTART, *overrides], timeout=120)
     assert finished.returncode == 3, finished.stderr
     assert finished.stderr.count("training failed: the training loss is nan at iteration") == 1
     assert "Traceback" not in finished.stderr
