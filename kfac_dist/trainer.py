@@ -20,7 +20,7 @@ from kfac_dist.data import Dataset, SlotSampler, create_dataset
 from kfac_dist.data.damage import DamagedPictures
 from kfac_dist.data.pictures import PictureError
 from kfac_dist.environment import describe_environment
-from kfac_dist.errors import TrainingFailed
+from kfac_dist.errors import InputError, TrainingFailed
 from kfac_dist.metrics import Progress, RunWriter, choose_run_directory
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optimizer import KFAC
@@ -56,7 +56,8 @@ class Trainer:
         """
         self.config = config
         self.communicator = communicator
-        self.device = choose_device(config.run.device, communicator.local_rank)
+        with communicator.agree():
+            self.device = choose_device(config.run.device, communicator.local_rank)
         dtype = _DTYPES[config.train.precision]
         seed = config.run.seed
         with communicator.agree():
@@ -303,7 +304,13 @@ def evaluate(
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of a rank: its own GPU where there are any, unless the configuration says otherwise."""
+    """The device of a rank: its own GPU where there are any, unless the configuration says otherwise.
+
+    Raises:
+        InputError: If a GPU is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("run.device must be cpu or auto on a machine without a CUDA device that torch sees, got cuda")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())

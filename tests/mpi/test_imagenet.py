@@ -40,7 +40,7 @@ def make_mean_image(mpirun: Run, num_ranks: int, root: Path, output: Path, side:
 def tree(mpirun: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree of generated pictures, and its mean image in the file `mean`."""
     root = write_tree(tmp_path_factory.mktemp("tree"))
-    made = make_mean_image(mpirun, 2, root, root / "mean", 32)
+    made = make_mean_image(mpirun, 2, root, root / "mean", 16)
     assert made.returncode == 0, made.stderr
     return root
 
@@ -50,19 +50,19 @@ def settings(root: Path, *overrides: str) -> list[str]:
 
 
 def test_mean_image_is_the_same_from_any_number_of_ranks(mpirun: Run, tree: Path, tmp_path: Path) -> None:
-    made = make_mean_image(mpirun, 3, tree, tmp_path / "mean", 32)
+    made = make_mean_image(mpirun, 3, tree, tmp_path / "mean", 16)
     assert made.returncode == 0, made.stderr
     assert made.stdout == f"{tmp_path / 'mean'}: mean of {NUM_TRAIN} pictures\n"
     assert (tmp_path / "mean").read_bytes() == (tree / "mean").read_bytes()
 
 
 def test_mean_image_command_names_what_is_wrong_once(mpirun: Run, tmp_path: Path) -> None:
-    missing = make_mean_image(mpirun, 2, tmp_path / "none", tmp_path / "mean", 32)
+    missing = make_mean_image(mpirun, 2, tmp_path / "none", tmp_path / "mean", 16)
     assert missing.returncode == 2
     assert missing.stderr.count("error: data.root must contain the folder train") == 1
     root = write_tree(tmp_path)
     (root / "train/n03/020.JPEG").write_bytes(b"")  # the last one: a picture of rank 1
-    damaged = make_mean_image(mpirun, 2, root, tmp_path / "mean", 32)
+    damaged = make_mean_image(mpirun, 2, root, tmp_path / "mean", 16)
     assert damaged.returncode == 2
     assert damaged.stderr.count("020.JPEG cannot be used (the file is empty)") == 1
     assert "Traceback" not in missing.stderr + damaged.stderr
@@ -131,7 +131,7 @@ def test_a_wrong_mean_image_is_refused_once(mpirun: Run, tree: Path, tmp_path: P
     command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
     finished = mpirun(2, [*command, *settings(tree, "data.image_size=40")], timeout=60)
     assert finished.returncode == 2, finished.stderr
-    text = "is for images of 32x32, and data.image_size is 40: make it with: python -m kfac_dist.data.mean_image"
+    text = "is for images of 16x16, and data.image_size is 40: make it with: python -m kfac_dist.data.mean_image"
     assert finished.stderr.count(text) == 1
     assert "Traceback" not in finished.stderr
 

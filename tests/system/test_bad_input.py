@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -99,6 +100,12 @@ def test_unknown_progress_style(command: Command, tmp_path: Path, monkeypatch: p
     finished = command(QUICKSTART, f"run.output_dir={tmp_path / 'runs'}")
     assert_refused(finished, "KFAC_DIST_PROGRESS must be bar, lines or off, got 'fancy'")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(command: Command, tmp_path: Path) -> None:
+    finished = command(QUICKSTART, f"run.output_dir={tmp_path}/runs", "run.device=cuda")
+    assert_refused(finished, "run.device must be cpu or auto", "got cuda")
 
 
 def test_exit_code_of_the_real_command(run_python: Callable[..., Any]) -> None:
