@@ -22,6 +22,7 @@ def summarise(run: Path) -> dict[str, Any]:
     largest = max(record["communication_bytes"] for record in train)
     refreshes = [record for record in train if record["stage_seconds"]["inverse"] > 1e-4]
     environment = json.loads((run / "environment.json").read_text())
+    environment["command"] = "python " + environment["command"].partition(" ")[2]  # whichever interpreter it was
     return {
         "name": run.name,
         "command": environment["command"],
@@ -44,7 +45,7 @@ def summarise(run: Path) -> dict[str, Any]:
     }
 
 
-def markdown(title: str, runs: list[dict[str, Any]]) -> str:
+def markdown(title: str, note: str, runs: list[dict[str, Any]]) -> str:
     """The runs as tables."""
     environment = runs[0]["environment"]
     packages = environment["packages"]
@@ -55,6 +56,7 @@ def markdown(title: str, runs: list[dict[str, Any]]) -> str:
         f"{environment['started'][:10]}, {environment['cpu']['model']}, {environment['cpu']['num_usable']} cores, "
         f"GPUs: {', '.join(environment['gpus']) or 'none'}; torch {packages['torch']}, {environment['mpi_library']}, "
         f"Python {environment['python']}. Seconds an epoch count training only.",
+        *(["", note] if note else []),
         "",
         "| run | ranks | final top-1 % | best | training loss, last 10 | s an epoch | s an iteration |",
         "|---|---|---|---|---|---|---|",
@@ -83,6 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--title", required=True)
+    parser.add_argument("--note", default="", help="what a reader must know of the measurement")
     parser.add_argument("--output", required=True, type=Path, help="path without suffix")
     arguments = parser.parse_args()
     runs = [summarise(run) for run in arguments.runs]
@@ -90,7 +93,7 @@ def main() -> int:
         run["environment"].pop("working_directory", None)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{arguments.output}.json").write_text(json.dumps(runs, indent=2) + "\n")
-    Path(f"{arguments.output}.md").write_text(markdown(arguments.title, runs))
+    Path(f"{arguments.output}.md").write_text(markdown(arguments.title, arguments.note, runs))
     return 0
 
 
