@@ -14,8 +14,8 @@ from kfac_dist.curvature.staleness import StatisticKey, relative_change
 # A matrix that is not positive definite to rounding is damped tenfold, this many times at most.
 _MAX_RETRIES = 3
 
-# Iterations from which an explicit inverse pays for being formed; measured, see benchmarks/.
-INVERSE_FROM_INTERVAL = 4
+# Iterations from which an explicit inverse pays for being formed; on a CPU 5 to more than 15, by size (benchmarks/).
+INVERSE_FROM_INTERVAL = 10
 
 
 @dataclass
