@@ -170,7 +170,7 @@ def test_a_batchnorm_layer_in_eval_mode_gets_the_plain_gradient_and_the_others_k
 
 def test_a_step_in_eval_mode_takes_the_plain_gradient_and_the_fisher_stays_due() -> None:
     net = make_net()
-    optimizer = make_kfac(net, lr=0.25, momentum=0.0, refresh_interval=3)
+    optimizer = make_kfac(net, lr=0.25, momentum=0.0, refresh=3)
     net.eval()
     before = weights(net)
     train(net, optimizer)
@@ -191,9 +191,9 @@ class WithUnused(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("refresh_interval", [1, 2])  # 2: parts of the buffer move, and find old values
-def test_an_unused_layer_stays_as_it_is_and_the_others_do_not_notice(refresh_interval: int) -> None:
-    settings = {"ema_decay": 0.5, "refresh_interval": refresh_interval}
+@pytest.mark.parametrize("refresh", [1, 2])  # 2: parts of the buffer move, and find old values
+def test_an_unused_layer_stays_as_it_is_and_the_others_do_not_notice(refresh: int) -> None:
+    settings = {"ema_decay": 0.5, "refresh": refresh}
     alone, model = make_net(), WithUnused(make_net())
     unused = weights(model.unused) + weights(model.unused_norm)
     train(alone, make_kfac(alone, **settings), steps=3)
