@@ -123,6 +123,7 @@ def main() -> int:
     arguments = parser.parse_args()
     threads = launch.share_threads(1)
     environment = describe_environment(library_version(), ["local"])
+    del environment["working_directory"]  # of no use to a reader
     results = {}
     for work in arguments.works:
         results[work] = measure(work, torch.device(arguments.device), arguments.repeats)
