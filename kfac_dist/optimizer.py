@@ -9,9 +9,9 @@ from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator, create_communicator
 from kfac_dist.communicator.packing import unpack_symmetric
-from kfac_dist.curvature.assignment import assign_owners, inversion_flops
+from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.batchnorm import BatchNormForm
-from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, block_work, create_blocks
+from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, block_work, create_blocks, refresh_costs
 from kfac_dist.curvature.capture import Capture
 from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.curvature.staleness import IntervalRefresh, RefreshSchedule, StatisticKey
@@ -142,7 +142,7 @@ class KFAC(torch.optim.Optimizer):
         self._device = trained[0].device
         self._exchange = Exchange(self.blocks, self.owners, self.communicator.size, self._dtype, self._device)
         self._index_groups()
-        self._refresh.plan_for(_refresh_costs(self.blocks))
+        self._refresh.plan_for(refresh_costs(self.blocks))
         self._capture = Capture(self.blocks)
         self._begin_iteration()
         for tensor in (*model.parameters(), *model.buffers()):
@@ -392,13 +392,6 @@ class KFAC(torch.optim.Optimizer):
         self._iteration = int(curvature_state["iteration"])
         self._refresh.load_state_dict(curvature_state["refresh"])
         self._begin_iteration()
-
-
-def _refresh_costs(blocks: Sequence[Block]) -> dict[StatisticKey, float]:
-    """Operations of factorising each matrix."""
-    return {
-        (block.name, matrix): inversion_flops([stack], 0) for block in blocks for matrix, stack in block.stacks.items()
-    }
 
 
 def _check(name: str, allowed: bool, value: object, rule: str) -> None:

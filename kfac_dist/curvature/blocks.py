@@ -18,6 +18,7 @@ from kfac_dist.curvature import batchnorm, factors, inverse
 from kfac_dist.curvature.assignment import Work, inversion_flops
 from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.inverse import Solver
+from kfac_dist.curvature.staleness import StatisticKey
 from kfac_dist.errors import InputError
 
 Matrices = dict[str, Tensor]
@@ -207,6 +208,13 @@ def block_work(block: Block) -> Work:
         flops=inversion_flops(list(block.stacks.values()), block.num_values),
         num_bytes=4 * (packed + block.num_values),
     )
+
+
+def refresh_costs(blocks: Sequence[Block]) -> dict[StatisticKey, float]:
+    """Operations of factorising each matrix of the blocks."""
+    return {
+        (block.name, matrix): inversion_flops([stack], 0) for block in blocks for matrix, stack in block.stacks.items()
+    }
 
 
 def _create_block(
