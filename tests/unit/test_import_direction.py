@@ -13,6 +13,7 @@ PACKAGE = ROOT / "kfac_dist"
 LAYERS = (
     "errors",
     "timing",
+    "devices",
     "strict_yaml",
     "config_problems",
     "config_base",
