@@ -37,6 +37,7 @@ LAYERS = (
     "plots",
     "explain",
     "memory",
+    "doctor",
 )
 # What `from kfac_dist import KFAC, SGD, create_communicator` draws on, and what it must do without.
 LIBRARY = ("kfac_dist.optimizer", "kfac_dist.sgd", "kfac_dist.communicator")
