@@ -2,19 +2,47 @@
 
 All calls are collective: every rank makes the same calls in the same order. Buffers are contiguous
 tensors. The payload of the two V-collectives is counted, so that a run can report what it moved.
+
+The V-collectives can be started and waited for later, and can send half precision (`wire`, see
+`kfac_dist.communicator.wire`). Then each rank's values are rounded once and the owner sums them in the buffer's own
+precision: on any number of ranks, one included, the error is that of one rounding.
 """
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TextIO
+from itertools import accumulate
+from typing import Generic, Literal, TextIO, TypeVar
 
+import torch
 from torch import Tensor
 
+from kfac_dist.communicator.wire import decode, encode, encoded_bytes
 from kfac_dist.errors import AgreedInputError, InputError
 
 ReduceOp = Literal["sum", "mean", "min", "max"]
+Result = TypeVar("Result")
+Finish = Callable[[], None]
+"""Completes what a backend has started."""
+
+
+class Pending(Generic[Result]):
+    """A collective under way: until `wait` its buffer must neither be read nor written."""
+
+    def __init__(self, finish: Callable[[], Result]) -> None:
+        self._finish: Callable[[], Result] | None = finish
+        self._result: Result
+
+    def wait(self) -> Result:
+        """Complete it, once; further calls return the same result.
+
+        On a GPU the current stream waits, not the host, where the backend can do so (NCCL).
+        """
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            self._result = finish()
+        return self._result
 
 
 class Communicator(ABC):
@@ -25,8 +53,8 @@ class Communicator(ABC):
         size: Number of processes in the job.
         local_rank: This process's number on its own host.
         local_size: Number of the job's processes on this host.
-        payload_bytes: Bytes handed to `reduce_scatter_v` and `all_gather_v` so far: the length of the
-            whole buffer, whatever the number of ranks, so that it can be compared with a formula.
+        payload_bytes: Bytes handed to the V-collectives so far: the length of the whole buffer, as it goes on
+            the wire, whatever the number of ranks, so that it can be compared with a formula.
     """
 
     rank: int
@@ -45,26 +73,122 @@ class Communicator(ABC):
         """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
-    @abstractmethod
-    def reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Tensor:
+    # V-collectives ------------------------------------------------------------------------------------
+
+    def reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype | None = None) -> Tensor:
         """Average the ranks' buffers, leaving in each rank's buffer the mean of its own segment.
 
         Args:
             buffer: (Σ counts,), one segment a rank in rank order. Other ranks' segments become undefined.
             counts: Values in each rank's segment; zero is allowed; the same on every rank.
+            wire: bfloat16 or float16 to send the values as; None, or the buffer's dtype, sends them as they are.
 
         Returns:
             (counts[rank],), a view of this rank's segment.
-        """
 
-    @abstractmethod
-    def all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> None:
+        Raises:
+            ValueError: If `wire` is another dtype.
+        """
+        return self.start_reduce_scatter_v(buffer, counts, wire).wait()
+
+    def all_gather_v(self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype | None = None) -> None:
         """Complete a buffer of which each rank has filled its own segment, in place.
 
         Args:
             buffer: (Σ counts,), one segment a rank in rank order.
             counts: Values in each rank's segment; zero is allowed; the same on every rank.
+            wire: As in `reduce_scatter_v`. All ranks end with the same rounded values, the owner too.
+
+        Raises:
+            ValueError: If `wire` is another dtype.
         """
+        self.start_all_gather_v(buffer, counts, wire).wait()
+
+    def start_reduce_scatter_v(
+        self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype | None = None
+    ) -> Pending[Tensor]:
+        """Start `reduce_scatter_v`; `wait()` gives its result."""
+        own: Tensor = buffer.split(list(counts))[self.rank]
+        if wire is None or wire == buffer.dtype:
+            self.payload_bytes += buffer.numel() * buffer.element_size()
+            finish = self._start_reduce_scatter_v(buffer, counts)
+        else:
+            finish = self._start_encoded_reduce_scatter_v(buffer, counts, wire)
+
+        def mean() -> Tensor:
+            finish()
+            return own.div_(self.size) if self.size > 1 else own
+
+        return Pending(mean)
+
+    def start_all_gather_v(
+        self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype | None = None
+    ) -> Pending[None]:
+        """Start `all_gather_v`."""
+        if wire is None or wire == buffer.dtype:
+            self.payload_bytes += buffer.numel() * buffer.element_size()
+            return Pending(self._start_all_gather_v(buffer, counts))
+        return Pending(self._start_encoded_all_gather_v(buffer, counts, wire))
+
+    def _start_encoded_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype) -> Finish:
+        """Send every owner its segment encoded; the owner decodes and sums, in rank order."""
+        sizes = [encoded_bytes(count, wire) for count in counts]
+        self.payload_bytes += sum(sizes)
+        segments = buffer.split(list(counts))
+        sent = _empty_bytes(sum(sizes), buffer)
+        for segment, message in zip(segments, sent.split(sizes), strict=True):
+            encode(segment, wire, out=message)
+        received = _empty_bytes(self.size * sizes[self.rank], buffer)
+        finish = self._start_all_to_all_v(sent, received, sizes)
+
+        def add_up() -> None:
+            finish()
+            own = segments[self.rank]
+            first, *others = received.view(self.size, sizes[self.rank])
+            decode(first, wire, out=own)
+            term = torch.empty_like(own)
+            for other in others:
+                decode(other, wire, out=term)
+                own += term
+
+        return add_up
+
+    def _start_encoded_all_gather_v(self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype) -> Finish:
+        """Gather all segments encoded; every rank decodes all of them."""
+        sizes = [encoded_bytes(count, wire) for count in counts]
+        self.payload_bytes += sum(sizes)
+        segments = buffer.split(list(counts))
+        gathered = _empty_bytes(sum(sizes), buffer)
+        messages = gathered.split(sizes)
+        encode(segments[self.rank], wire, out=messages[self.rank])
+        finish = self._start_all_gather_v(gathered, sizes)
+
+        def read() -> None:
+            finish()
+            for message, segment in zip(messages, segments, strict=True):
+                decode(message, wire, out=segment)
+
+        return read
+
+    @abstractmethod
+    def _start_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Finish:
+        """Start to leave in each rank's segment of the buffer the ranks' sum."""
+
+    @abstractmethod
+    def _start_all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> Finish:
+        """Start to fill the other ranks' segments of the buffer, of any dtype."""
+
+    @abstractmethod
+    def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Finish:
+        """Start to send each rank its segment.
+
+        Args:
+            sent: (Σ sizes,), uint8, one segment a rank in rank order.
+            received: (size · sizes[rank],), uint8: what all ranks sent this one, in rank order.
+            sizes: Bytes that each rank is sent by every rank.
+        """
+
+    # Other collectives --------------------------------------------------------------------------------
 
     @abstractmethod
     def all_reduce_(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
@@ -107,3 +231,17 @@ class Communicator(ABC):
         if failed:
             where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"
             raise AgreedInputError(problems[failed[0]].decode() + where)
+
+
+def own_segment(rank: int, counts: Sequence[int]) -> slice:
+    """Where a rank's segment lies in a buffer."""
+    starts = [0, *accumulate(counts)]
+    return slice(starts[rank], starts[rank + 1])
+
+
+def nothing() -> None:
+    """The `Finish` of what is finished already."""
+
+
+def _empty_bytes(count: int, like: Tensor) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device=like.device)

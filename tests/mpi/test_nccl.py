@@ -1,0 +1,117 @@
+"""NcclCommunicator, over gloo where there is no GPU, and how MPI takes a device's buffers."""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from subprocess import CompletedProcess
+from types import SimpleNamespace
+
+import pytest
+
+from kfac_dist.communicator import process_group
+
+pytestmark = pytest.mark.mpi
+
+Run = Callable[..., CompletedProcess[str]]
+
+
+def check_backend(run_program: Run, num_ranks: int, backend: str) -> str:
+    finished = run_program(num_ranks, "backend_checks.py", str(num_ranks), backend)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert f"13 checks passed on {num_ranks} ranks" in finished.stdout
+    assert finished.stderr == "", "neither warnings nor complaints at exit"
+    return finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_ranks"),
+    [("gloo", 1), ("gloo", 2), ("gloo", 3), ("gloo", 4), ("staged", 1), ("staged", 3), ("dlpack", 2)],
+)
+def test_collectives(backend: str, num_ranks: int, run_program: Run) -> None:
+    check_backend(run_program, num_ranks, backend)
+
+
+@pytest.mark.gpu
+def test_nccl_on_one_rank(run_program: Run) -> None:
+    assert "1 ranks over NCCL" in check_backend(run_program, 1, "nccl")
+
+
+@pytest.mark.gpu
+def test_nccl_on_a_gpu_each(run_program: Run) -> None:
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2:
+        pytest.skip("needs two CUDA devices")
+    check_backend(run_program, min(4, num_gpus), "nccl")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_mpi_on_a_gpu(num_ranks: int, run_program: Run) -> None:
+    """Two ranks share the GPU where there is one only."""
+    printed = check_backend(run_program, num_ranks, "mpi-gpu")
+    assert "CUDA-aware" in printed or "CUDA buffers through pinned host memory" in printed
+
+
+@pytest.mark.parametrize("case", ["two", "users_group", "other_order"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_beside_other_groups(case: str, num_ranks: int, run_program: Run) -> None:
+    if case == "other_order" and num_ranks == 1:
+        pytest.skip("one rank has one order")
+    finished = run_program(num_ranks, "group_cases.py", str(num_ranks), case)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout == "passed\n"
+    assert finished.stderr == ""
+
+
+def test_a_rank_that_cannot_connect_ends_the_job(run_program: Run) -> None:
+    start = time.monotonic()
+    finished = run_program(2, "group_cases.py", "2", "unreachable")
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    assert "error: gloo could not connect the 2 ranks" in finished.stderr
+    assert "NCCL_SOCKET_IFNAME" in finished.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_an_uncaught_exception_is_told_and_ends_the_job(run_program: Run) -> None:
+    """Defect: torch's own hook, which init_process_group puts before ours, swallows the traceback."""
+    finished = run_program(2, "group_cases.py", "2", "uncaught")
+    assert finished.returncode == 3, finished.stdout + finished.stderr
+    assert finished.stderr.count("RuntimeError: disk on fire") == 1
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_nccl_without_gpus(num_ranks: int, run_program: Run) -> None:
+    finished = run_program(num_ranks, "group_cases.py", str(num_ranks), "nccl_on_cpus")
+    assert finished.returncode == 2, finished.stdout + finished.stderr
+    assert finished.stderr.count("error: ") == 1
+    assert "communication.backend=nccl needs a GPU of its own for every rank" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_slow_start_is_explained(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        with process_group._warning_when_slow("nccl", seconds=30):
+            pass
+        assert not caplog.records
+        with process_group._warning_when_slow("nccl", seconds=0.01):
+            time.sleep(0.5)
+    assert "nccl has not connected the ranks" in caplog.text
+    assert "NCCL_SOCKET_IFNAME" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("local_size", "resolved", "expected"),
+    [(4, "10.0.0.7", "127.0.0.1"), (2, "10.0.0.7", "10.0.0.7"), (2, "127.0.1.1", None), (2, None, None)],
+)
+def test_address(local_size: int, resolved: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(name: str) -> str:
+        if resolved is None:
+            raise OSError("no such host")
+        return resolved
+
+    monkeypatch.setattr(socket, "gethostbyname", look_up)
+    found = process_group._address(SimpleNamespace(size=4, local_size=local_size))  # type: ignore[arg-type]
+    assert found == expected or (expected is None and not found.startswith("127."))
