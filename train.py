@@ -6,8 +6,11 @@ import os
 import sys
 from typing import NoReturn
 
+import torch
+
 from kfac_dist.communicator import create_communicator, launch
-from kfac_dist.config import load_config
+from kfac_dist.config import check_same, load_config
+from kfac_dist.devices import check_precision, choose_device
 from kfac_dist.errors import AgreedInputError, InputError, TrainingFailed
 from kfac_dist.explain import explain
 from kfac_dist.trainer import Trainer
@@ -39,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run one rank; returns the exit code, which is the same on every rank."""
-    setup = create_communicator("reduce")
+    setup = create_communicator("reduce", "mpi", torch.device("cpu"))  # until the devices are known
     logging.basicConfig(level=logging.INFO if setup.is_main else logging.ERROR, format="%(message)s")
     try:
         with setup.agree():
@@ -50,6 +53,8 @@ def main() -> int:
             return 0
         with setup.agree():
             config = load_config(arguments.config, arguments.overrides)
+        with setup.agree():
+            check_same(setup.gather_bytes(config.to_yaml().encode()))
         if arguments.print_config:
             setup.print_once(config.to_yaml())
             return 0
@@ -58,9 +63,12 @@ def main() -> int:
                 setup.print_once(explain(config, arguments.ranks or setup.size))
             return 0
         threads = launch.share_threads(setup.local_size)
-        communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend)
+        with setup.agree():
+            device = choose_device(config.run.device, setup.local_rank)
+            check_precision(config.train.precision, device)
+        communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend, device)
         logging.info("%s, %d threads a rank", communicator.description, threads)
-        result = Trainer(config, communicator).train()
+        result = Trainer(config, communicator, device).train()
         setup.print_once(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")
         return 0
     except AgreedInputError as error:

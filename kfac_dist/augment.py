@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.errors import InputError
+from kfac_dist.transfer import to_device
 
 
 class Purpose(IntEnum):
@@ -87,7 +88,7 @@ class CropFlip:
         if self.padding == 0 and not self.flip:
             return images
         num_images, channels, height, width = images.shape
-        pixels = torch.from_numpy(self.pixels(num_images, height, width, iteration, slot)).to(images.device)
+        pixels = to_device(torch.from_numpy(self.pixels(num_images, height, width, iteration, slot)), images.device)
         rows, columns = pixels[:, :height, None], pixels[:, None, height:]
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         sources = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
@@ -139,7 +140,8 @@ class RunningMixup:
                     "batch.per_rank, the images and the classes must stay what they were when it was saved"
                 )
             generator = keyed_generator(self.seed, Purpose.MIXUP, iteration, slot)
-            weights = torch.from_numpy(generator.beta(self.alpha, self.alpha, size=len(images))).to(images)
+            shares = torch.from_numpy(generator.beta(self.alpha, self.alpha, size=len(images)))
+            weights = to_device(shares.to(images.dtype), images.device)
             images = torch.lerp(old_images.to(images), images, weights[:, None, None, None])
             labels = torch.lerp(old_labels.to(labels), labels, weights[:, None].to(labels))
         self._previous[slot] = images, labels
@@ -212,7 +214,7 @@ class RandomErasing:
         bounds = self.rectangles(num_images, height, width, iteration, slot)
         if not bounds.any():
             return images
-        top, bottom, left, right = torch.from_numpy(bounds).to(images.device).T[:, :, None]
+        top, bottom, left, right = to_device(torch.from_numpy(bounds), images.device).T[:, :, None]
         rows = torch.arange(height, device=images.device)
         columns = torch.arange(width, device=images.device)
         erased_rows = (rows >= top) & (rows < bottom)

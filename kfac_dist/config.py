@@ -4,6 +4,7 @@ The attribute names are the YAML keys. A key has a default only where no paper s
 of a configuration are reported at once, each as the dotted key, the rule and the value found.
 """
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,12 +29,16 @@ from kfac_dist.errors import InputError
 
 
 class RunConfig(Section):
-    """What the run is called, where it writes, and the seed of all its randomness."""
+    """What the run is called, where it writes, where it computes, and the seed of all its randomness.
+
+    `deterministic` allows only kernels that give the same bits every time, at some cost on a GPU.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     output_dir: Text = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
 
 
 class ModelConfig(Section):
@@ -65,11 +70,14 @@ class BatchConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long to train, how often to evaluate (both in epochs), and in which precision."""
+    """How long to train, how often to evaluate (both in epochs), and in which precision.
+
+    `fp16` and `bf16` compute forward, backward and the Fisher's products in half precision and keep the rest in fp32.
+    """
 
     epochs: PositiveFloat
     evaluate_every: PositiveFloat = 1.0
-    precision: Literal["fp32", "fp64"] = "fp32"
+    precision: Literal["fp32", "fp64", "fp16", "bf16"] = "fp32"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -141,10 +149,16 @@ class AugmentConfig(Section):
 
 
 class CommunicationConfig(Section):
-    """How buffers travel between ranks."""
+    """How buffers travel between ranks.
 
-    backend: Literal["auto", "mpi"] = "auto"
+    `auto` takes NCCL where each rank has a GPU of its own. `reduce_scatter` is MPI's algorithm. The precisions are
+    those in which factors and gradients are on the wire; half precision halves the bytes and rounds each value once.
+    """
+
+    backend: Literal["auto", "mpi", "nccl"] = "auto"
     reduce_scatter: Literal["auto", "native", "reduce", "ireduce"] = "auto"
+    factor_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    gradient_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
 
 
 class Config(Section):
@@ -215,6 +229,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError(f"{path}: {count} in this configuration:\n  " + "\n  ".join(problems))
     return config
+
+
+def check_same(texts: Sequence[bytes]) -> None:
+    """Refuse to start where ranks would train differently, as when a node holds another copy of the file.
+
+    Args:
+        texts: Each rank's resolved configuration, by `Config.to_yaml`, in rank order.
+
+    Raises:
+        InputError: Naming the first rank that differs from rank 0, and the lines.
+    """
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            first, other = texts[0].decode().splitlines(), text.decode().splitlines()
+            differences = list(difflib.unified_diff(first, other, n=0, lineterm=""))[2:]  # after two lines of header
+            raise InputError(
+                f"all ranks must have the same configuration, but rank {rank}'s (+) differs from rank 0's (-):\n  "
+                + "\n  ".join(line for line in differences if not line.startswith("@@"))
+                + "\ngive every rank the same file and the same overrides"
+            )
 
 
 def batch_slots(config: Config, num_ranks: int) -> int:

@@ -9,16 +9,18 @@ from kfac_dist.communicator.packing import FlatBuffer, Part, triangle_numel
 from kfac_dist.curvature.blocks import Block
 from kfac_dist.curvature.staleness import StatisticKey
 
-GRADIENT = "gradient"
-
 
 class Exchange:
-    """Both buffers, allocated once at the size of a full refresh.
+    """The buffers, allocated once at the size of a full refresh.
 
-    Stage 3 carries, for each owner, its blocks' packed matrices that are due and their gradients; stage 6 the
-    preconditioned gradients. Where several ranks own a block each of them contributes an equal share of stage 6.
+    Stage 3 carries, for each owner, its blocks' packed matrices that are due, and in a buffer of their own their
+    gradients, which travel while the matrices are factorised; stage 6 the preconditioned gradients. Where several
+    ranks own a block each of them contributes an equal share of stage 6.
 
     Where Diff is asked for, its owner adds one value for each refreshed matrix to stage 6.
+
+    Attributes:
+        gradients: Stage 3's buffer of the gradients; keys are block names.
     """
 
     def __init__(
@@ -31,13 +33,27 @@ class Exchange:
     ) -> None:
         self._blocks = list(zip(blocks, owners, strict=True))
         self._num_ranks = num_ranks
-        numel = sum(part.numel for part in self._statistics_parts(every_statistic(blocks)))
-        self._statistics_storage = torch.zeros(numel, dtype=dtype, device=device)
-        numel = sum(part.numel for part in self._updates_parts(every_statistic(blocks)))
-        self._updates_storage = torch.zeros(numel, dtype=dtype, device=device)
+
+        def storage(parts: Sequence[Part]) -> Tensor:
+            return torch.zeros(sum(part.numel for part in parts), dtype=dtype, device=device)
+
+        self._statistics_storage = storage(self._statistics_parts(every_statistic(blocks)))
+        self._updates_storage = storage(self._updates_parts(every_statistic(blocks)))
+        parts = [Part(block.name, rank, block.num_values) for block, ranks in self._blocks for rank in ranks]
+        self.gradients = FlatBuffer(parts, num_ranks, storage(parts))
+        self._gradient_views = [
+            (parameter, view)
+            for block in blocks
+            for copy in self.gradients.copies(block.name)
+            for parameter, view in zip(block.parameters, parameter_views(copy, block), strict=True)
+        ]
+
+    def fill_gradients(self) -> None:
+        """Write this rank's gradients, zeros where there is none, into the buffer."""
+        copy_all_([view for _, view in self._gradient_views], [parameter.grad for parameter, _ in self._gradient_views])
 
     def statistics(self, due: Sequence[StatisticKey]) -> FlatBuffer:
-        """The buffer of stage 3 when these statistics are due; keys are those and (block name, GRADIENT)."""
+        """Stage 3's buffer of the statistics when these are due; they are the keys."""
         return FlatBuffer(self._statistics_parts(due), self._num_ranks, self._statistics_storage)
 
     def updates(self, with_change: Sequence[StatisticKey] = ()) -> FlatBuffer:
@@ -53,7 +69,6 @@ class Exchange:
                 for matrix, (count, size) in block.stacks.items()
                 if (block.name, matrix) in due
             }
-            numels[block.name, GRADIENT] = block.num_values
             parts += [Part(key, rank, numel) for rank in ranks for key, numel in numels.items()]
         return parts
 
@@ -80,7 +95,9 @@ def read_update(updates: FlatBuffer, block: Block) -> list[Tensor]:
     """𝒢 of each of the block's parameters; views of the gathered buffer where one rank owns the block."""
     pieces = updates.copies(block.name)
     flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return [view.to(p.dtype) for p, view in zip(block.parameters, parameter_views(flat, block), strict=True)]
+    views = zip(block.parameters, parameter_views(flat, block), strict=True)
+    # In the parameter's own layout, so that one foreach update can take them all.
+    return [view.to(p.dtype) if p.is_contiguous() else torch.empty_like(p).copy_(view) for p, view in views]
 
 
 def every_statistic(blocks: Iterable[Block]) -> list[StatisticKey]:
@@ -94,13 +111,23 @@ def parameter_views(flat: Tensor, block: Block) -> Iterator[Tensor]:
     return (part.view(parameter.shape) for part, parameter in zip(parts, block.parameters, strict=True))
 
 
-def flatten_gradients(block: Block, out: Tensor) -> None:
-    """Write the block's gradients, zeros where there is none, into `out` (num_values,)."""
-    for parameter, view in zip(block.parameters, parameter_views(out, block), strict=True):
-        if parameter.grad is None:
-            view.zero_()
+def copy_all_(destinations: Sequence[Tensor], sources: Sequence[Tensor | None]) -> None:
+    """Copy tensor by tensor, zeros for None, in few launches.
+
+    A foreach copy falls back to one launch a tensor for all of them if a single pair differs in its layout or type
+    (channels-last weights, half precision), so those are copied apart.
+    """
+    alike: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for destination, source in zip(destinations, sources, strict=True):
+        if source is None:
+            destination.zero_()
+        elif source.dtype == destination.dtype and source.stride() == destination.stride():
+            alike[0].append(destination)
+            alike[1].append(source)
         else:
-            view.copy_(parameter.grad)
+            destination.copy_(source)
+    if alike[0]:
+        torch._foreach_copy_(*alike)
 
 
 def add_weight_decay(block: Block, weight_decays: Sequence[float], gradient: Tensor) -> None:

@@ -61,8 +61,12 @@ def _layer_table(blocks: list[Block], num_ranks: int, value_bytes: int) -> list[
         )  # fmt: skip
     exchange = Exchange(blocks, owners, num_ranks, torch.float32, torch.device("meta"))
     refresh, stale, updates = (
-        _mib(value_bytes * buffer.data.numel(), exact=True)
-        for buffer in (exchange.statistics(every_statistic(blocks)), exchange.statistics([]), exchange.updates())
+        _mib(value_bytes * sum(buffer.data.numel() for buffer in buffers), exact=True)
+        for buffers in (
+            (exchange.statistics(every_statistic(blocks)), exchange.gradients),
+            (exchange.gradients,),
+            (exchange.updates(),),
+        )
     )
     loads = [
         sum(work.flops for work, ranks in zip(works, owners, strict=True) if rank in ranks) for rank in range(num_ranks)

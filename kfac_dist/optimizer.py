@@ -7,24 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from kfac_dist.communicator import Communicator, create_communicator
+from kfac_dist.communicator import Communicator, Pending, create_communicator
 from kfac_dist.communicator.packing import unpack_symmetric
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, block_work, create_blocks, refresh_costs
 from kfac_dist.curvature.capture import Capture
+from kfac_dist.curvature.refresh import InverseRefresh, Job
 from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.curvature.staleness import IntervalRefresh, RefreshSchedule, StatisticKey
-from kfac_dist.curvature.state import BlockCurvature, refresh_inverses
-from kfac_dist.exchange import (
-    GRADIENT,
-    Exchange,
-    add_weight_decay,
-    every_statistic,
-    flatten_gradients,
-    read_update,
-    write_update,
-)
+from kfac_dist.curvature.state import BlockCurvature
+from kfac_dist.exchange import Exchange, add_weight_decay, every_statistic, read_update, write_update
+from kfac_dist.loss_scale import LossScaler
 from kfac_dist.timing import StageTimer
 from kfac_dist.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
 
@@ -67,6 +61,9 @@ class KFAC(torch.optim.Optimizer):
         accumulation_steps: int = 1,
         skip: Sequence[str] = (),
         track_changes: bool = False,
+        loss_scaler: LossScaler | None = None,
+        factor_wire: torch.dtype | None = None,
+        gradient_wire: torch.dtype | None = None,
         timer: StageTimer | None = None,
     ) -> None:
         """Hook the model's layers and share them out; collective.
@@ -89,6 +86,10 @@ class KFAC(torch.optim.Optimizer):
             accumulation_steps: Backward passes for each `step`; divide each loss by this number, as usual.
             skip: Shell-style patterns of module names that shall get the plain gradient.
             track_changes: Keep Diff (Eq. 19) of each refreshed matrix in `changes`; an adaptive schedule always does.
+            loss_scaler: For fp16, what each loss is scaled with before its backward; `step` unscales by itself, and
+                skips the update, on every rank, if anything overflowed on any. None if losses are not scaled.
+            factor_wire: Half precision that factors travel in between ranks; None sends them as they are.
+            gradient_wire: Likewise for gradients and preconditioned gradients.
             timer: Charged with the stages' seconds.
 
         Raises:
@@ -120,8 +121,12 @@ class KFAC(torch.optim.Optimizer):
         self._ema_decay = ema_decay
         self._refresh = refresh
         self._track_changes = track_changes or refresh.needs_changes
+        self._loss_scaler = loss_scaler
+        self._loss_scale = 1.0  # of the losses behind the gradients of this step
+        self._factor_wire = factor_wire
+        self._gradient_wire = gradient_wire
         self.changes: dict[StatisticKey, float] = {}
-        self._timer = timer or StageTimer()
+        self._timer = timer or StageTimer.off()
         self._iteration = 0
 
         trained = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -140,6 +145,7 @@ class KFAC(torch.optim.Optimizer):
             if self.communicator.rank in ranks
         }
         self._device = trained[0].device
+        self._inverse_refresh = InverseRefresh(deferred=self._device.type == "cuda")
         self._exchange = Exchange(self.blocks, self.owners, self.communicator.size, self._dtype, self._device)
         self._index_groups()
         self._refresh.plan_for(refresh_costs(self.blocks))
@@ -169,13 +175,19 @@ class KFAC(torch.optim.Optimizer):
             self._create_state()
             return loss
         with self._timer.stage("reduce_scatter"):
-            self._reduce_statistics()
+            self._collect()
+            if self._overflowed():
+                self._begin_capture()
+                return loss
+            gradients = self._start_reducing()
         with self._timer.stage("inverse"):
             self._refresh_inverses(present)
+        with self._timer.stage("reduce_scatter"):
+            self._finish_gradients(gradients)
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
-            self.communicator.all_gather_v(self._updates.data, self._updates.counts)
+            self.communicator.all_gather_v(self._updates.data, self._updates.counts, self._gradient_wire)
         with self._timer.stage("update"):
             self._update_parameters()
         if present or not self._statistic_keys:  # statistics that are due but that no rank captured stay due
@@ -205,16 +217,41 @@ class KFAC(torch.optim.Optimizer):
             for parameter in block.parameters:
                 self._velocity(parameter)
 
-    def _reduce_statistics(self) -> None:
-        """Stage 3: average gradients and statistics; each rank is left with those of the blocks it owns."""
-        for block in self.blocks:
-            for copy in self._statistics.copies((block.name, GRADIENT)):
-                flatten_gradients(block, out=copy)
+    def _collect(self) -> None:
+        """Complete this rank's buffers of stage 3."""
+        self._exchange.fill_gradients()
         for key in self._statistic_keys:
             first, *others = self._statistics.copies(key)
             for other in others:
                 other.copy_(first)
-        self.communicator.reduce_scatter_v(self._statistics.data, self._statistics.counts)
+
+    def _overflowed(self) -> bool:
+        """Whether anything overflowed on any rank; nothing that lasts has been changed yet."""
+        if self._loss_scaler is None:
+            return False
+        self._loss_scale = self._loss_scaler.scale
+        return self._loss_scaler.overflowed([self._statistics.data, self._exchange.gradients.data], self.communicator)
+
+    def _start_reducing(self) -> Pending[Tensor]:
+        """Stage 3: each rank is left with the averages of what it owns.
+
+        Returns when the statistics are there; the gradients still travel, and are needed only in stage 5.
+        """
+        communicator, statistics, gradients = self.communicator, self._statistics, self._exchange.gradients
+        *earlier, last = [
+            communicator.start_reduce_scatter_v(buffer.data, buffer.counts, wire)
+            for buffer, wire in ((statistics, self._factor_wire), (gradients, self._gradient_wire))
+            if buffer.data.numel()
+        ]
+        for pending in earlier:
+            pending.wait()
+        return last
+
+    def _finish_gradients(self, pending: Pending[Tensor]) -> None:
+        """Stage 3, the rest: wait for the gradients and undo the loss scale."""
+        gradients = pending.wait()
+        if self._loss_scaler is not None:
+            gradients.mul_(1.0 / self._loss_scale)
 
     def _refresh_inverses(self, present: Mapping[str, int]) -> None:
         """Stage 4: take the new statistics into the running Fisher and factorise it."""
@@ -233,13 +270,11 @@ class KFAC(torch.optim.Optimizer):
                 self._updates.part((name, matrix), rank).copy_(change)
             curvature.average(matrix, statistic, self._ema_decay)
             refreshed.setdefault(name, []).append(matrix)
-        curvatures = [self._owned[name] for name in refreshed]
-        report = refresh_inverses(
-            curvatures,
-            [self._damping(curvature.block) for curvature in curvatures],
-            refreshed,
-            lambda key: self._refresh.expected_interval(key, self._iteration),
-        )
+        jobs = [
+            Job(self._owned[name], self._damping(self._owned[name].block), matrices)
+            for name, matrices in refreshed.items()
+        ]
+        report = self._inverse_refresh.refresh(jobs, lambda key: self._refresh.expected_interval(key, self._iteration))
         self.num_retries += report.num_retries
         self.num_kept_inverses += report.num_kept
 
@@ -248,7 +283,7 @@ class KFAC(torch.optim.Optimizer):
         rank = self.communicator.rank
         for block, ranks in zip(self.blocks, self.owners, strict=True):
             if rank in ranks:
-                gradient = self._statistics.part((block.name, GRADIENT), rank)
+                gradient = self._exchange.gradients.part(block.name, rank)
                 add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
                 direction = self._owned[block.name].precondition(gradient)
                 write_update(self._updates, block, ranks, rank, direction)
@@ -307,7 +342,8 @@ class KFAC(torch.optim.Optimizer):
 
     def _begin_capture(self) -> None:
         destinations = {key: self._statistics.copies(key)[0] for key in self._statistic_keys}
-        self._capture.begin(destinations, self.accumulation_steps)
+        loss_scale = self._loss_scaler.scale if self._loss_scaler is not None else 1.0
+        self._capture.begin(destinations, self.accumulation_steps, loss_scale)
 
     # Settings -----------------------------------------------------------------------------------------
 
@@ -365,6 +401,7 @@ class KFAC(torch.optim.Optimizer):
         state[_STATE_KEY] = {
             "iteration": self._iteration,
             "refresh": self._refresh.state_dict(),
+            "retries": self._inverse_refresh.state_dict(),
             "blocks": {name: curvature.state_dict() for name, curvature in self._owned.items()},
         }
         return state
@@ -389,6 +426,7 @@ class KFAC(torch.optim.Optimizer):
         self._index_groups()
         for name, curvature in self._owned.items():
             curvature.load_state_dict(curvature_state["blocks"][name], self._device, self._dtype)
+        self._inverse_refresh.load_state_dict(curvature_state["retries"], self._owned)
         self._iteration = int(curvature_state["iteration"])
         self._refresh.load_state_dict(curvature_state["refresh"])
         self._begin_iteration()

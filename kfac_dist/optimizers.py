@@ -14,7 +14,9 @@ from kfac_dist.curvature.staleness import (
     eq20_interval,
     eq21_interval,
 )
+from kfac_dist.loss_scale import LossScaler
 from kfac_dist.optimizer import KFAC
+from kfac_dist.precision import HALF_DTYPES
 from kfac_dist.sgd import SGD
 from kfac_dist.timing import StageTimer
 
@@ -26,6 +28,7 @@ def create_optimizer(
     accumulation_steps: int,
     epoch_at: Callable[[int], float],
     timer: StageTimer,
+    loss_scaler: LossScaler | None = None,
 ) -> KFAC | SGD:
     """K-FAC or SGD as configured; collective.
 
@@ -36,11 +39,13 @@ def create_optimizer(
         accumulation_steps: Backward passes for each step.
         epoch_at: Fractional epoch at the start of an iteration, for schedules that go by it.
         timer: Charged with the stages' seconds.
+        loss_scaler: What losses are scaled with, in fp16.
 
     Raises:
         InputError: If a pattern of kfac.skip matches no module.
     """
     settings = config.optimizer
+    gradient_wire = HALF_DTYPES.get(config.communication.gradient_precision)
     if config.kfac is None:
         return SGD(
             model,
@@ -49,6 +54,8 @@ def create_optimizer(
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             weight_rescaling=config.weight_rescaling,
+            loss_scaler=loss_scaler,
+            gradient_wire=gradient_wire,
             timer=timer,
         )
     kfac = config.kfac
@@ -67,6 +74,9 @@ def create_optimizer(
         accumulation_steps=accumulation_steps,
         skip=kfac.skip,
         track_changes=kfac.monitor.diff,
+        loss_scaler=loss_scaler,
+        factor_wire=HALF_DTYPES.get(config.communication.factor_precision),
+        gradient_wire=gradient_wire,
         timer=timer,
     )
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from kfac_dist.communicator import Communicator, create_communicator
+from kfac_dist.exchange import copy_all_
+from kfac_dist.loss_scale import LossScaler
 from kfac_dist.timing import StageTimer
 from kfac_dist.update import WeightRescaling, rescale_weights_, rescaled_weights
 
@@ -27,6 +29,8 @@ class SGD(torch.optim.SGD):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         weight_rescaling: WeightRescaling = "off",
+        loss_scaler: LossScaler | None = None,
+        gradient_wire: torch.dtype | None = None,
         timer: StageTimer | None = None,
     ) -> None:
         """Set up; collective.
@@ -38,7 +42,9 @@ class SGD(torch.optim.SGD):
             lr: As in `torch.optim.SGD`, and so the next two.
             momentum: Of the gradient.
             weight_decay: L2 penalty.
-            weight_rescaling: Eq. 18, as in `KFAC`.
+            weight_rescaling: Eq. 18, as in `KFAC`, and so the next two.
+            loss_scaler: For fp16, what each loss is scaled with before its backward.
+            gradient_wire: Half precision that gradients travel in between ranks.
             timer: Charged with the stages' seconds.
 
         Raises:
@@ -51,14 +57,18 @@ class SGD(torch.optim.SGD):
         parameters = model.parameters() if params is None else params
         super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.communicator = communicator if communicator is not None else create_communicator()
-        self._timer = timer or StageTimer()
+        self._timer = timer or StageTimer.off()
         self._weight_rescaling: WeightRescaling = weight_rescaling
+        self._loss_scaler = loss_scaler
+        self._gradient_wire = gradient_wire
         self._trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not self._trained:
             raise ValueError("params must hold parameters that are not frozen, got none")
         trained = {id(parameter) for parameter in self._trained}
         self._rescaled = [weight for weight in rescaled_weights(model) if id(weight) in trained]
         self._gradients = torch.cat([torch.zeros_like(parameter).flatten() for parameter in self._trained])
+        parts = self._gradients.split([parameter.numel() for parameter in self._trained])
+        self._views = [part.view(parameter.shape) for part, parameter in zip(parts, self._trained, strict=True)]
         total, size = self._gradients.numel(), self.communicator.size
         self._counts = [total * (rank + 1) // size - total * rank // size for rank in range(size)]
         for tensor in (*model.parameters(), *model.buffers()):
@@ -78,19 +88,22 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parts = self._gradients.split([parameter.numel() for parameter in self._trained])
-        views = [part.view(p.shape) for part, p in zip(parts, self._trained, strict=True)]
         with self._timer.stage("reduce_scatter"):
-            for parameter, view in zip(self._trained, views, strict=True):
-                view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
-            self.communicator.reduce_scatter_v(self._gradients, self._counts)
+            copy_all_(self._views, [parameter.grad for parameter in self._trained])
+            if self._loss_scaler is not None:
+                loss_scale = self._loss_scaler.scale
+                if self._loss_scaler.overflowed([self._gradients], self.communicator):
+                    return loss
+            own = self.communicator.reduce_scatter_v(self._gradients, self._counts, self._gradient_wire)
+            if self._loss_scaler is not None:
+                own.mul_(1.0 / loss_scale)
         with self._timer.stage("all_gather"):
-            self.communicator.all_gather_v(self._gradients, self._counts)
+            self.communicator.all_gather_v(self._gradients, self._counts, self._gradient_wire)
         with self._timer.stage("update"):
-            for parameter, view in zip(self._trained, views, strict=True):
+            for parameter in self._trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.copy_(view)
+            copy_all_([parameter.grad for parameter in self._trained], self._views)
             super().step()
             rescale_weights_(self._rescaled, self._weight_rescaling)
         return loss

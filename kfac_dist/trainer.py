@@ -16,23 +16,25 @@ from torch import Tensor, nn
 from kfac_dist.augment import Purpose, RandomErasing, RunningMixup, keyed_generator, soft_labels
 from kfac_dist.communicator import Communicator, library_version
 from kfac_dist.config import Config, batch_slots
-from kfac_dist.data import Dataset, SlotSampler, create_dataset
+from kfac_dist.curvature.staleness import StatisticKey
+from kfac_dist.data import SlotSampler, create_dataset
 from kfac_dist.data.damage import DamagedPictures
 from kfac_dist.data.pictures import PictureError
 from kfac_dist.environment import describe_environment
-from kfac_dist.errors import InputError, TrainingFailed
+from kfac_dist.errors import TrainingFailed
+from kfac_dist.evaluation import evaluate
+from kfac_dist.exchange import copy_all_
+from kfac_dist.loss_scale import LossScaler
 from kfac_dist.metrics import Progress, RunWriter, choose_run_directory
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optimizer import KFAC
 from kfac_dist.optimizers import create_optimizer
+from kfac_dist.precision import Precision, configure_backends
 from kfac_dist.schedules import LearningRateSchedule, coupled_momentum, damping_at
-from kfac_dist.timing import StageTimer
+from kfac_dist.timing import StageSeconds, StageTimer
+from kfac_dist.transfer import HostCopy, to_device
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-_EVAL_BATCH = 500
-_EVAL_PIXELS = 2**22  # of a batch: 83 images of 224x224
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,40 @@ class Result:
     directory: Path
 
 
+@dataclass(frozen=True)
+class _Iteration:
+    """An update that was launched, and what is to be reported of it."""
+
+    iteration: int
+    settings: dict[str, float]
+    averages: HostCopy
+    stages: StageSeconds
+    communication_bytes: int
+    is_skipped: bool
+    changes: dict[StatisticKey, float]
+
+
 class Trainer:
     """One run of a configuration on all ranks of a communicator."""
 
-    def __init__(self, config: Config, communicator: Communicator) -> None:
+    def __init__(self, config: Config, communicator: Communicator, device: torch.device) -> None:
         """Read the data and build network and optimizer; collective.
+
+        Args:
+            config: A validated configuration.
+            communicator: Collectives over the ranks.
+            device: Where this rank computes.
 
         Raises:
             InputError: If the data, the model or the batch do not fit; the same on every rank.
         """
         self.config = config
         self.communicator = communicator
-        with communicator.agree():
-            self.device = choose_device(config.run.device, communicator.local_rank)
-        dtype = _DTYPES[config.train.precision]
+        self.device = device
+        self.precision = Precision(config.train.precision)
+        dtype = self.precision.weights
         seed = config.run.seed
+        configure_backends(config.run.deterministic)
         with communicator.agree():
             self.num_local_slots = batch_slots(config, communicator.size)
             self.dataset = create_dataset(config.data, config.augment, self.device, dtype, seed)
@@ -69,16 +90,18 @@ class Trainer:
             )  # fmt: skip
             self.batchnorm = SlotwiseBatchNorm(model)
         self.damaged = DamagedPictures(self.dataset, communicator)
-        self.model: nn.Module = model.to(self.device, dtype)
+        self.model: nn.Module = model.to(self.device, dtype).to(memory_format=self._memory_format())
         self.sampler = SlotSampler(
             self.dataset.num_train, config.batch.per_rank, config.batch.global_size // config.batch.per_rank, seed
         )
         self.num_iterations = self.sampler.num_iterations(config.train.epochs)
-        self.timer = StageTimer()
+        self.timer = StageTimer.on(self.device)
+        self.loss_scaler = LossScaler() if self.precision.needs_loss_scale else None
         with communicator.agree():
             self.optimizer = create_optimizer(
-                config, self.model, communicator, self.num_local_slots, self.sampler.epoch_at, self.timer
-            )
+                config, self.model, communicator, self.num_local_slots, self.sampler.epoch_at, self.timer,
+                self.loss_scaler,
+            )  # fmt: skip
         self.learning_rate = LearningRateSchedule.from_config(config.schedule, config.optimizer.learning_rate)
         self.mixup = RunningMixup(config.augment.mixup_alpha, seed)
         erasing = config.augment.erasing
@@ -97,29 +120,38 @@ class Trainer:
         with closing(self._create_writer()) as writer, closing(progress):
             batches = self._batches()
             best = top1 = 0.0
+            self._reported_at = time.perf_counter()  # the last iteration, for images a second
+            queued: _Iteration | None = None
             for iteration in range(self.num_iterations):
-                self._train_iteration(iteration, batches, writer, progress)
-                if self._evaluation_is_due(iteration):
+                launched = self._train_iteration(iteration, batches)
+                if queued is not None:
+                    self._report(queued, writer, progress)
+                queued = launched
+                evaluates = self._evaluation_is_due(iteration)
+                if evaluates or self.device.type == "cpu":  # a GPU goes on while the host looks at the one before
+                    self._report(queued, writer, progress)
+                    queued = None
+                if evaluates:
                     top1 = self._evaluate(iteration, writer, progress)
                     best = max(best, top1)
             seconds = time.perf_counter() - start
             writer.write(
                 "summary", top1=top1, best_top1=best, iterations=self.num_iterations, seconds=seconds,
                 communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.damaged.skipped),
+                skipped_updates=self.num_skipped_updates,
             )  # fmt: skip
             writer.finish()
         return Result(top1, self.num_iterations, seconds, writer.directory)
 
     # One iteration ------------------------------------------------------------------------------------
 
-    def _train_iteration(
-        self, iteration: int, batches: Iterator[tuple[Tensor, Tensor]], writer: RunWriter, progress: Progress
-    ) -> None:
-        start = time.perf_counter()
+    def _train_iteration(self, iteration: int, batches: Iterator[tuple[Tensor, Tensor]]) -> "_Iteration":
+        """One update. On a GPU it is queued rather than done when this returns: `_Iteration.read` waits for it."""
         bytes_before = self.communicator.payload_bytes
         settings = self._apply_schedules(iteration)
         self.model.train()
         self.optimizer.zero_grad()
+        saved = self._copy_of_running_statistics()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, correct
         problem = ""
         try:
@@ -129,22 +161,56 @@ class Trainer:
         except PictureError as error:  # this rank's alone, until the others know
             problem = str(error)
         self.damaged.agree(problem)
+        overflows_before = self.num_skipped_updates
         self.optimizer.step()
-
-        loss, top1 = self._mean_over_slots(sums)
-        epoch = self.sampler.epoch_at(iteration + 1)
-        images_per_second = self.sampler.global_size / (time.perf_counter() - start)
-        writer.write(
-            "train", iteration=iteration, epoch=epoch, loss=loss, top1=top1, **settings,
-            images_per_second=images_per_second, stage_seconds=self.timer.take(),
-            communication_bytes=self.communicator.payload_bytes - bytes_before,
+        is_skipped = self.num_skipped_updates > overflows_before
+        if is_skipped:  # an overflow in the forward pass has spoilt these, too
+            copy_all_(self.batchnorm.running_buffers(), saved)
+        return _Iteration(
+            iteration, settings, self._start_averaging(sums), self.timer.cut(),
+            self.communicator.payload_bytes - bytes_before, is_skipped,
+            dict(self.optimizer.changes) if isinstance(self.optimizer, KFAC) else {},
         )  # fmt: skip
-        self._report_retries(iteration, writer)
-        self._report_changes(iteration, writer)
+
+    def _copy_of_running_statistics(self) -> list[Tensor]:
+        """BatchNorm's running statistics, to go back to if the update is skipped; empty where none ever is."""
+        if self.loss_scaler is None:
+            return []
+        return [buffer.clone() for buffer in self.batchnorm.running_buffers()]
+
+    def _start_averaging(self, sums: Tensor) -> HostCopy:
+        """Loss and share of correct answers over the global batch, and all ranks' retries, on their way to the host."""
+        counts = torch.zeros(2, dtype=torch.float64)
+        if isinstance(self.optimizer, KFAC):
+            counts = torch.tensor([self.optimizer.num_retries, self.optimizer.num_kept_inverses], dtype=torch.float64)
+            self.optimizer.num_retries = self.optimizer.num_kept_inverses = 0
+        num_slots = self.num_local_slots * self.communicator.size
+        values = torch.cat([sums / num_slots, to_device(counts, self.device)])
+        return HostCopy(self.communicator.all_reduce_(values))
+
+    def _report(self, done: "_Iteration", writer: RunWriter, progress: Progress) -> None:
+        """Write what came of an iteration, and stop if training diverged."""
+        loss, correct, retries, kept = done.averages.read().tolist()
+        iteration, top1 = done.iteration, 100 * correct
+        epoch = self.sampler.epoch_at(iteration + 1)
+        now = time.perf_counter()
+        images_per_second, self._reported_at = self.sampler.global_size / (now - self._reported_at), now
+        writer.write(
+            "train", iteration=iteration, epoch=epoch, loss=loss, top1=top1, **done.settings,
+            images_per_second=images_per_second, stage_seconds=done.stages.read(),
+            communication_bytes=done.communication_bytes,
+        )  # fmt: skip
+        if retries:
+            writer.write("event", iteration=iteration, event="retry", retries=int(retries), kept_inverses=int(kept))
+        self._report_changes(done, writer)
         self._report_damaged(iteration, writer, progress)
-        if not math.isfinite(loss):
+        if done.is_skipped:
+            writer.write("event", iteration=iteration, event="overflow", loss_scale=done.settings["loss_scale"])
+        gave_up = self.loss_scaler is not None and self.loss_scaler.is_exhausted
+        if gave_up or not (math.isfinite(loss) or done.is_skipped):
             raise TrainingFailed(
-                f"the training loss is {loss} at iteration {iteration} (epoch {epoch:.2f}): training diverged. Lower "
+                f"the training loss is {loss} at iteration {iteration} (epoch {epoch:.2f}"
+                f"{'; it overflows fp16 even without a loss scale' if gave_up else ''}): training diverged. Lower "
                 f"optimizer.learning_rate, raise the damping, or keep a running average (kfac.ema_decay)"
             )
         progress.update(epoch, loss, top1, images_per_second)
@@ -159,19 +225,15 @@ class Trainer:
                 images = self.erasing.apply(images, iteration, slot)
         # Dropout draws from torch's generator: key that too, so that a slot is the same on any rank.
         torch.manual_seed(int(keyed_generator(self.config.run.seed, Purpose.TORCH, iteration, slot).integers(2**63)))
-        with self.timer.stage("forward"):
+        images = images.to(memory_format=self._memory_format())
+        with self.timer.stage("forward"), self.precision.autocast(self.device):
             logits = self.model(images)
             loss = F.cross_entropy(logits, targets, label_smoothing=self.config.train.label_smoothing)
         with self.timer.stage("backward"):
-            (loss / self.num_local_slots).backward()
+            scaled = loss / self.num_local_slots
+            (scaled if self.loss_scaler is None else self.loss_scaler.scale_loss(scaled)).backward()
         correct = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).double().mean()
         return torch.stack([loss.detach().double(), correct])
-
-    def _mean_over_slots(self, sums: Tensor) -> tuple[float, float]:
-        """Loss and top-1 in percent of the global batch."""
-        means = self.communicator.all_reduce_(sums.cpu() / self.num_local_slots, "mean")
-        loss, correct = means.tolist()
-        return loss, 100 * correct
 
     def _apply_schedules(self, iteration: int) -> dict[str, float]:
         """Set this iteration's learning rate, momentum and damping; returns them for the metrics."""
@@ -183,29 +245,21 @@ class Trainer:
             settings["momentum"] = coupled_momentum(learning_rate, initial, config.optimizer.momentum)
             damping = config.kfac.damping
             settings["damping"] = damping_at(iteration, damping.initial, damping.target, damping.warmup_steps)
+        if self.loss_scaler is not None:
+            settings["loss_scale"] = self.loss_scaler.scale
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["momentum"] = settings["momentum"]
             group["damping"] = settings["damping"]
         return settings
 
-    def _report_retries(self, iteration: int, writer: RunWriter) -> None:
-        """Note factorisations that needed more damping, on whichever rank."""
-        if not isinstance(self.optimizer, KFAC):
+    def _report_changes(self, done: "_Iteration", writer: RunWriter) -> None:
+        """Diff (Eq. 19) of the matrices that an iteration refreshed; the first refresh of each has none."""
+        if self.config.kfac is None or not self.config.kfac.monitor.diff:
             return
-        counts = torch.tensor([self.optimizer.num_retries, self.optimizer.num_kept_inverses], dtype=torch.float64)
-        retries, kept = map(int, self.communicator.all_reduce_(counts).tolist())
-        self.optimizer.num_retries = self.optimizer.num_kept_inverses = 0
-        if retries:
-            writer.write("event", iteration=iteration, event="retry", retries=retries, kept_inverses=kept)
-
-    def _report_changes(self, iteration: int, writer: RunWriter) -> None:
-        """Diff (Eq. 19) of the matrices that this iteration refreshed; the first refresh of each has none."""
-        if self.config.kfac is None or not self.config.kfac.monitor.diff or not isinstance(self.optimizer, KFAC):
-            return
-        for (layer, matrix), change in self.optimizer.changes.items():
+        for (layer, matrix), change in done.changes.items():
             if math.isfinite(change):
-                writer.write("fisher", iteration=iteration, layer=layer, matrix=matrix, diff=change)
+                writer.write("fisher", iteration=done.iteration, layer=layer, matrix=matrix, diff=change)
 
     def _report_spectra(self, iteration: int, writer: RunWriter) -> None:
         """Eigenvalue range and effective rank of the running Fisher, where asked for."""
@@ -223,6 +277,15 @@ class Trainer:
             writer.write("event", iteration=iteration, event="skipped_picture", problem=problem)
             progress.say(f"skipped: {problem}")
 
+    @property
+    def num_skipped_updates(self) -> int:
+        """Updates that an overflow in fp16 has cost so far."""
+        return self.loss_scaler.num_overflows if self.loss_scaler is not None else 0
+
+    def _memory_format(self) -> torch.memory_format:
+        """Tensor Cores convolve images whose channels lie together; a CPU is faster the other way."""
+        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         rank, size = self.communicator.rank, self.communicator.size
         return self.dataset.train_batches(self.sampler, rank, size, 0, self.num_iterations)
@@ -238,11 +301,13 @@ class Trainer:
         """Top-1 in percent over all evaluation images, with BatchNorm statistics averaged over the ranks."""
         for buffer in self.batchnorm.running_buffers():
             self.communicator.all_reduce_(buffer, "mean")
-        loss, top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.damaged)
+        with self.precision.autocast(self.device):
+            loss, top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.damaged)
         self._report_damaged(iteration, writer, progress)
         epoch = self.sampler.epoch_at(iteration + 1)
         writer.write("eval", iteration=iteration, epoch=epoch, loss=loss, top1=top1, top5=top5)
         self._report_spectra(iteration, writer)
+        self._reported_at = time.perf_counter()
         progress.say(f"epoch {epoch:.2f}: test loss {loss:.4f}, top-1 {top1:.2f} %")
         return top1
 
@@ -270,49 +335,3 @@ class Trainer:
             logger.info("K-FAC covers %d layers", covered)
             for block in self.optimizer.uncovered:
                 logger.info("plain gradient for %s (%d values): %s", block.name, block.num_values, block.reason)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, dataset: Dataset, communicator: Communicator, damaged: DamagedPictures
-) -> tuple[float, float, float]:
-    """Mean loss, top-1 and top-5 in percent over all evaluation images; collective.
-
-    Every image counts once, however the images divide over the ranks; a rank may have none.
-
-    Raises:
-        TrainingFailed: On every rank, if pictures are damaged.
-    """
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)
-    batch_size = max(1, min(_EVAL_BATCH, _EVAL_PIXELS // math.prod(dataset.image_shape[1:])))
-    problem = ""
-    try:
-        for images, labels in dataset.eval_batches(communicator.rank, communicator.size, batch_size):
-            logits = model(images)
-            ranked = logits.topk(min(5, dataset.num_classes), dim=1).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums[0] += loss.double().cpu()
-            sums[1] += ranked[:, 0].sum().cpu()
-            sums[2] += ranked.any(dim=1).sum().cpu()
-            sums[3] += len(labels)
-    except PictureError as error:  # this rank's alone, until the others know
-        problem = str(error)
-    damaged.agree(problem)
-    loss_sum, top1, top5, count = communicator.all_reduce_(sums).tolist()
-    return loss_sum / count, 100 * top1 / count, 100 * top5 / count
-
-
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of a rank: its own GPU where there are any, unless the configuration says otherwise.
-
-    Raises:
-        InputError: If a GPU is asked for and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("run.device must be cpu or auto on a machine without a CUDA device that torch sees, got cuda")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device

@@ -48,18 +48,19 @@ def sample_gradients(x: Tensor, g: Tensor, eps: float) -> Tensor:
     """Each sample's own gradient of gamma and beta; arguments as for `batchnorm_fisher`.
 
     Returns:
-        (N, 2C).
+        (N, 2C), in fp32 for half-precision arguments.
     """
     num_samples = x.shape[0]
     if x.dim() == 2:  # BatchNorm1d without a length
         x, g = x[..., None], g[..., None]
     x, g = x.flatten(2), g.flatten(2)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # of sums; half precision is read as it is
     # Reductions over the innermost dimension are several times faster on a CPU than var_mean over (0, 2).
     values = num_samples * x.shape[2]
-    centred = x - (x.sum(dim=2).sum(dim=0) / values)[:, None]
+    centred = x - (x.sum(dim=2, dtype=dtype).sum(dim=0) / values)[:, None]
     var = centred.square().sum(dim=2).sum(dim=0) / values
     gamma_gradients = (centred * g).sum(dim=2) * torch.rsqrt(var + eps)
-    return torch.cat([gamma_gradients, g.sum(dim=2)], dim=1).mul_(num_samples)
+    return torch.cat([gamma_gradients, g.sum(dim=2, dtype=dtype)], dim=1).mul_(num_samples)
 
 
 def stack_shape(num_channels: int, form: BatchNormForm) -> tuple[int, int]:

@@ -53,10 +53,10 @@ class Block(ABC):
         Args:
             matrix: A key of `stacks`.
             x: The call's input.
-            g: Gradient of the mean loss at the call's output.
+            g: Gradient of the mean loss at the call's output, in the precision that the layer ran in.
 
         Returns:
-            (count, n, n).
+            (count, n, n), in fp32 where the layer ran in half precision.
         """
 
     @abstractmethod
@@ -84,6 +84,7 @@ class KroneckerBlock(Block):
 
     def statistic(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
         layer = self.module
+        x = x.to(g.dtype)  # autocast casts the layer's input, too, to the precision that it runs in
         if x.dim() == (1 if isinstance(layer, nn.Linear) else 3):  # one sample without a batch dimension
             x, g = x[None], g[None]
         if isinstance(layer, nn.Linear):

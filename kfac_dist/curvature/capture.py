@@ -75,8 +75,8 @@ class Capture:
     def _accumulate(self, block: Block, wanted: Sequence[str], x: Tensor, g: Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
             for matrix in wanted:
-                dtype = self._destinations[block.name, matrix].dtype  # fp32 also where the layer runs in half precision
-                self._add(block, matrix, block.statistic(matrix, x.to(dtype), g.to(dtype)), g)
+                dtype = self._destinations[block.name, matrix].dtype
+                self._add(block, matrix, block.statistic(matrix, x, g).to(dtype), g)
         self.captured.add(block.name)
 
     def _add(self, block: Block, matrix: str, statistic: Tensor, g: Tensor) -> None:

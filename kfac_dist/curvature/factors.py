@@ -4,7 +4,9 @@
     G   output factor, (1/(N·T)) Σ_n Σ_t (N g)(N g)ᵀ; g is the gradient of the *mean* loss, so N g is a sample's own
     d   input or output features; k groups give k independent blocks
 
-All functions return a stack of symmetric matrices (k, n, n), k = 1 unless the convolution is grouped.
+All functions return a stack of symmetric matrices (k, n, n), k = 1 unless the convolution is grouped. Half-precision
+arguments are multiplied as they are, on Tensor Cores, but summed and returned in fp32: a sum over 400,000 rows would
+neither fit fp16 (65,504 at most) nor keep its digits.
 """
 
 from collections import defaultdict
@@ -59,10 +61,8 @@ def conv2d_output_factor(g: Tensor, groups: int) -> Tensor:
     Returns:
         (groups, d_out/groups, d_out/groups).
     """
-    num_samples, channels, height, width = g.shape
-    columns = g.reshape(num_samples, groups, channels // groups, height * width)
-    rows = columns.permute(1, 0, 3, 2).reshape(groups, -1, channels // groups)
-    return _second_moment(rows).mul_(num_samples / (height * width))
+    num_samples, _, height, width = g.shape
+    return _second_moment(_rows_by_group(g, groups)).mul_(num_samples / (height * width))
 
 
 def conv2d_input_factor(
@@ -91,6 +91,9 @@ def conv2d_input_factor(
         (groups, n, n) with n = C/groups · kernel height · kernel width, + 1 with a bias.
     """
     x = _pad(x, kernel_size, padding, dilation, padding_mode)
+    if kernel_size == (1, 1):
+        rows = _rows_by_group(x[:, :, :: stride[0], :: stride[1]], groups)
+        return _second_moment(rows, bias).div_(x.shape[0])
     samples_at_once = max(1, UNFOLD_NUMEL // (x[0].numel() * kernel_size[1]))
     chunks = [
         _patch_second_moment(chunk, kernel_size, stride, dilation, groups, bias) for chunk in x.split(samples_at_once)
@@ -99,6 +102,13 @@ def conv2d_input_factor(
     for chunk_factor in chunks[1:]:
         factor += chunk_factor
     return factor.div_(x.shape[0])
+
+
+def _rows_by_group(x: Tensor, groups: int) -> Tensor:
+    """(N, C, H, W) → (groups, N·H·W, C/groups); a view of a channels-last tensor with one group."""
+    num_samples, channels, height, width = x.shape
+    split = x.permute(0, 2, 3, 1).reshape(num_samples * height * width, groups, channels // groups)
+    return split.transpose(0, 1)
 
 
 def _pad(x: Tensor, kernel_size: Pair, padding: Padding, dilation: Pair, padding_mode: str) -> Tensor:
@@ -133,7 +143,7 @@ def _patch_second_moment(x: Tensor, kernel_size: Pair, stride: Pair, dilation: P
     places = [divmod(row * dilation[0], stride[0]) for row in range(kernel_height)]
 
     width = rows.shape[-1]
-    moment = x.new_empty(groups, kernel_height, width, kernel_height, width)
+    moment = x.new_empty(groups, kernel_height, width, kernel_height, width, dtype=_sum_dtype(x))
     for pairs in _pairs_by_lag(places).values():
         starts = [places[upper][0] for upper, _ in pairs]
         common_begin, common_end = max(starts), min(starts) + out_height
@@ -166,7 +176,11 @@ def _patch_second_moment(x: Tensor, kernel_size: Pair, stride: Pair, dilation: P
     if not bias:
         return moment
     sums = torch.stack(
-        [classes[residue][:, offset : offset + out_height].sum(dim=(1, 2)) for offset, residue in places], dim=1
+        [
+            classes[residue][:, offset : offset + out_height].sum(dim=(1, 2), dtype=moment.dtype)
+            for offset, residue in places
+        ],
+        dim=1,
     )
     patch_sum = sums.view(parts).permute(0, 3, 1, 2).reshape(groups, size)
     return _append_ones(moment, patch_sum, out_height * rows.shape[2])
@@ -197,15 +211,26 @@ def _pairs_by_lag(places: list[Pair]) -> dict[tuple[int, int, int], list[Pair]]:
 def _second_moment(rows: Tensor, bias: bool = False) -> Tensor:
     """Σ row · rowᵀ of (k, R, n), with a ones column appended first where there is a bias."""
     moment = _cross_moment(rows, rows)
-    return _append_ones(moment, rows.sum(dim=1), rows.shape[1]) if bias else moment
+    return _append_ones(moment, rows.sum(dim=1, dtype=moment.dtype), rows.shape[1]) if bias else moment
 
 
 def _cross_moment(first: Tensor, second: Tensor) -> Tensor:
     """Σ over all but the outer dimensions of first · secondᵀ: (k, *, m) and (k, *, n) → (k, m, n)."""
     first, second = first.flatten(1, -2), second.flatten(1, -2)
+    if first.dtype != _sum_dtype(first):
+        if first.device.type != "cpu":
+            if first.shape[0] == 1:
+                return torch.mm(first[0].T, second[0], out_dtype=torch.float32)[None]
+            return torch.bmm(first.mT, second, out_dtype=torch.float32)
+        first, second = first.float(), second.float()  # the CPU has no such product; this one is the same to rounding
     if first.shape[0] == 1:  # a plain product is faster than a batch of one
         return torch.mm(first[0].T, second[0])[None]
     return torch.bmm(first.mT, second)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """Precision of sums over rows of x."""
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def _append_ones(moment: Tensor, row_sum: Tensor, num_rows: int) -> Tensor:

@@ -7,7 +7,9 @@
 
 A matrix that is refreshed soon is kept as its Cholesky factor: solving with it takes as many operations as multiplying
 by the inverse, which costs twice as many again as the factor to form. A matrix that serves many iterations is kept as
-its inverse, because products run faster than triangular solves.
+its inverse, because products run faster than triangular solves; so are the many tiny ones of BatchNorm.
+
+Nothing here waits for the device: whether a factorisation succeeded is a tensor.
 """
 
 from collections import defaultdict
@@ -78,28 +80,45 @@ def add_to_diagonal(stack: Tensor, shift: Tensor) -> Tensor:
     return damped
 
 
-def batched_cholesky(stacks: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
-    """Cholesky factors of damped stacks; matrices of one size are factorised in one batch.
+# Matrices up to this size are factorised in one call a size; a larger one fills a GPU alone, and batched kernels are
+# made for small ones. Not yet measured on a GPU; on a CPU it makes no difference.
+_BATCHED_UP_TO = 512
+
+
+def batched_cholesky(stacks: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Cholesky factors of damped stacks; small matrices of one size are factorised in one batch.
 
     Args:
         stacks: Stacks of symmetric matrices, (k_i, n_i, n_i); unchanged.
         shifts: Values to add to the diagonals, (k_i,) each.
 
     Returns:
-        For each stack its lower factors (k_i, n_i, n_i), and whether all its matrices were positive definite.
+        For each stack its lower factors (k_i, n_i, n_i), and a scalar that is true where one of its matrices was not
+        positive definite; the factors mean nothing then.
     """
-    by_size: dict[int, list[int]] = defaultdict(list)
-    for index, stack in enumerate(stacks):
-        by_size[stack.shape[-1]].append(index)
-    results: dict[int, tuple[Tensor, bool]] = {}
-    for indices in by_size.values():
-        batch = torch.cat([stacks[index] for index in indices])
-        batch.diagonal(dim1=-2, dim2=-1).add_(torch.cat([shifts[index] for index in indices])[:, None])
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for group in _groups_by_size(stacks):
+        batch = torch.cat([stacks[index] for index in group])
+        batch.diagonal(dim1=-2, dim2=-1).add_(torch.cat([shifts[index] for index in group])[:, None])
         factors, info = torch.linalg.cholesky_ex(batch)
-        lengths = [stacks[index].shape[0] for index in indices]
-        for index, factor, failures in zip(indices, factors.split(lengths), info.split(lengths), strict=True):
-            results[index] = factor, not bool(failures.any())
+        lengths = [stacks[index].shape[0] for index in group]
+        failures = torch._foreach_norm(list(info.float().split(lengths)))
+        for index, factor, failure in zip(group, factors.split(lengths), failures, strict=True):
+            results[index] = factor, failure != 0
     return [results[index] for index in range(len(stacks))]
+
+
+def _groups_by_size(stacks: Sequence[Tensor]) -> list[list[int]]:
+    """Places of the stacks that are factorised together."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, stack in enumerate(stacks):
+        size = stack.shape[-1]
+        groups[size, 0 if size <= _BATCHED_UP_TO else index].append(index)
+    return list(groups.values())
+
+
+# BatchNorm's matrices, thousands of them: a solve with each would cost a GPU a launch each.
+_TINY = 2
 
 
 @dataclass(frozen=True)
@@ -114,9 +133,39 @@ class Solver:
     matrix: Tensor
     is_inverse: bool = False
 
+    @classmethod
+    def create(cls, factors: Tensor, serves_long: bool) -> "Solver":
+        """The form that suits best.
+
+        Args:
+            factors: Lower Cholesky factors, (k, n, n).
+            serves_long: Whether many iterations will use it.
+        """
+        solver = cls(factors)
+        return solver.inverted() if serves_long or factors.shape[-1] <= _TINY else solver
+
+    @classmethod
+    def identity(cls, stack: Tensor) -> "Solver":
+        """What changes nothing, for a stack of this shape."""
+        size = stack.shape[-1]
+        return cls(torch.eye(size, dtype=stack.dtype, device=stack.device).expand_as(stack), is_inverse=True)
+
     def inverted(self) -> "Solver":
         """The same matrices as explicit inverses."""
-        return self if self.is_inverse else Solver(torch.cholesky_inverse(self.matrix), is_inverse=True)
+        if self.is_inverse:
+            return self
+        size = self.matrix.shape[-1]
+        if size > _TINY:
+            return Solver(torch.cholesky_inverse(self.matrix), is_inverse=True)
+        identity = torch.eye(size, dtype=self.matrix.dtype, device=self.matrix.device)
+        half = torch.linalg.solve_triangular(self.matrix, identity.expand_as(self.matrix), upper=False)
+        return Solver(half.mT @ half, is_inverse=True)  # one launch where cholesky_inverse takes one a matrix
+
+    def unless(self, failed: Tensor, previous: "Solver") -> "Solver":
+        """This one, or the previous one where the scalar `failed` is true; decided on the device."""
+        if self.is_inverse != previous.is_inverse:
+            return self.inverted().unless(failed, previous.inverted())
+        return Solver(torch.where(failed, previous.matrix, self.matrix), self.is_inverse)
 
     def solve(self, right: Tensor) -> Tensor:
         """Inverse times `right`, (k, n, m)."""

@@ -1,6 +1,6 @@
 """What the owner of a layer keeps: the running Fisher and what it is solved with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from kfac_dist.curvature.blocks import Block, Matrices
-from kfac_dist.curvature.inverse import Solver, batched_cholesky
-from kfac_dist.curvature.staleness import StatisticKey, relative_change
-
-# A matrix that is not positive definite to rounding is damped tenfold, this many times at most.
-_MAX_RETRIES = 3
-
-# Iterations from which an explicit inverse pays for being formed; on a CPU 5 to more than 15, by size (benchmarks/).
-INVERSE_FROM_INTERVAL = 10
+from kfac_dist.curvature.inverse import Solver
+from kfac_dist.curvature.staleness import relative_change
 
 
 @dataclass
@@ -84,74 +78,3 @@ class BlockCurvature:
             for matrix, value in state["solvers"].items()
         }
         self.num_averaged = dict(state["num_averaged"])
-
-
-@dataclass
-class RefreshReport:
-    """What went wrong in a refresh: retries with more damping, and blocks that kept their previous inverse."""
-
-    num_retries: int = 0
-    num_kept: int = 0
-
-
-def refresh_inverses(
-    curvatures: Sequence[BlockCurvature],
-    dampings: Sequence[float],
-    refreshed: Mapping[str, Sequence[str]],
-    expected_interval: Callable[[StatisticKey], int] = lambda key: 1,
-) -> RefreshReport:
-    """Factorise the damped matrices of the blocks, all of one size together.
-
-    A block with a matrix that is not positive definite is tried again with ten times the damping, three times at
-    most; after that it keeps its previous solvers.
-
-    Args:
-        curvatures: Blocks with new running averages.
-        dampings: gamma of each block.
-        refreshed: For each block's name the matrices to factorise.
-        expected_interval: Iterations that a matrix will serve; those that serve long are inverted.
-
-    Returns:
-        Counts of retries and of blocks given up.
-    """
-    report = RefreshReport()
-    pending = list(zip(curvatures, dampings, strict=True))
-    for attempt in range(1 + _MAX_RETRIES):
-        pending = _factorise(pending, 10.0**attempt, refreshed, expected_interval)
-        if not pending:
-            return report
-        if attempt < _MAX_RETRIES:
-            report.num_retries += len(pending)
-    report.num_kept = len(pending)
-    return report
-
-
-def _factorise(
-    pending: list[tuple[BlockCurvature, float]],
-    multiplier: float,
-    refreshed: Mapping[str, Sequence[str]],
-    expected_interval: Callable[[StatisticKey], int],
-) -> list[tuple[BlockCurvature, float]]:
-    """Try all pending blocks in one batch a size; returns those that failed."""
-    jobs: list[tuple[int, str]] = []
-    stacks: list[Tensor] = []
-    shifts: list[Tensor] = []
-    for number, (curvature, damping) in enumerate(pending):
-        block_shifts = curvature.block.shifts(curvature.running, damping * multiplier)
-        for matrix in refreshed[curvature.block.name]:
-            jobs.append((number, matrix))
-            stacks.append(curvature.running[matrix])
-            shifts.append(block_shifts[matrix])
-    new_solvers: list[dict[str, Solver]] = [{} for _ in pending]
-    failed: set[int] = set()
-    for (number, matrix), (factors, succeeded) in zip(jobs, batched_cholesky(stacks, shifts), strict=True):
-        if not succeeded:
-            failed.add(number)
-            continue
-        solver = Solver(factors)
-        serves_long = expected_interval((pending[number][0].block.name, matrix)) >= INVERSE_FROM_INTERVAL
-        new_solvers[number][matrix] = solver.inverted() if serves_long else solver
-    for number, (curvature, _) in enumerate(pending):
-        if number not in failed:
-            curvature.solvers.update(new_solvers[number])
-    return [pending[number] for number in sorted(failed)]

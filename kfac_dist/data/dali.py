@@ -28,6 +28,7 @@ from kfac_dist.data.decoding import BATCHES_AHEAD, DecodedBatch, Request, fill
 from kfac_dist.data.pictures import PictureError, decode, read_picture
 from kfac_dist.data.views import View
 from kfac_dist.errors import InputError
+from kfac_dist.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class DaliDecoder:
         images = torch.empty(len(requests), 3, self.side, self.side, dtype=torch.uint8)
         results = list(pool.map(fill, images, requests))
         problems = {place: problem for place, problem in enumerate(results) if problem is not None}
-        return DecodedBatch(requests, images.to(self.device), problems)
+        return DecodedBatch(requests, to_device(images, self.device), problems)
 
 
 class _Source:

@@ -17,6 +17,7 @@ from kfac_dist.data.folder import PictureFolder
 from kfac_dist.data.pictures import decode, read_picture
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.views import Views
+from kfac_dist.transfer import to_device
 
 # Of the channels of ImageNet's training images in [0, 1]; what torchvision's recipes use.
 CHANNEL_MEAN = (0.485, 0.456, 0.406)
@@ -207,6 +208,6 @@ class FolderDataset:
     def _tensors(self, batch: DecodedBatch, places: list[int]) -> tuple[Tensor, Tensor]:
         images = batch.images.to(self.device, non_blocking=True)
         if places != list(range(len(images))):
-            images = images[torch.tensor(places, device=self.device)]
+            images = images[to_device(torch.tensor(places), self.device)]
         labels = torch.tensor([batch.requests[place].label for place in places])
-        return self.normalisation.apply(images), labels.to(self.device)
+        return self.normalisation.apply(images), to_device(labels, self.device)

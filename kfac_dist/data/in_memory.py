@@ -12,6 +12,7 @@ from torch import Tensor
 from kfac_dist.augment import CropFlip
 from kfac_dist.data.base import Original, share
 from kfac_dist.data.sampling import SlotSampler
+from kfac_dist.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class InMemoryDataset:
         """This rank's slots, normalised and augmented; see `Dataset.train_batches`."""
         for iteration in range(first_iteration, last_iteration):
             for slot in sampler.local_slots(rank, num_ranks):
-                indices = torch.from_numpy(sampler.indices(iteration, slot)).to(self.train_images.device)
+                indices = to_device(torch.from_numpy(sampler.indices(iteration, slot)), self.train_images.device)
                 images = self._normalise(self.train_images[indices])
                 yield self.crop_flip.apply(images, iteration, slot), self.train_labels[indices]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kfac_dist.data.base import Original, share
 from kfac_dist.data.sampling import SlotSampler
+from kfac_dist.transfer import to_device
 
 _NUM_PATTERNS = 61  # prime: classes and patterns come in all combinations
 
@@ -82,6 +83,6 @@ class SyntheticDataset:
         return (images / 6 + 0.5).clamp(0, 1)
 
     def _images(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        index = torch.from_numpy(indices).to(self._device)
+        index = to_device(torch.from_numpy(indices), self._device)
         labels = index % self.num_classes
         return self._patterns[index % _NUM_PATTERNS] + self._colours[labels], labels

@@ -23,6 +23,7 @@ TEN_ITERATIONS = [
     "batch.per_rank=16",
     "train.epochs=0.64",
     "train.evaluate_every=10",
+    "train.precision=fp32",  # fp16 is emulated on a CPU
 ]
 
 

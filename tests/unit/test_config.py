@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_dist import strict_yaml
-from kfac_dist.config import Config, batch_slots, load_config
+from kfac_dist.config import Config, batch_slots, check_same, load_config
 from kfac_dist.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -64,7 +64,12 @@ def test_values_and_defaults(valid_file: Path) -> None:
     assert config.schedule.warmup_epochs == 0.0
     assert config.augment.model_dump() == {"pad_crop": 0, "flip": False, "mixup_alpha": 0.0, "erasing": None}
     assert config.weight_rescaling == "off"
-    assert config.communication.model_dump() == {"backend": "auto", "reduce_scatter": "auto"}
+    assert config.communication.model_dump() == {
+        "backend": "auto",
+        "reduce_scatter": "auto",
+        "factor_precision": "fp32",
+        "gradient_precision": "fp32",
+    }
 
 
 def test_is_frozen(valid_file: Path) -> None:
@@ -411,3 +416,15 @@ def test_round_trip_of_valid_values(folder: Path, changes: dict[str, Any]) -> No
     assert config.model.name == changes["model.name"]
     assert config.kfac.skip == tuple(changes["kfac.skip"])
     assert config.augment.flip is changes["augment.flip"]
+
+
+def test_ranks_with_another_configuration_are_refused_naming_rank_and_lines() -> None:
+    texts = [
+        load_config(CONFIGS / "quickstart.yaml", overrides).to_yaml().encode()
+        for overrides in ([], [], ["train.epochs=7"])
+    ]
+    check_same(texts[:2])
+    with pytest.raises(
+        InputError, match=r"rank 2's \(\+\).*\n  -train: {epochs: 6.*\n  \+train: {epochs: 7.*\ngive every"
+    ):
+        check_same(texts)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_dist.curvature import inverse
 from kfac_dist.curvature.blocks import BatchNormBlock, KroneckerBlock
 from kfac_dist.curvature.inverse import (
     Solver,
@@ -18,7 +19,8 @@ from kfac_dist.curvature.inverse import (
     precondition_kronecker,
     precondition_vectors,
 )
-from kfac_dist.curvature.state import INVERSE_FROM_INTERVAL, BlockCurvature, refresh_inverses
+from kfac_dist.curvature.refresh import INVERSE_FROM_INTERVAL, InverseRefresh, Job
+from kfac_dist.curvature.state import BlockCurvature
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -88,13 +90,15 @@ def test_damping_must_be_positive(damping):
 # Cholesky
 
 
-def test_batched_cholesky_equals_one_matrix_at_a_time():
+@pytest.mark.parametrize("batched_up_to", [512, 3, 0])
+def test_batched_cholesky_equals_one_matrix_at_a_time(batched_up_to, monkeypatch):
+    monkeypatch.setattr(inverse, "_BATCHED_UP_TO", batched_up_to)
     stacks = [random_psd(1, 4), random_psd(3, 2, seed=1), random_psd(2, 4, seed=2), random_psd(1, 1, seed=3)]
     shifts = [torch.arange(1.0, len(stack) + 1, dtype=torch.float64) for stack in stacks]
     results = batched_cholesky(stacks, shifts)
     assert len(results) == 4
-    for stack, shift, (factors, succeeded) in zip(stacks, shifts, results, strict=True):
-        assert succeeded
+    for stack, shift, (factors, failed) in zip(stacks, shifts, results, strict=True):
+        assert not failed
         assert factors.shape == stack.shape
         for matrix, value, L in zip(stack, shift, factors, strict=True):
             assert_close(L, L.tril())
@@ -106,7 +110,7 @@ def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
     stacks = [random_psd(2, 3), random_psd(2, 3, seed=1), random_psd(1, 2)]
     stacks[1][1, 0, 0] = bad
     results = batched_cholesky(stacks, [torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in stacks])
-    assert [succeeded for _, succeeded in results] == [True, False, True]
+    assert [bool(failed) for _, failed in results] == [False, True, False]
 
 
 # Preconditioning
@@ -156,6 +160,15 @@ def batchnorm_curvature(form, name="norm"):
 
 def matrices_of(*curvatures):
     return {curvature.block.name: list(curvature.block.stacks) for curvature in curvatures}
+
+
+def jobs_for(*curvatures, damping=0.1):
+    return [Job(curvature, damping, list(curvature.block.stacks)) for curvature in curvatures]
+
+
+def refresh_inverses(curvatures, dampings, matrices, expected_interval=lambda key: 1):
+    jobs = [Job(c, damping, matrices[c.block.name]) for c, damping in zip(curvatures, dampings, strict=True)]
+    return InverseRefresh().refresh(jobs, expected_interval)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -234,8 +247,8 @@ def test_a_failing_block_alone_is_retried_with_ten_times_the_damping():
     bad.running["F"][2] = -1.0  # needs a damping above 1: 0.05 and 0.5 fail, 5 does
     report = refresh_inverses([good, bad], [0.05, 0.05], matrices_of(good, bad))
     assert (report.num_retries, report.num_kept) == (2, 0)
-    assert_close(good.solvers["F"].matrix, (good.running["F"] + 0.05).sqrt())
-    assert_close(bad.solvers["F"].matrix, (bad.running["F"] + 5.0).sqrt())
+    assert_close(good.solvers["F"].matrix, 1 / (good.running["F"] + 0.05))
+    assert_close(bad.solvers["F"].matrix, 1 / (bad.running["F"] + 5.0))
 
 
 @pytest.mark.parametrize("hopeless", [-1e6, math.nan])
@@ -270,3 +283,76 @@ def test_a_matrix_that_serves_long_is_kept_as_its_inverse():
     assert [inverses.solvers[matrix].is_inverse for matrix in ("A", "G")] == [True, False]
     gradient = random(factors.block.num_values)
     assert_close(inverses.precondition(gradient), factors.precondition(gradient))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_an_inverse_is_that_of_a_dense_computation(size):
+    stack = random_psd(4, size) + identity(size)
+    assert_close(Solver(torch.linalg.cholesky(stack)).inverted().matrix, torch.linalg.inv(stack))
+
+
+# Deferred answers, as on a GPU
+
+
+def test_deferred_and_immediate_refreshes_end_alike():
+    results = []
+    for deferred in (False, True):
+        good, bad = batchnorm_curvature("diagonal", "good"), batchnorm_curvature("diagonal", "bad")
+        bad.running["F"][2] = -1.0  # 0.05 and 0.5 fail, 5 does
+        refresh = InverseRefresh(deferred)
+        reports = [refresh.refresh(jobs_for(good, bad, damping=0.05)), *(refresh.refresh([]) for _ in range(4))]
+        results.append((good.solvers["F"].matrix, bad.solvers["F"].matrix))
+        assert [report.num_retries for report in reports] == ([0, 1, 1, 0, 0] if deferred else [2, 0, 0, 0, 0])
+        assert sum(report.num_kept for report in reports) == 0
+    for immediate, deferred in zip(*results, strict=True):
+        assert torch.equal(immediate, deferred)
+
+
+@pytest.mark.parametrize("serves_long", [False, True])
+@pytest.mark.parametrize("hopeless", [-1e6, math.nan])
+def test_until_a_deferred_answer_is_known_the_device_keeps_the_previous_solvers(hopeless, serves_long):
+    curvature, refresh = kronecker_curvature(), InverseRefresh(deferred=True)
+    gradient = random(curvature.block.num_values)
+    refresh.refresh(jobs_for(curvature), lambda key: 20 if serves_long else 1)
+    before = curvature.precondition(gradient)
+    curvature.running["G"][0, 0, 0] = hopeless
+    reports = [refresh.refresh(jobs_for(curvature))]
+    assert_close(curvature.precondition(gradient), before)
+    reports += [refresh.refresh([]) for _ in range(5)]
+    assert [report.num_retries for report in reports] == [0, 1, 1, 1, 0, 0]
+    assert [report.num_kept for report in reports] == [0, 0, 0, 0, 1, 0]
+    assert_close(curvature.precondition(gradient), before)
+
+
+def test_a_first_refresh_that_fails_leaves_the_plain_gradient():
+    for deferred in (False, True):
+        curvature = kronecker_curvature()
+        curvature.running["A"][0, 0, 0] = math.nan
+        InverseRefresh(deferred).refresh(jobs_for(curvature))
+        gradient = random(curvature.block.num_values)
+        assert torch.equal(curvature.precondition(gradient), gradient)
+
+
+def test_a_block_that_fails_and_is_refreshed_again_keeps_its_higher_damping():
+    curvature, refresh = batchnorm_curvature("diagonal"), InverseRefresh(deferred=True)
+    curvature.running["F"][2] = -0.3
+    for _ in range(2):
+        refresh.refresh(jobs_for(curvature, damping=0.05))
+    assert_close(curvature.solvers["F"].matrix, 1 / (curvature.running["F"] + 0.5))
+
+
+def test_what_is_to_be_tried_again_is_part_of_the_state():
+    results = []
+    for restored in (False, True):
+        curvature, refresh = batchnorm_curvature("diagonal"), InverseRefresh(deferred=True)
+        curvature.running["F"][2] = -0.3
+        refresh.refresh(jobs_for(curvature, damping=0.05))
+        state = refresh.state_dict()
+        assert state == {"norm": (0.05, ["F"], 1)}
+        if restored:
+            refresh = InverseRefresh(deferred=True)
+            refresh.load_state_dict(state, {"norm": curvature})
+        refresh.refresh([])
+        results.append(curvature.solvers["F"].matrix)
+    assert torch.equal(*results)
+    assert_close(results[0], 1 / (curvature.running["F"] + 0.5))

@@ -34,7 +34,8 @@ def test_buffers_are_those_that_the_optimizer_allocates(num_ranks):
     blocks = create_blocks(net, list(net.parameters()), "unit")
     owners = assign_owners([block_work(block) for block in blocks], num_ranks)
     exchange = Exchange(blocks, owners, num_ranks, torch.float32, torch.device("meta"))
-    allocated = exchange.statistics(every_statistic(blocks)).data.numel() + exchange.updates().data.numel()
+    buffers = (exchange.statistics(every_statistic(blocks)), exchange.gradients, exchange.updates())
+    allocated = sum(buffer.data.numel() for buffer in buffers)
     assert memory.rank_memory(net, "unit", num_ranks).buffers == 4 * allocated
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_dist.communicator import MpiCommunicator
+from kfac_dist.communicator import MpiCommunicator, Pending
 from kfac_dist.optimizer import KFAC
 from tests.unit.small_net import assert_equal, backward, make_batch, make_kfac, make_net, running, train, weights
 
@@ -28,13 +28,13 @@ class Counting(MpiCommunicator):
         super().__init__("reduce")
         self.calls: list[str] = []
 
-    def reduce_scatter_v(self, buffer: Tensor, counts: Any) -> Tensor:
+    def start_reduce_scatter_v(self, buffer: Tensor, counts: Any, wire: Any = None) -> Pending[Tensor]:
         self.calls.append("reduce_scatter_v")
-        return super().reduce_scatter_v(buffer, counts)
+        return super().start_reduce_scatter_v(buffer, counts, wire)
 
-    def all_gather_v(self, buffer: Tensor, counts: Any) -> None:
+    def start_all_gather_v(self, buffer: Tensor, counts: Any, wire: Any = None) -> Pending[None]:
         self.calls.append("all_gather_v")
-        super().all_gather_v(buffer, counts)
+        return super().start_all_gather_v(buffer, counts, wire)
 
 
 def test_accumulation_communicates_once_an_update() -> None:
@@ -42,13 +42,14 @@ def test_accumulation_communicates_once_an_update() -> None:
     net = make_net()
     communicator = Counting()
     optimizer = KFAC(net, communicator, accumulation_steps=4)
+    calls_of_an_update = ["reduce_scatter_v", "reduce_scatter_v", "all_gather_v"]  # matrices, gradients, updates
     for update in range(2):
         for micro_batch in range(4):
             backward(net, step=micro_batch)
-            assert communicator.calls == ["reduce_scatter_v", "all_gather_v"] * update
+            assert communicator.calls == calls_of_an_update * update
         optimizer.step()
         optimizer.zero_grad()
-    assert communicator.calls == ["reduce_scatter_v", "all_gather_v"] * 2
+    assert communicator.calls == calls_of_an_update * 2
 
 
 @pytest.mark.parametrize("form", ["full", "unit", "diagonal"])

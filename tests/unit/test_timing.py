@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 
 from kfac_dist.timing import STAGES, StageTimer
 
@@ -11,8 +12,11 @@ class ManualClock:
     def __init__(self) -> None:
         self.now = 100.0
 
-    def __call__(self) -> float:
+    def mark(self) -> float:
         return self.now
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
 
 
 @pytest.fixture
@@ -97,3 +101,35 @@ def test_default_clock_measures_real_seconds():
     with timer.stage("data"):
         time.sleep(0.02)
     assert 0.019 <= timer.take()["data"] < 5.0
+
+
+def test_marks_are_compared_only_when_the_seconds_are_read():
+    class LateClock(ManualClock):
+        num_compared = 0
+
+        def seconds(self, start: float, end: float) -> float:
+            self.num_compared += 1
+            return super().seconds(start, end)
+
+    clock = LateClock()
+    timer = StageTimer(clock)
+    with timer.stage("forward"):
+        clock.now += 2
+    first = timer.cut()
+    with timer.stage("forward"):
+        clock.now += 7
+    assert clock.num_compared == 0
+    assert first.read()["forward"] == 2.0
+    assert timer.take()["forward"] == 7.0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_stage_lasts_as_long_as_its_kernels():
+    timer = StageTimer.on(torch.device("cuda"))
+    with timer.stage("forward"):
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second of GPU cycles; the host returns at once
+    with timer.stage("backward"):
+        pass
+    seconds = timer.take()
+    assert seconds["forward"] > 0.02
+    assert seconds["backward"] < 0.01

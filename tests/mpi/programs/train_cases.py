@@ -51,7 +51,7 @@ def main() -> int:
     for case in sys.argv[2:]:
         config = load_config(BASE, [f"run.name={case}", f"run.output_dir={folder}", *CASES[case]])
         communicator = create_communicator(config.communication.reduce_scatter)
-        trainer = Trainer(config, communicator)
+        trainer = Trainer(config, communicator, torch.device("cpu"))
         result = trainer.train()
         assert result.directory == folder / case
         parameters = {name: value.detach().double() for name, value in trainer.model.named_parameters()}

@@ -14,7 +14,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     config = load_config(Path(__file__).with_name("imagenet.yaml"), [f"run.output_dir={folder}", *sys.argv[2:]])
     communicator = create_communicator("reduce")
-    trainer = Trainer(config, communicator)
+    trainer = Trainer(config, communicator, torch.device("cpu"))
     trainer.train()
     if communicator.is_main:
         torch.save({name: value.detach() for name, value in trainer.model.named_parameters()}, folder / "parameters.pt")
