@@ -45,7 +45,8 @@ def create_communicator(
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    device = device or current_device()
+    if device is None or (device.type == "cuda" and device.index is None):
+        device = current_device()
     mpi = MpiCommunicator("reduce", device)
     devices = [RankDevice.from_bytes(message) for message in mpi.gather_bytes(describe_device(device).to_bytes())]
     has_nccl = _all_have_nccl(mpi)

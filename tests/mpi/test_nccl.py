@@ -8,8 +8,12 @@ from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from kfac_dist.communicator import process_group
+from kfac_dist import communicator as package
+from kfac_dist.communicator import MpiCommunicator, create_communicator, nccl, process_group
+from kfac_dist.devices import RankDevice
+from kfac_dist.errors import InputError
 
 pytestmark = pytest.mark.mpi
 
@@ -39,8 +43,6 @@ def test_nccl_on_one_rank(run_program: Run) -> None:
 
 @pytest.mark.gpu
 def test_nccl_on_a_gpu_each(run_program: Run) -> None:
-    import torch
-
     num_gpus = torch.cuda.device_count()
     if num_gpus < 2:
         pytest.skip("needs two CUDA devices")
@@ -115,3 +117,35 @@ def test_address(local_size: int, resolved: str | None, expected: str | None, mo
     monkeypatch.setattr(socket, "gethostbyname", look_up)
     found = process_group._address(SimpleNamespace(size=4, local_size=local_size))  # type: ignore[arg-type]
     assert found == expected or (expected is None and not found.startswith("127."))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "has_nccl", "taken"),
+    [
+        ("auto", "cuda", True, "nccl"),
+        ("auto", "cuda", False, "mpi"),
+        ("auto", "cpu", True, "mpi"),
+        ("mpi", "cuda", True, "mpi"),
+        ("nccl", "cuda", True, "nccl"),
+        ("nccl", "cuda", False, "needs a torch with NCCL"),
+        ("nccl", "cpu", True, "needs a GPU of its own"),
+    ],
+)
+def test_choice_of_backend(
+    wanted: package.Backend, device: str, has_nccl: bool, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = RankDevice("alpha", device, "GPU-1" if device == "cuda" else "", "A100", 1)
+    monkeypatch.setattr(package, "describe_device", lambda device: said)
+    monkeypatch.setattr(package.dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(nccl, "NcclCommunicator", lambda parent, device: (parent, device))
+    where = torch.device(device, 0)
+    if taken not in ("mpi", "nccl"):
+        with pytest.raises(InputError, match=taken):
+            create_communicator("reduce", wanted, where)
+        return
+    made = create_communicator("reduce", wanted, where)
+    if taken == "mpi":
+        assert isinstance(made, MpiCommunicator)
+    else:
+        assert isinstance(made, tuple)
+        assert made[1] == where
