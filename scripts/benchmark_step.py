@@ -39,7 +39,7 @@ def step_function(work: str, name: str, device: torch.device, timer: StageTimer)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator).to(device)
     labels = torch.randint(10, (batch,), generator=generator).to(device)
-    communicator = create_communicator("reduce")
+    communicator = create_communicator("reduce", "mpi", device)
     if name == "kfac":
         optimizer: KFAC | SGD = KFAC(model, communicator, lr=1e-4, damping=0.03, refresh=2, ema_decay=0.9, timer=timer)
     else:

@@ -92,7 +92,7 @@ def _all_lines(communicator: Communicator, lines: list[str]) -> list[str]:
 
 def main(options: argparse.Namespace) -> int:
     """Run one rank; returns the exit code, which is the same on every rank."""
-    communicator = create_communicator("reduce")
+    communicator = create_communicator("reduce", "mpi", torch.device("cpu"))
     try:
         with communicator.agree():
             launch.check_world_size(communicator.size, os.environ)

@@ -50,7 +50,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     for case in sys.argv[2:]:
         config = load_config(BASE, [f"run.name={case}", f"run.output_dir={folder}", *CASES[case]])
-        communicator = create_communicator(config.communication.reduce_scatter)
+        communicator = create_communicator(config.communication.reduce_scatter, "mpi", torch.device("cpu"))
         trainer = Trainer(config, communicator, torch.device("cpu"))
         result = trainer.train()
         assert result.directory == folder / case

@@ -13,7 +13,7 @@ from kfac_dist.trainer import Trainer
 def main() -> int:
     folder = Path(sys.argv[1])
     config = load_config(Path(__file__).with_name("imagenet.yaml"), [f"run.output_dir={folder}", *sys.argv[2:]])
-    communicator = create_communicator("reduce")
+    communicator = create_communicator("reduce", "mpi", torch.device("cpu"))
     trainer = Trainer(config, communicator, torch.device("cpu"))
     trainer.train()
     if communicator.is_main:

@@ -1,0 +1,135 @@
+"""What only a GPU can show: real half-precision products, and a host that never waits."""
+
+import warnings
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kfac_dist import KFAC, SGD, LossScaler, create_communicator
+from kfac_dist.communicator import Communicator
+from kfac_dist.curvature.blocks import create_blocks
+from kfac_dist.curvature.refresh import InverseRefresh, Job
+from kfac_dist.curvature.state import BlockCurvature
+from kfac_dist.models import create_model
+from kfac_dist.precision import Precision
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+
+
+@cache
+def communicator() -> Communicator:
+    """One for all tests: over NCCL, since this rank has its GPU to itself."""
+    return create_communicator("reduce", device=CUDA)
+
+
+def make_step(optimizer_class: type[KFAC | SGD], precision: Precision, **settings: Any) -> tuple[Any, nn.Module]:
+    """A function that trains one step on the same images, and its network."""
+    model = create_model("resnet20", 10, (3, 32, 32), seed=0).to(CUDA, memory_format=torch.channels_last).train()
+    images = torch.randn(32, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (32,), device=CUDA)
+    scaler = LossScaler() if precision.needs_loss_scale else None
+    optimizer = optimizer_class(model, communicator(), lr=1e-3, loss_scaler=scaler, **settings)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with precision.autocast(CUDA):
+            loss = F.cross_entropy(model(images), labels)
+        (loss if scaler is None else scaler.scale_loss(loss)).backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step, model
+
+
+def count_synchronisations(step: Any, num_steps: int) -> int:
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            for _ in range(num_steps):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    texts = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    print(*dict.fromkeys(texts), sep="\n")
+    return len(texts)
+
+
+@pytest.mark.parametrize("form", ["diagonal", "unit", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_never_makes_the_host_wait(precision: str, form: str) -> None:
+    settings = {"damping": 0.03, "refresh": 2, "ema_decay": 0.9, "weight_rescaling": "always", "batchnorm": form}
+    step, _ = make_step(KFAC, Precision(precision), **settings)  # type: ignore[arg-type]
+    assert count_synchronisations(step, 4) == 0
+    step, _ = make_step(SGD, Precision(precision))  # type: ignore[arg-type]
+    assert count_synchronisations(step, 4) == 0
+
+
+def test_in_fp16_the_host_waits_once_a_step_for_the_overflow_flag() -> None:
+    for optimizer_class in (KFAC, SGD):
+        step, _ = make_step(optimizer_class, Precision("fp16"))
+        assert count_synchronisations(step, 4) == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_loss_falls_and_stays_finite(precision: str) -> None:
+    step, model = make_step(KFAC, Precision(precision), damping=0.1, ema_decay=0.9)  # type: ignore[arg-type]
+    losses = [float(step()) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+LAYERS = {
+    "linear": (nn.Linear(70, 24), (256, 70), (256, 24)),
+    "3x3": (nn.Conv2d(16, 24, 3, padding=1), (9, 16, 20, 20), (9, 24, 20, 20)),
+    "1x1 strided": (nn.Conv2d(16, 24, 1, stride=2), (9, 16, 20, 20), (9, 24, 10, 10)),
+    "odd channels": (nn.Conv2d(3, 7, 7, stride=2, padding=3), (9, 3, 33, 33), (9, 7, 17, 17)),
+    "grouped": (nn.Conv2d(16, 24, 3, groups=4), (9, 16, 20, 20), (9, 24, 18, 18)),
+    "batchnorm": (nn.BatchNorm2d(16), (9, 16, 20, 20), (9, 16, 20, 20)),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LAYERS)
+def test_statistics_equal_float64_on_the_cpu(name: str, half: torch.dtype, channels_last: bool) -> None:
+    layer, input_shape, output_shape = LAYERS[name]
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(input_shape, generator=generator) + 0.5).to(half)
+    g = (torch.randn(output_shape, generator=generator) / 64).to(half)
+    (block,) = create_blocks(layer, list(layer.parameters()), "full")
+    for matrix in block.stacks:
+        reference = block.statistic(matrix, x.double(), g.double())
+        on_gpu = [tensor.to(CUDA) for tensor in (x, g)]
+        if channels_last and x.dim() == 4:
+            on_gpu = [tensor.to(memory_format=torch.channels_last) for tensor in on_gpu]
+        statistic = block.statistic(matrix, *on_gpu)
+        assert statistic.dtype == torch.float32
+        error = float((statistic.cpu().double() - reference).norm() / reference.norm())
+        assert error < 1e-5, f"{matrix}: {error:.1e}"
+
+
+def test_a_failed_factorisation_keeps_the_previous_solver_until_its_answer_is_read() -> None:
+    layer = nn.Linear(5, 3, device=CUDA)
+    (block,) = create_blocks(layer, list(layer.parameters()), "diagonal")
+    curvature = BlockCurvature(block)
+    for matrix, (count, size) in block.stacks.items():
+        roots = torch.randn(count, size, size, device=CUDA)
+        curvature.average(matrix, roots @ roots.mT, None)
+    refresh = InverseRefresh(deferred=True)
+    gradient = torch.randn(block.num_values, device=CUDA)
+    refresh.refresh([Job(curvature, 0.1, ["A", "G"])])
+    before = curvature.precondition(gradient)
+    curvature.running["G"][0, 0, 0] = float("nan")
+    refresh.refresh([Job(curvature, 0.1, ["A", "G"])])
+    torch.testing.assert_close(curvature.precondition(gradient), before)
+    assert refresh.refresh([]).num_retries == 1
