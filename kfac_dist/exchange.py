@@ -84,11 +84,13 @@ class Exchange:
         return parts
 
 
-def write_update(updates: FlatBuffer, block: Block, ranks: Sequence[int], rank: int, direction: Tensor) -> None:
-    """Put this rank's share of a block's 𝒢 (num_values,) into the buffer of stage 6."""
+def update_shares(
+    updates: FlatBuffer, block: Block, ranks: Sequence[int], rank: int, direction: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of a block's 𝒢 (num_values,): its place in the buffer of stage 6, and what belongs there."""
     for owner, begin, end in _equal_shares(ranks, block.num_values):
         if owner == rank:
-            updates.part(block.name, rank).copy_(direction[begin:end])
+            yield updates.part(block.name, rank), direction[begin:end]
 
 
 def read_update(updates: FlatBuffer, block: Block) -> list[Tensor]:

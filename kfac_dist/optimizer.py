@@ -13,11 +13,19 @@ from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks import BatchNormBlock, Block, PlainBlock, block_work, create_blocks, refresh_costs
 from kfac_dist.curvature.capture import Capture
+from kfac_dist.curvature.precondition import Preconditioner
 from kfac_dist.curvature.refresh import InverseRefresh, Job
 from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.curvature.staleness import IntervalRefresh, RefreshSchedule, StatisticKey
 from kfac_dist.curvature.state import BlockCurvature
-from kfac_dist.exchange import Exchange, add_weight_decay, every_statistic, read_update, write_update
+from kfac_dist.exchange import (
+    Exchange,
+    add_weight_decay,
+    copy_all_,
+    every_statistic,
+    read_update,
+    update_shares,
+)
 from kfac_dist.loss_scale import LossScaler
 from kfac_dist.timing import StageTimer
 from kfac_dist.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
@@ -145,6 +153,7 @@ class KFAC(torch.optim.Optimizer):
             if self.communicator.rank in ranks
         }
         self._device = trained[0].device
+        self._preconditioner = Preconditioner()
         self._inverse_refresh = InverseRefresh(deferred=self._device.type == "cuda")
         self._exchange = Exchange(self.blocks, self.owners, self.communicator.size, self._dtype, self._device)
         self._index_groups()
@@ -281,12 +290,17 @@ class KFAC(torch.optim.Optimizer):
     def _precondition(self) -> None:
         """Stage 5: 𝒢 of the owned blocks, into this rank's segment of the buffer that is gathered."""
         rank = self.communicator.rank
-        for block, ranks in zip(self.blocks, self.owners, strict=True):
-            if rank in ranks:
-                gradient = self._exchange.gradients.part(block.name, rank)
-                add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
-                direction = self._owned[block.name].precondition(gradient)
-                write_update(self._updates, block, ranks, rank, direction)
+        owned = [(block, ranks) for block, ranks in zip(self.blocks, self.owners, strict=True) if rank in ranks]
+        gradients = [self._exchange.gradients.part(block.name, rank) for block, _ in owned]
+        for (block, _), gradient in zip(owned, gradients, strict=True):
+            add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
+        directions = self._preconditioner.apply([self._owned[block.name] for block, _ in owned], gradients)
+        shares = [
+            share
+            for (block, ranks), direction in zip(owned, directions, strict=True)
+            for share in update_shares(self._updates, block, ranks, rank, direction)
+        ]
+        copy_all_([place for place, _ in shares], [values for _, values in shares])
 
     def _update_parameters(self) -> None:
         """Stage 6: every rank applies Eq. 17 and 18 to all parameters."""

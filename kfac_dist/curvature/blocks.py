@@ -64,8 +64,17 @@ class Block(ABC):
         """What damping adds to each matrix's diagonals, (count,) by name."""
 
     @abstractmethod
-    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
-        """Apply the inverse of the damped Fisher to a flat gradient (num_values,)."""
+    def arrange(self, gradient: Tensor) -> Tensor:
+        """A flat gradient (num_values,) as the stack of matrices (count, rows, columns) that `solve` takes."""
+
+    @abstractmethod
+    def flatten(self, arranged: Tensor) -> Tensor:
+        """Undo `arrange`."""
+
+    @staticmethod
+    @abstractmethod
+    def solve(arranged: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
+        """Apply the inverse of the damped Fisher to a stack (count, rows, columns), be it of one block or several."""
 
 
 class KroneckerBlock(Block):
@@ -109,13 +118,20 @@ class KroneckerBlock(Block):
         shift_A, shift_G = inverse.damping_shifts(matrices["A"], matrices["G"], damping)
         return {"A": shift_A, "G": shift_G}
 
-    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
-        weight, bias = gradient.split([self.groups * self.rows * self.columns, self.has_bias * self.groups * self.rows])
-        columns = [weight.view(self.groups, self.rows, self.columns)]
-        if self.has_bias:
-            columns.append(bias.view(self.groups, self.rows, 1))
-        solved = inverse.precondition_kronecker(torch.cat(columns, dim=2), solvers["A"], solvers["G"])
-        return torch.cat([part.flatten() for part in solved.split([self.columns, self.has_bias], dim=2)])
+    def arrange(self, gradient: Tensor) -> Tensor:
+        if not self.has_bias:
+            return gradient.view(self.groups, self.rows, self.columns)
+        weight, bias = gradient.split([self.groups * self.rows * self.columns, self.groups * self.rows])
+        return torch.cat([weight.view(self.groups, self.rows, -1), bias.view(self.groups, self.rows, 1)], dim=2)
+
+    def flatten(self, arranged: Tensor) -> Tensor:
+        if not self.has_bias:
+            return arranged.flatten()
+        return torch.cat([part.flatten() for part in arranged.split([self.columns, 1], dim=2)])
+
+    @staticmethod
+    def solve(arranged: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
+        return inverse.precondition_kronecker(arranged, solvers["A"], solvers["G"])
 
 
 class BatchNormBlock(Block):
@@ -135,9 +151,15 @@ class BatchNormBlock(Block):
         fisher = matrices["F"]
         return {"F": fisher.new_full((fisher.shape[0],), damping)}
 
-    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
-        vectors = batchnorm.split_gradient(gradient, self.form)
-        return batchnorm.join_gradient(inverse.precondition_vectors(vectors, solvers["F"]), self.form)
+    def arrange(self, gradient: Tensor) -> Tensor:
+        return batchnorm.split_gradient(gradient, self.form)[..., None]
+
+    def flatten(self, arranged: Tensor) -> Tensor:
+        return batchnorm.join_gradient(arranged[..., 0], self.form)
+
+    @staticmethod
+    def solve(arranged: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
+        return inverse.precondition_vectors(arranged, solvers["F"])
 
 
 class PlainBlock(Block):
@@ -159,8 +181,15 @@ class PlainBlock(Block):
     def shifts(self, matrices: Matrices, damping: float) -> Matrices:
         return {}
 
-    def precondition(self, gradient: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
-        return gradient
+    def arrange(self, gradient: Tensor) -> Tensor:
+        return gradient.view(1, 1, -1)
+
+    def flatten(self, arranged: Tensor) -> Tensor:
+        return arranged.flatten()
+
+    @staticmethod
+    def solve(arranged: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
+        return arranged
 
 
 def create_blocks(

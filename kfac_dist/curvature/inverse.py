@@ -169,7 +169,13 @@ class Solver:
 
     def solve(self, right: Tensor) -> Tensor:
         """Inverse times `right`, (k, n, m)."""
-        return torch.bmm(self.matrix, right) if self.is_inverse else torch.cholesky_solve(right, self.matrix)
+        if not self.is_inverse:
+            return torch.cholesky_solve(right, self.matrix)
+        return self.matrix * right if self.matrix.shape[-1] == 1 else torch.bmm(self.matrix, right)
+
+    def solve_right(self, left: Tensor) -> Tensor:
+        """`left`, (k, m, n), times the inverse."""
+        return torch.bmm(left, self.matrix) if self.is_inverse else self.solve(left.mT).mT
 
 
 def precondition_kronecker(gradient: Tensor, A: Solver, G: Solver) -> Tensor:
@@ -183,20 +189,20 @@ def precondition_kronecker(gradient: Tensor, A: Solver, G: Solver) -> Tensor:
     Returns:
         (k, m, n).
     """
-    return A.solve(G.solve(gradient).mT).mT
+    return A.solve_right(G.solve(gradient))
 
 
 def precondition_vectors(gradient: Tensor, F: Solver) -> Tensor:
     """F⁻¹ ∇L for a stack of independent blocks.
 
     Args:
-        gradient: (k, n).
+        gradient: (k, n, 1).
         F: Solver of the damped F, (k, n, n).
 
     Returns:
-        (k, n).
+        (k, n, 1).
     """
-    return F.solve(gradient[..., None])[..., 0]
+    return F.solve(gradient)
 
 
 def _mean_diagonal(stack: Tensor) -> Tensor:

@@ -55,12 +55,6 @@ class BlockCurvature:
         count = self.num_averaged.get(matrix, 0) + 1
         return 1.0 if decay is None or count == 1 else (1 - decay) / (1 - decay**count)
 
-    def precondition(self, gradient: Tensor) -> Tensor:
-        """𝒢 of a flat gradient (num_values,); the plain gradient where there is no inverse yet."""
-        if self.block.stacks and not self.solvers:
-            return gradient
-        return self.block.precondition(gradient, self.solvers)
-
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values; nothing is copied."""
         return {

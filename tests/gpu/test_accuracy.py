@@ -34,8 +34,8 @@ def train(name: Name, folder: Path, device: torch.device, num_train: int, num_ev
     model = create_model("resnet20", 10, (3, 32, 32), seed=0).to(device, memory_format=memory_format)
     scaler = LossScaler() if precision.needs_loss_scale else None
     optimizer = KFAC(
-        model, create_communicator("reduce", "mpi", device), lr=LEARNING_RATE, ema_decay=0.9, refresh=5, weight_rescaling="always",
-        loss_scaler=scaler,
+        model, create_communicator("reduce", "mpi", device), lr=LEARNING_RATE, ema_decay=0.9, refresh=5,
+        weight_rescaling="always", loss_scaler=scaler,
     )  # fmt: skip
     batch_size = min(BATCH, num_train // 2)
     sampler = SlotSampler(num_train, batch_size, 1, 0)

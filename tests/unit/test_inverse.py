@@ -19,6 +19,7 @@ from kfac_dist.curvature.inverse import (
     precondition_kronecker,
     precondition_vectors,
 )
+from kfac_dist.curvature.precondition import Preconditioner
 from kfac_dist.curvature.refresh import INVERSE_FROM_INTERVAL, InverseRefresh, Job
 from kfac_dist.curvature.state import BlockCurvature
 
@@ -134,7 +135,7 @@ def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns, inve
 
 
 def test_vectors_are_solved_block_by_block():
-    stack, gradient = random_psd(3, 4) + 0.1 * identity(4), random(3, 4, seed=1)
+    stack, gradient = random_psd(3, 4) + 0.1 * identity(4), random(3, 4, 1, seed=1)
     solved = precondition_vectors(gradient, Solver(torch.linalg.cholesky(stack)))
     dense = torch.linalg.solve(torch.block_diag(*stack), gradient.flatten())
     assert_close(solved.flatten(), dense)
@@ -162,6 +163,10 @@ def matrices_of(*curvatures):
     return {curvature.block.name: list(curvature.block.stacks) for curvature in curvatures}
 
 
+def precondition(curvature, gradient):
+    return Preconditioner().apply([curvature], [gradient])[0]
+
+
 def jobs_for(*curvatures, damping=0.1):
     return [Job(curvature, damping, list(curvature.block.stacks)) for curvature in curvatures]
 
@@ -180,7 +185,7 @@ def test_kronecker_block_equals_a_dense_solve_of_weight_and_bias(groups, bias):
     weight, offset = random(3 * groups, 2, 2, 2, seed=8), random(3 * groups, seed=9)
     flat = torch.cat([weight.flatten(), offset]) if bias else weight.flatten()
 
-    direction = curvature.precondition(flat.clone())
+    direction = precondition(curvature, flat.clone())
     A_damped, G_damped = damp_factors(curvature.running["A"], curvature.running["G"], 0.01)
     expected_weight, expected_offset = [], []
     for group in range(groups):
@@ -204,13 +209,13 @@ def test_batchnorm_block_equals_a_dense_solve_of_fisher_plus_damping(form):
     for index, matrix in enumerate(curvature.running["F"]):
         places = {"full": list(range(6)), "unit": [index, 3 + index], "diagonal": [index]}[form]
         dense[torch.tensor(places)[:, None], torch.tensor(places)] += matrix
-    assert_close(curvature.precondition(gradient), torch.linalg.solve(dense, gradient))
+    assert_close(precondition(curvature, gradient), torch.linalg.solve(dense, gradient))
 
 
 def test_without_an_inverse_the_gradient_passes_through():
     curvature = kronecker_curvature()
     gradient = random(curvature.block.num_values)
-    assert torch.equal(curvature.precondition(gradient), gradient)
+    assert torch.equal(precondition(curvature, gradient), gradient)
 
 
 def test_damping_does_not_build_up_in_the_running_fisher():
@@ -282,7 +287,7 @@ def test_a_matrix_that_serves_long_is_kept_as_its_inverse():
     refresh_inverses([inverses], [0.1], matrices_of(inverses), lambda key: intervals[key[1]])
     assert [inverses.solvers[matrix].is_inverse for matrix in ("A", "G")] == [True, False]
     gradient = random(factors.block.num_values)
-    assert_close(inverses.precondition(gradient), factors.precondition(gradient))
+    assert_close(precondition(inverses, gradient), precondition(factors, gradient))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -314,14 +319,14 @@ def test_until_a_deferred_answer_is_known_the_device_keeps_the_previous_solvers(
     curvature, refresh = kronecker_curvature(), InverseRefresh(deferred=True)
     gradient = random(curvature.block.num_values)
     refresh.refresh(jobs_for(curvature), lambda key: 20 if serves_long else 1)
-    before = curvature.precondition(gradient)
+    before = precondition(curvature, gradient)
     curvature.running["G"][0, 0, 0] = hopeless
     reports = [refresh.refresh(jobs_for(curvature))]
-    assert_close(curvature.precondition(gradient), before)
+    assert_close(precondition(curvature, gradient), before)
     reports += [refresh.refresh([]) for _ in range(5)]
     assert [report.num_retries for report in reports] == [0, 1, 1, 1, 0, 0]
     assert [report.num_kept for report in reports] == [0, 0, 0, 0, 1, 0]
-    assert_close(curvature.precondition(gradient), before)
+    assert_close(precondition(curvature, gradient), before)
 
 
 def test_a_first_refresh_that_fails_leaves_the_plain_gradient():
@@ -330,7 +335,7 @@ def test_a_first_refresh_that_fails_leaves_the_plain_gradient():
         curvature.running["A"][0, 0, 0] = math.nan
         InverseRefresh(deferred).refresh(jobs_for(curvature))
         gradient = random(curvature.block.num_values)
-        assert torch.equal(curvature.precondition(gradient), gradient)
+        assert torch.equal(precondition(curvature, gradient), gradient)
 
 
 def test_a_block_that_fails_and_is_refreshed_again_keeps_its_higher_damping():
@@ -356,3 +361,55 @@ def test_what_is_to_be_tried_again_is_part_of_the_state():
         results.append(curvature.solvers["F"].matrix)
     assert torch.equal(*results)
     assert_close(results[0], 1 / (curvature.running["F"] + 0.5))
+
+
+# Many blocks together
+
+
+def many_curvatures():
+    """Three convolutions of one shape, one of them with two groups' worth, a linear layer, and three BatchNorms."""
+    curvatures = [kronecker_curvature(groups, name=f"conv{n}") for n, groups in enumerate((1, 2, 1))]
+    linear = nn.Linear(8, 3, dtype=torch.float64)  # with its bias as large as the convolutions: 9 columns, 3 rows
+    curvatures.append(BlockCurvature(KroneckerBlock("linear", linear, list(linear.parameters()))))
+    for seed, (matrix, (count, size)) in enumerate(curvatures[-1].block.stacks.items()):
+        curvatures[-1].average(matrix, random_psd(count, size, seed=seed + 20), None)
+    curvatures += [batchnorm_curvature(form, f"{form}{n}") for n, form in enumerate(("unit", "diagonal", "diagonal"))]
+    return curvatures
+
+
+@pytest.mark.parametrize("interval", [1, 20])
+def test_blocks_solved_together_equal_blocks_solved_alone(interval):
+    curvatures = many_curvatures()
+    InverseRefresh().refresh(jobs_for(*curvatures), lambda key: interval)
+    gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
+    alone = [precondition(curvature, gradient) for curvature, gradient in zip(curvatures, gradients, strict=True)]
+    together = Preconditioner()
+    for _ in range(2):  # the second time with solvers that share memory
+        for actual, expected in zip(together.apply(curvatures, gradients), alone, strict=True):
+            assert_close(actual, expected)
+    shapes = {tuple(curvature.block.stacks.values()) for curvature in curvatures}
+    assert len(shapes) == 4
+
+
+def test_inverses_of_one_shape_share_memory_until_one_is_replaced():
+    curvatures = many_curvatures()
+    refresh, together = InverseRefresh(), Preconditioner()
+    refresh.refresh(jobs_for(*curvatures), lambda key: 20)
+    gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
+    together.apply(curvatures, gradients)
+
+    def storages():
+        return [c.solvers["G" if "G" in c.solvers else "F"].matrix.untyped_storage().data_ptr() for c in curvatures]
+
+    first = storages()
+    assert len(set(first[:4])) == 1
+    assert len({first[0], first[4], first[5]}) == 3
+    assert first[5] == first[6]
+    together.apply(curvatures, gradients)
+    assert storages() == first, "nothing is copied while nothing changes"
+
+    curvatures[1].average("G", random_psd(2, 3, seed=9), None)
+    refresh.refresh([Job(curvatures[1], 0.1, ["G"])], lambda key: 20)
+    expected = precondition(curvatures[1], gradients[1])
+    assert_close(together.apply(curvatures, gradients)[1], expected)
+    assert len(set(storages()[:4])) == 1

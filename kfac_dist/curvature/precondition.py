@@ -1,0 +1,87 @@
+"""Stage 5: 𝒢 of many blocks, those of one shape together.
+
+A network has far fewer shapes than layers, and a GPU spends longer on being told to start a small product than on the
+product. So the inverses of blocks of one shape lie behind one another in memory, and one product serves all of them.
+Blocks with Cholesky factors, which serve a few iterations only, are not worth the copy and are solved one by one.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.inverse import Solver
+from kfac_dist.curvature.state import BlockCurvature
+
+
+class Preconditioner:
+    """Applies the blocks' inverses; remembers which solvers lie behind one another already."""
+
+    def __init__(self) -> None:
+        self._joined: dict[Hashable, tuple[list[Solver], Solver]] = {}
+
+    def apply(self, curvatures: Sequence[BlockCurvature], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """𝒢 of each block; the plain gradient where there is no inverse yet.
+
+        The blocks' solvers may be replaced by equal ones that share memory.
+
+        Args:
+            curvatures: The blocks with their solvers.
+            gradients: Their flat gradients, (num_values,) each.
+
+        Returns:
+            (num_values,) each.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        for number, curvature in enumerate(curvatures):
+            groups.setdefault(_shape(curvature), []).append(number)
+        directions = list(gradients)
+        joined: dict[Hashable, tuple[list[Solver], Solver]] = {}
+        for shape, numbers in groups.items():
+            if shape is None:
+                continue
+            members = [curvatures[number] for number in numbers]
+            solvers = {}
+            for matrix in members[0].block.stacks:
+                joined[shape, matrix] = self._join((shape, matrix), members, matrix)
+                solvers[matrix] = joined[shape, matrix][1]
+            arranged = [curvatures[number].block.arrange(gradients[number]) for number in numbers]
+            solved = members[0].block.solve(_cat(arranged), solvers)
+            parts = solved.split([len(part) for part in arranged])
+            for number, part in zip(numbers, parts, strict=True):
+                directions[number] = curvatures[number].block.flatten(part)
+        self._joined = joined  # what no group uses any more is freed
+        return directions
+
+    def _join(self, place: Hashable, members: Sequence[BlockCurvature], matrix: str) -> tuple[list[Solver], Solver]:
+        """The members' solvers, and one for all of them, whose memory they share."""
+        solvers = [member.solvers[matrix] for member in members]
+        if len(solvers) == 1:
+            return solvers, solvers[0]
+        known = self._joined.get(place)
+        if known is not None and len(known[0]) == len(solvers) and all(map(_is, known[0], solvers)):
+            return known
+        whole = Solver(torch.cat([solver.matrix for solver in solvers]), solvers[0].is_inverse)
+        parts = whole.matrix.split([len(solver.matrix) for solver in solvers])
+        shared = [Solver(part, whole.is_inverse) for part in parts]
+        for member, solver in zip(members, shared, strict=True):
+            member.solvers[matrix] = solver
+        return shared, whole
+
+
+def _shape(curvature: BlockCurvature) -> Hashable:
+    """What blocks must have in common to be solved together; None for those that are not solved."""
+    block, solvers = curvature.block, curvature.solvers
+    if not block.stacks or not solvers:
+        return None
+    if not all(solver.is_inverse for solver in solvers.values()):
+        return block.name
+    return type(block), tuple((matrix, size) for matrix, (_, size) in block.stacks.items())
+
+
+def _is(first: object, second: object) -> bool:
+    return first is second
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
