@@ -17,7 +17,7 @@ from kfac_dist.curvature.precondition import Preconditioner
 from kfac_dist.curvature.refresh import InverseRefresh, Job
 from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.curvature.staleness import IntervalRefresh, RefreshSchedule, StatisticKey
-from kfac_dist.curvature.state import BlockCurvature
+from kfac_dist.curvature.state import BlockCurvature, take_averages
 from kfac_dist.exchange import (
     Exchange,
     add_weight_decay,
@@ -266,6 +266,7 @@ class KFAC(torch.optim.Optimizer):
         """Stage 4: take the new statistics into the running Fisher and factorise it."""
         rank, size = self.communicator.rank, self.communicator.size
         refreshed: dict[str, list[str]] = {}
+        news: list[tuple[BlockCurvature, str, Tensor]] = []
         for name, matrix in self._statistic_keys:
             if name not in self._owned or name not in present:
                 continue
@@ -277,8 +278,9 @@ class KFAC(torch.optim.Optimizer):
             if self._track_changes and self._is_first_owner(name):
                 change = curvature.change(matrix, statistic, self._ema_decay)
                 self._updates.part((name, matrix), rank).copy_(change)
-            curvature.average(matrix, statistic, self._ema_decay)
+            news.append((curvature, matrix, statistic))
             refreshed.setdefault(name, []).append(matrix)
+        take_averages(news, self._ema_decay)
         jobs = [
             Job(self._owned[name], self._damping(self._owned[name].block), matrices)
             for name, matrices in refreshed.items()

@@ -26,6 +26,17 @@ def _triangle_index(size: int, device: torch.device) -> Tensor:
     return index
 
 
+@lru_cache(maxsize=64)
+def _mirror_index(size: int, device: torch.device) -> Tensor:
+    """For each entry of a flattened `size` × `size` matrix its position, or its mirror image's, in the triangle."""
+    places = torch.empty(size, size, dtype=torch.int32, device=device)
+    positions = torch.arange(triangle_numel(size), dtype=torch.int32, device=device)
+    rows, columns = torch.triu_indices(size, size, device=device)
+    places[rows, columns] = positions
+    places[columns, rows] = positions
+    return places.flatten()
+
+
 def pack_symmetric(stack: Tensor, out: Tensor) -> None:
     """Write the upper triangles of a stack of symmetric matrices into a flat buffer.
 
@@ -34,6 +45,9 @@ def pack_symmetric(stack: Tensor, out: Tensor) -> None:
         out: (k·n(n+1)/2,), contiguous; overwritten.
     """
     count, size, _ = stack.shape
+    if size == 1:
+        out.view(count, 1, 1).copy_(stack)
+        return
     index = _triangle_index(size, stack.device)
     torch.index_select(stack.reshape(count, size * size), 1, index, out=out.view(count, index.numel()))
 
@@ -49,11 +63,10 @@ def unpack_symmetric(packed: Tensor, count: int, size: int) -> Tensor:
     Returns:
         New tensor (count, size, size).
     """
-    index = _triangle_index(size, packed.device).long()
-    full = packed.new_zeros(count, size * size)
-    full[:, index] = packed.view(count, -1)
-    stack = full.view(count, size, size)
-    return stack + stack.triu(1).mT
+    if size == 1:
+        return packed.reshape(count, 1, 1).clone()
+    index = _mirror_index(size, packed.device)
+    return torch.index_select(packed.view(count, -1), 1, index).view(count, size, size)
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,18 @@ class Block(ABC):
             (count, n, n), in fp32 where the layer ran in half precision.
         """
 
+    @staticmethod
     @abstractmethod
-    def shifts(self, matrices: Matrices, damping: float) -> Matrices:
-        """What damping adds to each matrix's diagonals, (count,) by name."""
+    def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:
+        """What damping adds to diagonals, be it of one block or several.
+
+        Args:
+            mean_diagonals: Mean diagonal entry of each matrix, (k,) by name.
+            damping: gamma of each, (k,).
+
+        Returns:
+            (k,) by name.
+        """
 
     @abstractmethod
     def arrange(self, gradient: Tensor) -> Tensor:
@@ -114,8 +123,9 @@ class KroneckerBlock(Block):
             layer.padding_mode,
         )
 
-    def shifts(self, matrices: Matrices, damping: float) -> Matrices:
-        shift_A, shift_G = inverse.damping_shifts(matrices["A"], matrices["G"], damping)
+    @staticmethod
+    def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:
+        shift_A, shift_G = inverse.damping_shifts(mean_diagonals["A"], mean_diagonals["G"], damping)
         return {"A": shift_A, "G": shift_G}
 
     def arrange(self, gradient: Tensor) -> Tensor:
@@ -147,9 +157,9 @@ class BatchNormBlock(Block):
     def statistic(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
         return batchnorm.batchnorm_fisher(x, g, self.eps, self.form)
 
-    def shifts(self, matrices: Matrices, damping: float) -> Matrices:
-        fisher = matrices["F"]
-        return {"F": fisher.new_full((fisher.shape[0],), damping)}
+    @staticmethod
+    def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:
+        return {"F": damping}
 
     def arrange(self, gradient: Tensor) -> Tensor:
         return batchnorm.split_gradient(gradient, self.form)[..., None]
@@ -178,7 +188,8 @@ class PlainBlock(Block):
     def statistic(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
         raise AssertionError(f"{self.name} has no Fisher matrices")
 
-    def shifts(self, matrices: Matrices, damping: float) -> Matrices:
+    @staticmethod
+    def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:
         return {}
 
     def arrange(self, gradient: Tensor) -> Tensor:

@@ -86,12 +86,11 @@ class Capture:
         the micro-batches; G is the mean over all positions.
         """
         key = block.name, matrix
-        if matrix == "A":
-            statistic /= self._accumulation_steps
-        else:
-            statistic *= (self._accumulation_steps / self._loss_scale) ** 2
-            if matrix == "F":
-                statistic /= self._accumulation_steps
+        factor = 1.0 if matrix == "A" else (self._accumulation_steps / self._loss_scale) ** 2
+        if matrix != "G":
+            factor /= self._accumulation_steps
+        if factor != 1:
+            statistic *= factor
         destination = self._destinations[key]
         weight = g.numel() / (g.shape[0] * statistic.shape[0] * statistic.shape[-1]) if matrix == "G" else 1.0
         total = self._num_calls[key] = self._num_calls.get(key, 0.0) + weight

@@ -20,39 +20,33 @@ import torch
 from torch import Tensor
 
 
-def pi_ratio(A: Tensor, G: Tensor) -> Tensor:
-    """Balance pi = √((tr A / dim A) / (tr G / dim G)), for each pair of a stack; 1 where a trace is not positive.
+def pi_ratio(mean_A: Tensor, mean_G: Tensor) -> Tensor:
+    """Balance pi = √((tr A / dim A) / (tr G / dim G)); 1 where a trace is not positive.
 
     Args:
-        A: (k, n, n).
-        G: (k, m, m).
+        mean_A: Mean diagonal entries tr A / dim A, (k,).
+        mean_G: Likewise of G, (k,).
 
     Returns:
         (k,).
     """
-    mean_A, mean_G = _mean_diagonal(A), _mean_diagonal(G)
     usable = (mean_A > 0) & (mean_G > 0)
     return torch.where(usable, mean_A / mean_G, torch.ones_like(mean_A)).sqrt()
 
 
-def damping_shifts(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def damping_shifts(mean_A: Tensor, mean_G: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """What Eq. 12 in factored form adds to the diagonals: pi·√gamma to A's and √gamma/pi to G's.
 
     Args:
-        A: (k, n, n).
-        G: (k, m, m).
-        damping: gamma > 0.
+        mean_A: Mean diagonal entries of each A, (k,).
+        mean_G: Likewise of each G, (k,).
+        damping: gamma > 0 of each, (k,).
 
     Returns:
         Two tensors (k,).
-
-    Raises:
-        ValueError: If damping is not positive.
     """
-    if not damping > 0:
-        raise ValueError(f"damping must be > 0, got {damping}")
-    pi = pi_ratio(A, G)
-    return pi * damping**0.5, damping**0.5 / pi
+    pi, root = pi_ratio(mean_A, mean_G), damping.sqrt()
+    return pi * root, root / pi
 
 
 def damp_factors(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -69,7 +63,9 @@ def damp_factors(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If damping is not positive.
     """
-    shift_A, shift_G = damping_shifts(A, G, damping)
+    if not damping > 0:
+        raise ValueError(f"damping must be > 0, got {damping}")
+    shift_A, shift_G = damping_shifts(mean_diagonals(A), mean_diagonals(G), A.new_full((len(A),), damping))
     return add_to_diagonal(A, shift_A), add_to_diagonal(G, shift_G)
 
 
@@ -85,27 +81,57 @@ def add_to_diagonal(stack: Tensor, shift: Tensor) -> Tensor:
 _BATCHED_UP_TO = 512
 
 
-def batched_cholesky(stacks: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Cholesky factors of damped stacks; small matrices of one size are factorised in one batch.
+class StackBatches:
+    """Copies of stacks of matrices, of which small ones of one size are worked on together."""
 
-    Args:
-        stacks: Stacks of symmetric matrices, (k_i, n_i, n_i); unchanged.
-        shifts: Values to add to the diagonals, (k_i,) each.
+    def __init__(self, stacks: Sequence[Tensor]) -> None:
+        """Copy the stacks, (k_i, n_i, n_i), at least one."""
+        self._lengths = [stack.shape[0] for stack in stacks]
+        self._groups = _groups_by_size(stacks)
+        self._batches = [torch.cat([stacks[index] for index in group]) for group in self._groups]
 
-    Returns:
-        For each stack its lower factors (k_i, n_i, n_i), and a scalar that is true where one of its matrices was not
-        positive definite; the factors mean nothing then.
-    """
-    results: dict[int, tuple[Tensor, Tensor]] = {}
-    for group in _groups_by_size(stacks):
-        batch = torch.cat([stacks[index] for index in group])
-        batch.diagonal(dim1=-2, dim2=-1).add_(torch.cat([shifts[index] for index in group])[:, None])
-        factors, info = torch.linalg.cholesky_ex(batch)
-        lengths = [stacks[index].shape[0] for index in group]
-        failures = torch._foreach_norm(list(info.float().split(lengths)))
-        for index, factor, failure in zip(group, factors.split(lengths), failures, strict=True):
-            results[index] = factor, failure != 0
-    return [results[index] for index in range(len(stacks))]
+    def mean_diagonals(self) -> list[Tensor]:
+        """Mean diagonal entry of each matrix of each stack, (k_i,)."""
+        return self._split([mean_diagonals(batch) for batch in self._batches])
+
+    def add_to_diagonals(self, shifts: Sequence[Tensor]) -> None:
+        """Add a value to the diagonal of each matrix, (k_i,) for each stack."""
+        for group, batch in zip(self._groups, self._batches, strict=True):
+            batch.diagonal(dim1=-2, dim2=-1).add_(torch.cat([shifts[index] for index in group])[:, None])
+
+    def factorise(self) -> tuple[list["Solver"], Tensor]:
+        """Cholesky factors of all matrices; of tiny ones the inverses.
+
+        Returns:
+            A solver for each stack; and (stacks,) bool, true where a matrix of the stack was not positive definite,
+            in which case its solver means nothing.
+        """
+        factors, infos = [], []
+        for batch in self._batches:
+            factor, info = torch.linalg.cholesky_ex(batch)
+            infos.append(info)
+            factors.append(Solver(factor).inverted() if batch.shape[-1] <= _TINY else Solver(factor))
+        order = [index for group in self._groups for index in group]
+        by_stack = torch.cat(infos).float().split([self._lengths[index] for index in order])
+        norms = dict(zip(order, torch._foreach_norm(list(by_stack)), strict=True))
+        failed = torch.stack([norms[index] for index in range(len(norms))]) != 0
+        matrices = self._split([solver.matrix for solver in factors])
+        is_inverse = {
+            index: solver.is_inverse for group, solver in zip(self._groups, factors, strict=True) for index in group
+        }
+        return [Solver(matrix, is_inverse[index]) for index, matrix in enumerate(matrices)], failed
+
+    def _split(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Parts of tensors, one for each batch, by stack."""
+        parts: dict[int, Tensor] = {}
+        for group, batch in zip(self._groups, batches, strict=True):
+            parts |= zip(group, batch.split([self._lengths[index] for index in group]), strict=True)
+        return [parts[index] for index in range(len(parts))]
+
+
+def mean_diagonals(stack: Tensor) -> Tensor:
+    """Mean diagonal entry of each matrix of (k, n, n), (k,)."""
+    return stack.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
 
 
 def _groups_by_size(stacks: Sequence[Tensor]) -> list[list[int]]:
@@ -134,17 +160,6 @@ class Solver:
     is_inverse: bool = False
 
     @classmethod
-    def create(cls, factors: Tensor, serves_long: bool) -> "Solver":
-        """The form that suits best.
-
-        Args:
-            factors: Lower Cholesky factors, (k, n, n).
-            serves_long: Whether many iterations will use it.
-        """
-        solver = cls(factors)
-        return solver.inverted() if serves_long or factors.shape[-1] <= _TINY else solver
-
-    @classmethod
     def identity(cls, stack: Tensor) -> "Solver":
         """What changes nothing, for a stack of this shape."""
         size = stack.shape[-1]
@@ -157,6 +172,8 @@ class Solver:
         size = self.matrix.shape[-1]
         if size > _TINY:
             return Solver(torch.cholesky_inverse(self.matrix), is_inverse=True)
+        if size == 1:
+            return Solver(self.matrix.square().reciprocal(), is_inverse=True)
         identity = torch.eye(size, dtype=self.matrix.dtype, device=self.matrix.device)
         half = torch.linalg.solve_triangular(self.matrix, identity.expand_as(self.matrix), upper=False)
         return Solver(half.mT @ half, is_inverse=True)  # one launch where cholesky_inverse takes one a matrix
@@ -203,7 +220,3 @@ def precondition_vectors(gradient: Tensor, F: Solver) -> Tensor:
         (k, n, 1).
     """
     return F.solve(gradient)
-
-
-def _mean_diagonal(stack: Tensor) -> Tensor:
-    return stack.diagonal(dim1=-2, dim2=-1).mean(dim=-1)

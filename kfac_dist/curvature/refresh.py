@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_dist.curvature.inverse import Solver, batched_cholesky
+from kfac_dist.curvature.blocks import Block
+from kfac_dist.curvature.inverse import Solver, StackBatches, mean_diagonals
 from kfac_dist.curvature.staleness import StatisticKey
 from kfac_dist.curvature.state import BlockCurvature
-from kfac_dist.transfer import HostCopy
+from kfac_dist.transfer import HostCopy, to_device
 
 # A matrix that is not positive definite to rounding is damped tenfold, this many times at most.
 _MAX_RETRIES = 3
@@ -39,6 +40,11 @@ class Job:
     damping: float
     matrices: Sequence[str]
     num_failures: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a damping that cannot work, which a schedule may have set."""
+        if not self.damping > 0:
+            raise ValueError(f"damping must be > 0, got {self.damping}")
 
     @property
     def name(self) -> str:
@@ -109,26 +115,30 @@ class InverseRefresh:
 
     def _factorise(self, jobs: Sequence[Job], expected_interval: Callable[[StatisticKey], int]) -> None:
         """Try all jobs, one batch a size; the solvers of those that succeed are replaced."""
-        stacks: list[Tensor] = []
-        shifts: list[Tensor] = []
-        for job in jobs:
-            block_shifts = job.curvature.block.shifts(job.curvature.running, job.damping * 10.0**job.num_failures)
-            stacks += [job.curvature.running[matrix] for matrix in job.matrices]
-            shifts += [block_shifts[matrix] for matrix in job.matrices]
-        results = iter(batched_cholesky(stacks, shifts))
-        factors = [{matrix: next(results) for matrix in job.matrices} for job in jobs]
-        failed = torch.stack([torch.stack([failure for _, failure in job.values()]).any() for job in factors])
+        keys = [(number, matrix) for number, job in enumerate(jobs) for matrix in job.matrices]
+        batches = StackBatches([jobs[number].curvature.running[matrix] for number, matrix in keys])
+        shifts = _shifts(jobs, dict(zip(keys, batches.mean_diagonals(), strict=True)))
+        batches.add_to_diagonals([shifts[key] for key in keys])
+        solvers, stack_failed = batches.factorise()
+        # A block has one matrix or two, next to each other; its first and its last between them are all.
+        first = {number: place for place, (number, _) in reversed(list(enumerate(keys)))}
+        last = {number: place for place, (number, _) in enumerate(keys)}
+        flags = stack_failed.unbind()
+        failed = torch.stack([flags[first[number]] for number in range(len(jobs))]) | torch.stack(
+            [flags[last[number]] for number in range(len(jobs))]
+        )
         self._tried, self._failed = list(jobs), HostCopy(failed)
-        known = None if self._deferred else self._failed.read()
-        for number, job in enumerate(jobs):
+        known = None if self._deferred else self._failed.read().tolist()
+        failed_by_job = failed.unbind()
+        for (number, matrix), solver in zip(keys, solvers, strict=True):
             if known is not None and known[number]:
                 continue
-            solvers = job.curvature.solvers
-            for matrix, (factor, _) in factors[number].items():
-                solver = Solver.create(factor, expected_interval((job.name, matrix)) >= INVERSE_FROM_INTERVAL)
-                if known is None:
-                    solver = solver.unless(failed[number], solvers.get(matrix, Solver.identity(factor)))
-                solvers[matrix] = solver
+            current = jobs[number].curvature.solvers
+            if expected_interval((jobs[number].name, matrix)) >= INVERSE_FROM_INTERVAL:
+                solver = solver.inverted()
+            if known is None:
+                solver = solver.unless(failed_by_job[number], current.get(matrix, Solver.identity(solver.matrix)))
+            current[matrix] = solver
 
     def _read_failures(self) -> None:
         """Sort out which blocks of the last try are to be tried again."""
@@ -154,3 +164,33 @@ def _merge(again: Sequence[Job], new: Sequence[Job]) -> list[Job]:
             job = replace(job, matrices=matrices, num_failures=old.num_failures)
         merged.append(job)
     return [*merged, *failures.values()]
+
+
+def _shifts(jobs: Sequence[Job], known_means: Mapping[tuple[int, str], Tensor]) -> dict[tuple[int, str], Tensor]:
+    """What damping adds to the diagonals of each job's matrices, (count,); computed for all blocks of a kind at once.
+
+    Args:
+        jobs: The blocks.
+        known_means: Mean diagonal entries, (count,), of matrices by number of the job and name; those of a matrix
+            that is not refreshed with its partner are found here.
+    """
+    kinds: dict[type[Block], list[int]] = {}
+    for number, job in enumerate(jobs):
+        kinds.setdefault(type(job.curvature.block), []).append(number)
+    shifts: dict[tuple[int, str], Tensor] = {}
+    for kind, numbers in kinds.items():
+        curvatures = [jobs[number].curvature for number in numbers]
+        counts = [next(iter(curvature.block.stacks.values()))[0] for curvature in curvatures]
+        means = {}
+        for matrix in curvatures[0].block.stacks:
+            parts = []
+            for number, curvature in zip(numbers, curvatures, strict=True):
+                known = known_means.get((number, matrix))
+                parts.append(known if known is not None else mean_diagonals(curvature.running[matrix]))
+            means[matrix] = torch.cat(parts)
+        like = next(iter(means.values()))
+        dampings = [jobs[number].damping * 10.0 ** jobs[number].num_failures for number in numbers]
+        damping = torch.tensor(dampings, dtype=like.dtype).repeat_interleave(torch.tensor(counts))
+        for matrix, values in kind.shifts(means, to_device(damping, like.device)).items():
+            shifts |= zip([(number, matrix) for number in numbers], values.split(counts), strict=True)
+    return shifts

@@ -1,6 +1,6 @@
 """What the owner of a layer keeps: the running Fisher and what it is solved with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,30 +28,17 @@ class BlockCurvature:
     num_averaged: dict[str, int] = field(default_factory=dict)
 
     def average(self, matrix: str, statistic: Tensor, decay: float | None) -> None:
-        """Take a new statistic into the running average.
-
-        The weight (1 − decay)/(1 − decay^t) of the t-th statistic makes the average unbiased from the first on,
-        which it equals; without decay each statistic replaces the last.
-
-        Args:
-            matrix: Name of the matrix.
-            statistic: (count, n, n); kept.
-            decay: Share of the old average, in (0, 1), or None.
-        """
-        weight = self._next_weight(matrix, decay)
-        self.num_averaged[matrix] = self.num_averaged.get(matrix, 0) + 1
-        if weight == 1:
-            self.running[matrix] = statistic
-        else:
-            self.running[matrix].lerp_(statistic, weight)
+        """`take_averages` of one statistic."""
+        take_averages([(self, matrix, statistic)], decay)
 
     def change(self, matrix: str, statistic: Tensor, decay: float | None) -> Tensor:
         """Diff (Eq. 19) of the running average that `average` would make; infinite for the first statistic."""
         if matrix not in self.running:
             return statistic.new_tensor(float("inf"))
-        return relative_change(statistic, self.running[matrix]) * self._next_weight(matrix, decay)
+        return relative_change(statistic, self.running[matrix]) * self.next_weight(matrix, decay)
 
-    def _next_weight(self, matrix: str, decay: float | None) -> float:
+    def next_weight(self, matrix: str, decay: float | None) -> float:
+        """Weight of the next statistic in the running average."""
         count = self.num_averaged.get(matrix, 0) + 1
         return 1.0 if decay is None or count == 1 else (1 - decay) / (1 - decay**count)
 
@@ -72,3 +59,27 @@ class BlockCurvature:
             for matrix, value in state["solvers"].items()
         }
         self.num_averaged = dict(state["num_averaged"])
+
+
+def take_averages(news: Sequence[tuple[BlockCurvature, str, Tensor]], decay: float | None) -> None:
+    """Take new statistics into their running averages, in few launches.
+
+    The weight (1 − decay)/(1 − decay^t) of the t-th statistic makes an average unbiased from the first on, which it
+    equals; without decay each statistic replaces the last.
+
+    Args:
+        news: Block, matrix and statistic, (count, n, n), each; the statistics are kept.
+        decay: Share of the old average, in (0, 1), or None.
+    """
+    by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for curvature, matrix, statistic in news:
+        weight = curvature.next_weight(matrix, decay)
+        curvature.num_averaged[matrix] = curvature.num_averaged.get(matrix, 0) + 1
+        if weight == 1:
+            curvature.running[matrix] = statistic
+            continue
+        running, statistics = by_weight.setdefault(weight, ([], []))
+        running.append(curvature.running[matrix])
+        statistics.append(statistic)
+    for weight, (running, statistics) in by_weight.items():
+        torch._foreach_lerp_(running, statistics, weight)

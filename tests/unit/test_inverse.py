@@ -13,8 +13,8 @@ from kfac_dist.curvature import inverse
 from kfac_dist.curvature.blocks import BatchNormBlock, KroneckerBlock
 from kfac_dist.curvature.inverse import (
     Solver,
+    StackBatches,
     add_to_diagonal,
-    batched_cholesky,
     damp_factors,
     precondition_kronecker,
     precondition_vectors,
@@ -77,7 +77,7 @@ def test_damping_leaves_its_arguments_unchanged():
     copies = A.clone(), G.clone()
     damp_factors(A, G, 1.0)
     add_to_diagonal(A, torch.ones(2, dtype=torch.float64))
-    batched_cholesky([A, G], [torch.ones(2, dtype=torch.float64)] * 2)
+    StackBatches([A, G]).add_to_diagonals([torch.ones(2, dtype=torch.float64)] * 2)
     assert torch.equal(A, copies[0])
     assert torch.equal(G, copies[1])
 
@@ -92,26 +92,35 @@ def test_damping_must_be_positive(damping):
 
 
 @pytest.mark.parametrize("batched_up_to", [512, 3, 0])
-def test_batched_cholesky_equals_one_matrix_at_a_time(batched_up_to, monkeypatch):
+def test_batches_equal_one_matrix_at_a_time(batched_up_to, monkeypatch):
     monkeypatch.setattr(inverse, "_BATCHED_UP_TO", batched_up_to)
     stacks = [random_psd(1, 4), random_psd(3, 2, seed=1), random_psd(2, 4, seed=2), random_psd(1, 1, seed=3)]
     shifts = [torch.arange(1.0, len(stack) + 1, dtype=torch.float64) for stack in stacks]
-    results = batched_cholesky(stacks, shifts)
-    assert len(results) == 4
-    for stack, shift, (factors, failed) in zip(stacks, shifts, results, strict=True):
-        assert not failed
-        assert factors.shape == stack.shape
-        for matrix, value, L in zip(stack, shift, factors, strict=True):
-            assert_close(L, L.tril())
-            assert_close(L @ L.T, matrix + value * identity(len(matrix)))
+    batches = StackBatches(stacks)
+    for mean, stack in zip(batches.mean_diagonals(), stacks, strict=True):
+        assert_close(mean, torch.stack([matrix.trace() / len(matrix) for matrix in stack]))
+    batches.add_to_diagonals(shifts)
+    solvers, failed = batches.factorise()
+    assert failed.tolist() == [False] * 4
+    assert [solver.is_inverse for solver in solvers] == [False, True, False, True]
+    for stack, shift, solver in zip(stacks, shifts, solvers, strict=True):
+        assert solver.matrix.shape == stack.shape
+        for matrix, value, found in zip(stack, shift, solver.matrix, strict=True):
+            damped = matrix + value * identity(len(matrix))
+            if solver.is_inverse:
+                assert_close(found @ damped, identity(len(matrix)))
+            else:
+                assert_close(found, found.tril())
+                assert_close(found @ found.T, damped)
 
 
 @pytest.mark.parametrize("bad", [-5.0, math.nan])
 def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
     stacks = [random_psd(2, 3), random_psd(2, 3, seed=1), random_psd(1, 2)]
     stacks[1][1, 0, 0] = bad
-    results = batched_cholesky(stacks, [torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in stacks])
-    assert [bool(failed) for _, failed in results] == [False, True, False]
+    batches = StackBatches(stacks)
+    batches.add_to_diagonals([torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in stacks])
+    assert batches.factorise()[1].tolist() == [False, True, False]
 
 
 # Preconditioning
