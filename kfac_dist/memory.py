@@ -58,11 +58,13 @@ class RankMemory:
         buffers: Flat buffers of stages 3 and 6, on every rank.
         largest_running: Running Fisher of the rank that owns the most.
         largest_solvers: Cholesky factors or inverses of the rank that owns the most.
+        largest_tables: Index tables for packing every size, and for unpacking those that the rank owns.
     """
 
     buffers: int
     largest_running: int
     largest_solvers: int
+    largest_tables: int
 
 
 def rank_memory(model: nn.Module, form: BatchNormForm, num_ranks: int) -> RankMemory:
@@ -70,13 +72,17 @@ def rank_memory(model: nn.Module, form: BatchNormForm, num_ranks: int) -> RankMe
     blocks = create_blocks(model, list(model.parameters()), form)
     owners = assign_owners([block_work(block) for block in blocks], num_ranks)
     owned = [0] * num_ranks
+    owned_sizes: list[set[int]] = [set() for _ in range(num_ranks)]
     buffers = 0
     for block, ranks in zip(blocks, owners, strict=True):
         buffers += len(ranks) * (_matrix_bytes([block], packed=True) + _BYTES * block.num_values)
         buffers += _BYTES * block.num_values  # stage 6
         for rank in ranks:
             owned[rank] += _matrix_bytes([block], packed=False)
-    return RankMemory(buffers, max(owned), max(owned))
+            owned_sizes[rank] |= {size for _, size in block.stacks.values()}
+    packing = 4 * sum(triangle_numel(size) for size in set().union(*owned_sizes) if size > 1)  # int32
+    unpacking = max(4 * sum(size * size for size in sizes if size > 1) for sizes in owned_sizes)
+    return RankMemory(buffers, max(owned), max(owned), packing + unpacking)
 
 
 def largest_unfolding(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> tuple[int, int]:
@@ -119,10 +125,13 @@ def report(name: str, image_shape: tuple[int, int, int], num_classes: int, batch
         whole = memory.kronecker + memory.batchnorm[form]
         packed = memory.kronecker_packed + memory.batchnorm_packed[form]
         lines.append(f"  A and G, BatchNorm {form:<10}         {_mib(whole)}  {_mib(packed)}")
-    lines += ["", "a rank, BatchNorm diagonal     buffers  running   solvers  (running and solvers: the largest owner)"]
+    lines += [
+        "",
+        "a rank, BatchNorm diagonal     buffers  running   solvers    tables  (but for buffers: the largest owner)",
+    ]
     for num_ranks in ranks:
         of_rank = rank_memory(model, "diagonal", num_ranks)
-        cells = [of_rank.buffers, of_rank.largest_running, of_rank.largest_solvers]
+        cells = [of_rank.buffers, of_rank.largest_running, of_rank.largest_solvers, of_rank.largest_tables]
         lines.append(f"  {num_ranks:>5} ranks              " + "  ".join(_mib(cell) for cell in cells))
     im2col, unfolded = largest_unfolding(model, image_shape, batch)
     lines += ["", f"largest convolution at batch {batch}: im2col {_mib(im2col)}, unfolded at once {_mib(unfolded)}"]

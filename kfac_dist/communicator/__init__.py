@@ -9,7 +9,14 @@ import torch.distributed as dist
 from kfac_dist.communicator.base import Communicator, Pending
 from kfac_dist.communicator.mpi import MpiCommunicator, ReduceScatterAlgorithm, library_version
 from kfac_dist.communicator.staging import is_cuda_aware
-from kfac_dist.devices import RankDevice, check_devices, current_device, describe_device, each_has_own_gpu
+from kfac_dist.devices import (
+    RankDevice,
+    check_devices,
+    choose_device,
+    current_device,
+    describe_device,
+    each_has_own_gpu,
+)
 from kfac_dist.errors import InputError
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "create_communicator",
     "is_cuda_aware",
     "library_version",
+    "local_device",
 ]
 
 logger = logging.getLogger(__name__)
@@ -64,6 +72,14 @@ def create_communicator(
     from kfac_dist.communicator.nccl import NcclCommunicator  # some builds of torch lack torch.distributed
 
     return NcclCommunicator(mpi, device)
+
+
+def local_device() -> torch.device:
+    """The device for this rank in one's own script: its own GPU, which becomes torch's current one, or else the CPU.
+
+    Collective. GPUs are dealt out by local rank; with more ranks than GPUs on a host, ranks share.
+    """
+    return choose_device("auto", MpiCommunicator("reduce", torch.device("cpu")).local_rank)
 
 
 def _all_have_nccl(communicator: Communicator) -> bool:

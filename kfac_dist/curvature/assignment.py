@@ -4,6 +4,10 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Share of all bytes that copies for redundant owners may add: a thousand ranks that all joined the largest layers of
+# ResNet-50 would make 0.5 GiB of buffers 31 GiB.
+_LARGEST_REDUNDANCY = 0.25
+
 
 @dataclass(frozen=True)
 class Work:
@@ -37,8 +41,9 @@ def inversion_flops(sizes: Sequence[tuple[int, int]], num_values: int) -> float:
 def assign_owners(works: Sequence[Work], num_ranks: int) -> list[tuple[int, ...]]:
     """Owners of each layer: largest first onto the least loaded rank.
 
-    With more ranks than layers nobody idles: each further rank joins the layer whose operations per owner
-    are the most, and computes it redundantly (CVPR 2019, section 3.3).
+    With more ranks than layers each further rank joins the layer whose operations per owner are the most, and
+    computes it redundantly (CVPR 2019, section 3.3), as long as the layer's matrices, which must reach each of its
+    owners, add no more than a quarter to all that travels. Ranks beyond that own nothing.
 
     Args:
         works: The layers' costs.
@@ -55,9 +60,13 @@ def assign_owners(works: Sequence[Work], num_ranks: int) -> list[tuple[int, ...]
         owners[index].append(rank)
         heapq.heappush(loads, (flops + works[index].flops, num_bytes + works[index].num_bytes, rank))
     idle = sorted(set(range(num_ranks)) - {rank for ranks in owners for rank in ranks})
+    budget = _LARGEST_REDUNDANCY * sum(work.num_bytes for work in works)
     shares = [(-works[index].flops, place, index) for place, index in enumerate(order)]
-    for rank in idle if works else ():
+    while idle and shares:
         _, place, index = heapq.heappop(shares)
-        owners[index].append(rank)
+        if works[index].num_bytes > budget:
+            continue  # nor will it fit later
+        budget -= works[index].num_bytes
+        owners[index].append(idle.pop(0))
         heapq.heappush(shares, (-works[index].flops / len(owners[index]), place, index))
     return [tuple(sorted(ranks)) for ranks in owners]

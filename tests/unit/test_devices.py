@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from kfac_dist import devices
+from kfac_dist import devices, local_device
 from kfac_dist.devices import (
     RankDevice,
     check_capability,
@@ -175,3 +175,8 @@ def test_a_real_gpu() -> None:
     assert described.model
     assert described.num_visible >= 1
     assert check_devices([described], "nccl") == []
+
+
+def test_the_device_of_a_rank_of_ones_own_script() -> None:
+    device = local_device()
+    assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")

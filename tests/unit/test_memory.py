@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kfac_dist import memory
+from kfac_dist.communicator import packing
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks import block_work, create_blocks
 from kfac_dist.exchange import Exchange, every_statistic
@@ -63,3 +64,16 @@ def test_report_and_its_errors(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["memory", "resnet2"])
     assert memory.main() == 2
     assert "model.name must be a known model, got 'resnet2'" in capsys.readouterr().err
+
+
+def test_index_tables_are_those_that_packing_keeps():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
+    packing._triangle_index.cache_clear()
+    packing._mirror_index.cache_clear()
+    sizes = {28, 8, 9, 4}  # A and G of the convolution, A and G of the linear layer; BatchNorm's are 1×1
+    cpu = torch.device("cpu")
+    kept = sum(
+        t.nbytes for size in sizes for t in (packing._triangle_index(size, cpu), packing._mirror_index(size, cpu))
+    )
+    assert memory.rank_memory(net, "diagonal", 1).largest_tables == kept
+    assert memory.rank_memory(net, "diagonal", 2).largest_tables < kept
