@@ -72,6 +72,9 @@ def _layer_table(blocks: list[Block], num_ranks: int, value_bytes: int) -> list[
         sum(work.flops for work, ranks in zip(works, owners, strict=True) if rank in ranks) for rank in range(num_ranks)
     ]
     lines = _aligned(rows)
+    num_idle = num_ranks - len({rank for ranks in owners for rank in ranks})
+    if num_idle:
+        lines += ["", f"{num_idle} of {num_ranks} ranks own no layer: more copies would only add to what travels"]
     lines += [
         "",
         f"stages 4 and 5, operations of a refresh: largest rank {max(loads):.3g}, all ranks {sum(loads):.3g}",

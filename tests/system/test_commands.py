@@ -98,7 +98,10 @@ def test_explain_on_more_ranks_than_layers(command: Command) -> None:
     assert finished.code == 0, finished.err
     owners = owner_column(finished.out)
     assert tuple(owners) == LAYERS
-    assert sorted(rank for ranks in owners.values() for rank in ranks) == list(range(64))  # no rank idles
+    owning = sorted(rank for ranks in owners.values() for rank in ranks)
+    assert len(LAYERS) < len(owning) < 64  # copies of the large layers would add too much to what travels
+    assert owning == list(range(len(owning)))
+    assert f"{64 - len(owning)} of 64 ranks own no layer" in finished.out
     assert len(owners["4"]) > len(owners["0"])  # the most expensive layer has the most owners
 
 
