@@ -102,7 +102,7 @@ def test_explain_on_more_ranks_than_layers(command: Command) -> None:
     assert len(LAYERS) < len(owning) < 64  # copies of the large layers would add too much to what travels
     assert owning == list(range(len(owning)))
     assert f"{64 - len(owning)} of 64 ranks own no layer" in finished.out
-    assert len(owners["4"]) > len(owners["0"])  # the most expensive layer has the most owners
+    assert len(owners["4"]) == 1  # the largest layer: one copy alone is more than a quarter of everything
 
 
 def test_explain_names_what_is_not_covered_and_why(command: Command) -> None:
