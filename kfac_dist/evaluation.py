@@ -35,7 +35,8 @@ def evaluate(
             logits = model(images)
             ranked = logits.topk(min(5, dataset.num_classes), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss.double(), ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.ones_like(loss)])
+            counts = [ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.full_like(loss, len(labels))]
+            sums += torch.stack([loss.double(), *(count.double() for count in counts)])
     except PictureError as error:  # this rank's alone, until the others know
         problem = str(error)
     damaged.agree(problem)

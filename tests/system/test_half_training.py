@@ -26,7 +26,7 @@ def test_the_quickstart_in_half_precision_is_as_accurate(precision: str, command
     finished = command(QUICKSTART, f"train.precision={precision}", f"run.output_dir={tmp_path}")
     assert finished.code == 0, finished.err
     *_, summary = records(tmp_path / "quickstart")
-    assert summary["top1"] >= 98.5  # fp32: 99.2 to 99.7 on three seeds; one image is 0.28
+    assert 98.5 <= summary["top1"] <= 100  # fp32: 99.2 to 99.7 on three seeds; one image is 0.28
     assert summary["skipped_updates"] == 0
 
 
@@ -44,7 +44,7 @@ def test_overflows_skip_updates_and_training_goes_on(
     monkeypatch.setattr(kfac_dist.trainer, "LossScaler", partial(LossScaler, 2.0**24))
     monkeypatch.setattr(train_module, "Trainer", Spied)
     sgd = ["optimizer.name=sgd", "kfac=null", "weight_rescaling=off", "optimizer.learning_rate=0.05"]
-    overrides = ["train.precision=fp16", "train.epochs=1", f"run.output_dir={tmp_path}"]
+    overrides = ["train.precision=fp16", "train.epochs=3", f"run.output_dir={tmp_path}"]
     finished = command(QUICKSTART, *overrides, *(sgd if optimizer == "sgd" else []))
     assert finished.code == 0, finished.err
     lines = records(tmp_path / "quickstart")
@@ -54,7 +54,7 @@ def test_overflows_skip_updates_and_training_goes_on(
     train = {line["iteration"]: line for line in lines if line["kind"] == "train"}
     assert [train[line["iteration"]]["loss_scale"] for line in overflows] == [line["loss_scale"] for line in overflows]
     assert lines[-1]["skipped_updates"] == len(overflows)
-    assert lines[-1]["top1"] > 50
+    assert 50 < lines[-1]["top1"] <= 100
     (trainer,) = trainers
     assert all(bool(torch.isfinite(value).all()) for value in trainer.model.state_dict().values())
 
