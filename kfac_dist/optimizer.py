@@ -231,6 +231,8 @@ class KFAC(torch.optim.Optimizer):
         self._exchange.fill_gradients()
         for key in self._statistic_keys:
             first, *others = self._statistics.copies(key)
+            if key[0] not in self._capture.captured:
+                first.zero_()  # what it held before is not this rank's share
             for other in others:
                 other.copy_(first)
 

@@ -288,3 +288,28 @@ def test_accumulation_averages_the_batchnorm_fisher_of_the_micro_batches() -> No
     optimizer.step()
     together = optimizer.state_dict()["kfac"]["blocks"]["bn"]["running"]["F"]
     torch.testing.assert_close(together, sum(singles) / 3, rtol=1e-12, atol=1e-14)
+
+
+def test_a_layer_that_this_rank_did_not_capture_contributes_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks may have captured it; what an earlier step left in the buffer must not reach their average."""
+    net = make_net()
+    communicator = create_communicator("reduce")
+    optimizer = KFAC(net, communicator)
+    backward(net, *make_batch(0))
+    optimizer.step()
+    optimizer.zero_grad()
+    net.bn.eval()
+    backward(net, *make_batch(1))
+    sent = []
+    original = communicator.start_reduce_scatter_v
+    monkeypatch.setattr(
+        communicator,
+        "start_reduce_scatter_v",
+        lambda buffer, *rest: sent.append(buffer.clone()) or original(buffer, *rest),
+    )
+    fisher = optimizer._statistics.copies(("bn", "F"))[0]
+    assert fisher.norm() > 0, "left over from the first step"
+    optimizer.step()
+    begin = fisher.storage_offset()
+    assert sent[0][begin : begin + fisher.numel()].norm() == 0
+    assert sent[0].norm() > 0
