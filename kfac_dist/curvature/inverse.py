@@ -170,12 +170,14 @@ class Solver:
         if self.is_inverse:
             return self
         size = self.matrix.shape[-1]
-        if size > _TINY:
-            return Solver(torch.cholesky_inverse(self.matrix), is_inverse=True)
         if size == 1:
             return Solver(self.matrix.square().reciprocal(), is_inverse=True)
-        identity = torch.eye(size, dtype=self.matrix.dtype, device=self.matrix.device)
-        half = torch.linalg.solve_triangular(self.matrix, identity.expand_as(self.matrix), upper=False)
+        if size > _TINY and self.matrix.device.type == "cpu":
+            return Solver(torch.cholesky_inverse(self.matrix), is_inverse=True)
+        identity = Solver.identity(self.matrix).matrix
+        if size > _TINY:  # what cholesky_inverse does on a GPU, less a check that would make the host wait
+            return Solver(torch.cholesky_solve(identity, self.matrix), is_inverse=True)
+        half = torch.linalg.solve_triangular(self.matrix, identity, upper=False)
         return Solver(half.mT @ half, is_inverse=True)  # one launch where cholesky_inverse takes one a matrix
 
     def unless(self, failed: Tensor, previous: "Solver") -> "Solver":

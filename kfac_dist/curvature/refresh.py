@@ -137,7 +137,8 @@ class InverseRefresh:
             if expected_interval((jobs[number].name, matrix)) >= INVERSE_FROM_INTERVAL:
                 solver = solver.inverted()
             if known is None:
-                solver = solver.unless(failed_by_job[number], current.get(matrix, Solver.identity(solver.matrix)))
+                previous = current.get(matrix) or Solver.identity(solver.matrix)
+                solver = solver.unless(failed_by_job[number], previous)
             current[matrix] = solver
 
     def _read_failures(self) -> None:
