@@ -54,7 +54,7 @@ def main() -> int:
         with setup.agree():
             config = load_config(arguments.config, arguments.overrides)
         with setup.agree():
-            check_same(setup.gather_bytes(config.to_yaml().encode()))
+            check_same(setup.gather_bytes(config.shared_yaml().encode()))
         if arguments.print_config:
             setup.print_once(config.to_yaml())
             return 0

@@ -196,6 +196,11 @@ class Config(Section):
             raise ValueError(f"must be left out (kfac=null) when optimizer.name is {optimizer.name}")
         return kfac
 
+    def shared_yaml(self) -> str:
+        """What all ranks must have alike: everything but the places of the data, which may differ between nodes."""
+        data = self.data.model_copy(update={"root": None, "mean_image": None})
+        return self.model_copy(update={"data": data}).to_yaml()
+
     def to_yaml(self) -> str:
         """The whole configuration, defaults included, as YAML that `load_config` reads back as the same."""
         return strict_yaml.dump(self.model_dump(mode="json"))
@@ -235,7 +240,7 @@ def check_same(texts: Sequence[bytes]) -> None:
     """Refuse to start where ranks would train differently, as when a node holds another copy of the file.
 
     Args:
-        texts: Each rank's resolved configuration, by `Config.to_yaml`, in rank order.
+        texts: Each rank's `Config.shared_yaml`, in rank order.
 
     Raises:
         InputError: Naming the first rank that differs from rank 0, and the lines.

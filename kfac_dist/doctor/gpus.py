@@ -101,7 +101,7 @@ def check_driver(
         return Finding("GPUs", "note", found, "unset CUDA_VISIBLE_DEVICES, if the GPUs shall be used")
     if torch_cuda is None:
         found = f"the NVIDIA driver is there, but torch {torch.__version__} is a build for the CPU"
-        remedy = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu130"
+        remedy = "install torch and torchvision anew, as builds for CUDA"
         return Finding("GPUs", "warning", found, remedy)
     remedy = (
         f"nvidia-smi tells whether the driver works and its highest CUDA version (torch has {torch_cuda}); "

@@ -56,6 +56,14 @@ def test_folder_missing_on_one_rank(run_program: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_another_configuration_on_one_rank(run_program: Run, tmp_path: Path) -> None:
+    finished = run_program(2, "failing_rank.py", "other configuration", QUICKSTART, f"run.output_dir={tmp_path}")
+    assert finished.returncode == 2
+    assert finished.stderr.count("all ranks must have the same configuration, but rank 1's (+) differs") == 1
+    assert "+train: {epochs: 7" in finished.stderr
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def test_configuration_error_is_printed_once(mpirun: Run) -> None:
     finished = mpirun(3, ["train.py", QUICKSTART, "kfac.damping.target=-1", "run.sed=3"], timeout=120)
     assert finished.returncode == 2

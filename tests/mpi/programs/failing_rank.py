@@ -13,6 +13,8 @@ way = sys.argv.pop(1)
 is_failing_rank = MPI.COMM_WORLD.Get_rank() == 1
 if way == "missing folder" and is_failing_rank:
     sys.argv.append("data.root=/nonexistent/svhn")
+if way == "other configuration" and is_failing_rank:
+    sys.argv.append("train.epochs=7")
 
 
 class MissingPackage(MetaPathFinder):
@@ -35,10 +37,10 @@ from kfac_dist.trainer import Trainer  # noqa: E402
 train_iteration = Trainer._train_iteration
 
 
-def failing_iteration(self: Trainer, iteration: int, *others: Any) -> None:
+def failing_iteration(self: Trainer, iteration: int, *others: Any) -> Any:
     if is_failing_rank and iteration == FAILING_ITERATION:
         fail()
-    train_iteration(self, iteration, *others)
+    return train_iteration(self, iteration, *others)
 
 
 def fail() -> NoReturn:
