@@ -59,6 +59,32 @@ def test_overflows_skip_updates_and_training_goes_on(
     assert all(bool(torch.isfinite(value).all()) for value in trainer.model.state_dict().values())
 
 
+def test_an_overflow_in_the_forward_pass_leaves_no_trace(
+    command: Command, train_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes BatchNorm's running statistics NaN before anything can be skipped."""
+    trainers = []
+    mix = kfac_dist.trainer.RunningMixup.mix
+
+    class Spied(kfac_dist.trainer.Trainer):
+        def train(self) -> Any:
+            trainers.append(self)
+            return super().train()
+
+    def huge_once(self: Any, images: Any, labels: Any, iteration: int, slot: int) -> Any:
+        images, labels = mix(self, images, labels, iteration, slot)
+        return (images * 1e6 if iteration == 5 else images), labels
+
+    monkeypatch.setattr(train_module, "Trainer", Spied)
+    monkeypatch.setattr(kfac_dist.trainer.RunningMixup, "mix", huge_once)
+    finished = command(QUICKSTART, "train.precision=fp16", "train.epochs=2", f"run.output_dir={tmp_path}")
+    assert finished.code == 0, finished.err
+    overflows = [line for line in records(tmp_path / "quickstart") if line.get("event") == "overflow"]
+    assert [line["iteration"] for line in overflows] == [5]
+    (trainer,) = trainers
+    assert all(bool(torch.isfinite(value).all()) for value in trainer.model.state_dict().values())
+
+
 def test_training_that_overflows_without_a_scale_is_given_up(command: Command, tmp_path: Path) -> None:
     overrides = ["train.precision=fp16", "optimizer.learning_rate=1.0e+30", "weight_rescaling=off"]
     finished = command(QUICKSTART, *overrides, f"run.output_dir={tmp_path}")
