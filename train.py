@@ -9,11 +9,11 @@ from typing import NoReturn
 import torch
 
 from kfac_dist.communicator import create_communicator, launch
-from kfac_dist.config import check_same, load_config
+from kfac_dist.config.load import check_same, load_config
 from kfac_dist.devices import check_precision, choose_device
 from kfac_dist.errors import AgreedInputError, InputError, TrainingFailed
-from kfac_dist.explain import explain
-from kfac_dist.trainer import Trainer
+from kfac_dist.planning.explain import explain
+from kfac_dist.training.trainer import Trainer
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,25 +45,25 @@ def main() -> int:
     setup = create_communicator("reduce", "mpi", torch.device("cpu"))  # until the devices are known
     logging.basicConfig(level=logging.INFO if setup.is_main else logging.ERROR, format="%(message)s")
     try:
-        with setup.agree():
+        with setup.raise_on_all_ranks():
             launch.check_world_size(setup.size, os.environ)
             arguments = parse_arguments()
         if arguments.help:
             setup.print_once(arguments.help_text)
             return 0
-        with setup.agree():
+        with setup.raise_on_all_ranks():
             config = load_config(arguments.config, arguments.overrides)
-        with setup.agree():
+        with setup.raise_on_all_ranks():
             check_same(setup.gather_bytes(config.shared_yaml().encode()))
         if arguments.print_config:
             setup.print_once(config.to_yaml())
             return 0
         if arguments.explain:
-            with setup.agree():
+            with setup.raise_on_all_ranks():
                 setup.print_once(explain(config, arguments.ranks or setup.size))
             return 0
-        threads = launch.share_threads(setup.local_size)
-        with setup.agree():
+        threads = launch.set_threads_per_rank(setup.local_size)
+        with setup.raise_on_all_ranks():
             device = choose_device(config.run.device, setup.local_rank)
             check_precision(config.train.precision, device)
         communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend, device)

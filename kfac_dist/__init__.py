@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kfac_dist.communicator import create_communicator as create_communicator
     from kfac_dist.communicator import local_device as local_device
-    from kfac_dist.loss_scale import LossScaler as LossScaler
-    from kfac_dist.optimizer import KFAC as KFAC
-    from kfac_dist.sgd import SGD as SGD
+    from kfac_dist.optim.kfac import KFAC as KFAC
+    from kfac_dist.optim.loss_scale import LossScaler as LossScaler
+    from kfac_dist.optim.sgd import SGD as SGD
 
 __version__ = "0.1.0"
 __all__ = ["KFAC", "SGD", "LossScaler", "__version__", "create_communicator", "local_device"]
 
 _HOMES = {
-    "KFAC": "kfac_dist.optimizer",
-    "SGD": "kfac_dist.sgd",
-    "LossScaler": "kfac_dist.loss_scale",
+    "KFAC": "kfac_dist.optim.kfac",
+    "SGD": "kfac_dist.optim.sgd",
+    "LossScaler": "kfac_dist.optim.loss_scale",
     "create_communicator": "kfac_dist.communicator",
     "local_device": "kfac_dist.communicator",
 }

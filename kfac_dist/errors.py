@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend."""
+"""Errors that the user can fix, and failures of training."""
 
 
 class InputError(ValueError):
@@ -10,7 +10,7 @@ class InputError(ValueError):
 
 
 class AgreedInputError(InputError):
-    """An `InputError` that every rank raises alike, so that all can leave in order; see `Communicator.agree`."""
+    """An `InputError` that every rank raises alike, so that all can leave (`Communicator.raise_on_all_ranks`)."""
 
 
 class TrainingFailed(RuntimeError):

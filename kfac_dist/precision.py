@@ -3,7 +3,7 @@
     fp32, fp64    everything in one precision
     fp16, bf16    forward and backward by autocast in half precision; weights, Fisher and updates in fp32
 
-In fp16 the loss is scaled (`kfac_dist.loss_scale`); bf16 has fp32's range and needs no scale.
+In fp16 the loss is scaled (`kfac_dist.optim.loss_scale`); bf16 has fp32's range and needs no scale.
 """
 
 import os

@@ -78,7 +78,7 @@ class StageSeconds:
 
 
 class StageTimer:
-    """Seconds spent in each stage since the last :meth:`cut`.
+    """Seconds spent in each stage since the last :meth:`snapshot`.
 
     Stages may nest: time belongs to the innermost open stage only, so the stages never count a second
     twice and sum to the wall time spent inside any of them.
@@ -127,7 +127,7 @@ class StageTimer:
             self._charge_innermost()
             self._open.pop()
 
-    def cut(self) -> StageSeconds:
+    def snapshot(self) -> StageSeconds:
         """What was recorded up to now, and start again from zero.
 
         A stage that is still open is charged up to now and goes on counting.
@@ -136,9 +136,9 @@ class StageTimer:
         spans, self._spans = self._spans, []
         return StageSeconds(self._clock or HostClock(), spans)
 
-    def take(self) -> dict[str, float]:
-        """:meth:`cut`, read at once."""
-        return self.cut().read()
+    def lap(self) -> dict[str, float]:
+        """:meth:`snapshot`, read at once."""
+        return self.snapshot().read()
 
     def _charge_innermost(self) -> None:
         if self._clock is None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from kfac_dist.curvature.inverse import Solver
-from kfac_dist.environment import describe_environment
+from kfac_dist.curvature.solvers import Solver
+from kfac_dist.runs.environment import describe_environment
 
 SIZES = ((144, 16), (288, 32), (576, 64), (1152, 128), (2304, 256))
 

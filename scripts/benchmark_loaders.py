@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kfac_dist.data import SlotSampler
-from kfac_dist.data.dali import DaliDecoder
-from kfac_dist.data.decoding import Decoder, ThreadDecoder
-from kfac_dist.data.folder import list_pictures
-from kfac_dist.data.imagenet import FolderDataset, Normalisation
-from kfac_dist.data.views import Views
+from kfac_dist.data.imagenet.crops import Views
+from kfac_dist.data.imagenet.dali import DaliDecoder
+from kfac_dist.data.imagenet.dataset import FolderDataset, Normalisation
+from kfac_dist.data.imagenet.decoder import Decoder, ThreadDecoder
+from kfac_dist.data.imagenet.folder import list_pictures
+from kfac_dist.data.sampling import SlotSampler
 
 BATCH = 32
 SIDE = 224

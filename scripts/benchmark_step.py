@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from kfac_dist.communicator import create_communicator, launch, library_version
-from kfac_dist.environment import describe_environment
 from kfac_dist.models import create_model
-from kfac_dist.optimizer import KFAC
-from kfac_dist.sgd import SGD
+from kfac_dist.optim.kfac import KFAC
+from kfac_dist.optim.sgd import SGD
+from kfac_dist.runs.environment import describe_environment
 from kfac_dist.timing import StageTimer
 
 INTERVALS = (1, 5, 10, 20)
@@ -69,9 +69,9 @@ def measure(work: str, device: torch.device, repeats: int) -> dict[str, object]:
     stages: list[dict[str, float]] = []
     for repeat in range(repeats + 1):
         timings = {"sgd": sgd()}
-        timer.take()
+        timer.lap()
         timings["refresh"] = kfac()
-        taken = timer.take()
+        taken = timer.lap()
         timings["stale"] = kfac()
         if repeat:  # the first round warms up
             stages.append(taken)
@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", required=True, help="path without suffix")
     arguments = parser.parse_args()
-    threads = launch.share_threads(1)
+    threads = launch.set_threads_per_rank(1)
     environment = describe_environment(library_version(), ["local"])
     del environment["working_directory"]  # of no use to a reader
     results = {}

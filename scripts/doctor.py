@@ -63,7 +63,7 @@ def main() -> int:
     # Where every process became a job of its own, the launcher's first still speaks for all.
     speaks = communicator.is_main and (communicator.size > 1 or launcher_rank(os.environ) == 0)
     try:
-        with communicator.agree():
+        with communicator.raise_on_all_ranks():
             arguments = parse_arguments()
         if arguments.help:
             communicator.print_once(arguments.help_text)
@@ -72,7 +72,7 @@ def main() -> int:
         seconds = time.perf_counter() - start
         if speaks:
             print(format_report(findings), flush=True)
-        with communicator.agree():
+        with communicator.raise_on_all_ranks():
             if speaks and arguments.json:
                 write_json(arguments.json, report_as_json(findings, communicator.size, seconds))
         if communicator.is_main and not speaks:

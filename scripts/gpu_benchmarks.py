@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.communicator import Communicator
-from kfac_dist.curvature.blocks import Block, KroneckerBlock, create_blocks
-from kfac_dist.loss_scale import LossScaler
+from kfac_dist.curvature.blocks.base import Block
+from kfac_dist.curvature.blocks.create import create_blocks
+from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
 from kfac_dist.models import create_model
-from kfac_dist.optimizer import KFAC
+from kfac_dist.optim.kfac import KFAC
+from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.optim.sgd import SGD
 from kfac_dist.precision import HALF_DTYPES, Precision
-from kfac_dist.sgd import SGD
 from kfac_dist.timing import StageTimer
 
 INTERVALS = (1, 10, 20)
@@ -129,7 +131,7 @@ def measure_factors(work: Work, repeats: int) -> dict[str, Any]:
     flops = gemm_seconds = 0.0
     for block, _, g in calls:
         rows = _rows(block, g)
-        for count, size in block.stacks.values():
+        for count, size in block.factor_shapes.values():
             flops += 2.0 * count * rows * size * size
             operand = torch.randn(count, rows, size, device=work.device, dtype=half)
             gemm_seconds += _time(work.device, lambda o=operand: torch.bmm(o.mT, o), repeats) / repeats  # type: ignore[misc]
@@ -139,9 +141,9 @@ def measure_factors(work: Work, repeats: int) -> dict[str, Any]:
         seconds[name] = 0.0
         for block, x, g in calls:
             inputs = x.to(dtype), g.to(dtype)
-            for matrix in block.stacks:
-                block.statistic(matrix, *inputs)
-                seconds[name] += _time(work.device, lambda: block.statistic(matrix, *inputs), repeats) / repeats  # noqa: B023
+            for matrix in block.factor_shapes:
+                block.factor(matrix, *inputs)
+                seconds[name] += _time(work.device, lambda: block.factor(matrix, *inputs), repeats) / repeats  # noqa: B023
     return {
         "tera_operations": flops / 1e12,
         "seconds": seconds | {"gemm": gemm_seconds},
@@ -162,13 +164,13 @@ def measure_errors(work: Work) -> dict[str, Any]:
     full = Work(work.model, work.size, work.batch, Precision("fp32"), work.device)
     for block, x, g in _calls(full):
         g = g * 1024  # as loss scaling does
-        for matrix in block.stacks:
-            statistic = block.statistic(matrix, x.to(half), g.to(half)).double()
+        for matrix in block.factor_shapes:
+            statistic = block.factor(matrix, x.to(half), g.to(half)).double()
             for name, inputs in (
                 ("sums", (x.to(half).double(), g.to(half).double())),
                 ("rounding", (x.double(), g.double())),
             ):
-                reference = block.statistic(matrix, *inputs)
+                reference = block.factor(matrix, *inputs)
                 errors[name].append(float((statistic - reference).norm() / reference.norm()))
     return {name: {"median": statistics.median(values), "largest": max(values)} for name, values in errors.items()}
 

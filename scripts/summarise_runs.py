@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kfac_dist.metrics import read_metrics
+from kfac_dist.runs.reader import read_metrics
 
 
 def summarise(run: Path) -> dict[str, Any]:

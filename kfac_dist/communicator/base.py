@@ -3,8 +3,8 @@
 All calls are collective: every rank makes the same calls in the same order. Buffers are contiguous
 tensors. The payload of the two V-collectives is counted, so that a run can report what it moved.
 
-The V-collectives can be started and waited for later, and can send half precision (`wire`, see
-`kfac_dist.communicator.wire`). Then each rank's values are rounded once and the owner sums them in the buffer's own
+The V-collectives can be started and waited for later, and can send half precision (`comm_dtype`, see
+`kfac_dist.tensors.encoding`). Then each rank's values are rounded once and the owner sums them in the buffer's own
 precision: on any number of ranks, one included, the error is that of one rounding.
 """
 
@@ -18,12 +18,12 @@ from typing import Generic, Literal, TextIO, TypeVar
 import torch
 from torch import Tensor
 
-from kfac_dist.communicator.wire import decode, encode, encoded_bytes
 from kfac_dist.errors import AgreedInputError, InputError
+from kfac_dist.tensors.encoding import decode, encode, encoded_bytes
 
 ReduceOp = Literal["sum", "mean", "min", "max"]
 Result = TypeVar("Result")
-Finish = Callable[[], None]
+Completion = Callable[[], None]
 """Completes what a backend has started."""
 
 
@@ -54,7 +54,7 @@ class Communicator(ABC):
         local_rank: This process's number on its own host.
         local_size: Number of the job's processes on this host.
         payload_bytes: Bytes handed to the V-collectives so far: the length of the whole buffer, as it goes on
-            the wire, whatever the number of ranks, so that it can be compared with a formula.
+            the comm_dtype, whatever the number of ranks, so that it can be compared with a formula.
     """
 
     rank: int
@@ -75,45 +75,45 @@ class Communicator(ABC):
 
     # V-collectives ------------------------------------------------------------------------------------
 
-    def reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype | None = None) -> Tensor:
+    def reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype | None = None) -> Tensor:
         """Average the ranks' buffers, leaving in each rank's buffer the mean of its own segment.
 
         Args:
             buffer: (Σ counts,), one segment a rank in rank order. Other ranks' segments become undefined.
             counts: Values in each rank's segment; zero is allowed; the same on every rank.
-            wire: bfloat16 or float16 to send the values as; None, or the buffer's dtype, sends them as they are.
+            comm_dtype: bfloat16 or float16 to send the values as; None, or the buffer's dtype, sends them as they are.
 
         Returns:
             (counts[rank],), a view of this rank's segment.
 
         Raises:
-            ValueError: If `wire` is another dtype.
+            ValueError: If `comm_dtype` is another dtype.
         """
-        return self.start_reduce_scatter_v(buffer, counts, wire).wait()
+        return self.start_reduce_scatter_v(buffer, counts, comm_dtype).wait()
 
-    def all_gather_v(self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype | None = None) -> None:
+    def all_gather_v(self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype | None = None) -> None:
         """Complete a buffer of which each rank has filled its own segment, in place.
 
         Args:
             buffer: (Σ counts,), one segment a rank in rank order.
             counts: Values in each rank's segment; zero is allowed; the same on every rank.
-            wire: As in `reduce_scatter_v`. All ranks end with the same rounded values, the owner too.
+            comm_dtype: As in `reduce_scatter_v`. All ranks end with the same rounded values, the owner too.
 
         Raises:
-            ValueError: If `wire` is another dtype.
+            ValueError: If `comm_dtype` is another dtype.
         """
-        self.start_all_gather_v(buffer, counts, wire).wait()
+        self.start_all_gather_v(buffer, counts, comm_dtype).wait()
 
     def start_reduce_scatter_v(
-        self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype | None = None
+        self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype | None = None
     ) -> Pending[Tensor]:
         """Start `reduce_scatter_v`; `wait()` gives its result."""
         own: Tensor = buffer.split(list(counts))[self.rank]
-        if wire is None or wire == buffer.dtype:
+        if comm_dtype is None or comm_dtype == buffer.dtype:
             self.payload_bytes += buffer.numel() * buffer.element_size()
             finish = self._start_reduce_scatter_v(buffer, counts)
         else:
-            finish = self._start_encoded_reduce_scatter_v(buffer, counts, wire)
+            finish = self._start_encoded_reduce_scatter_v(buffer, counts, comm_dtype)
 
         def mean() -> Tensor:
             finish()
@@ -122,22 +122,24 @@ class Communicator(ABC):
         return Pending(mean)
 
     def start_all_gather_v(
-        self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype | None = None
+        self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype | None = None
     ) -> Pending[None]:
         """Start `all_gather_v`."""
-        if wire is None or wire == buffer.dtype:
+        if comm_dtype is None or comm_dtype == buffer.dtype:
             self.payload_bytes += buffer.numel() * buffer.element_size()
             return Pending(self._start_all_gather_v(buffer, counts))
-        return Pending(self._start_encoded_all_gather_v(buffer, counts, wire))
+        return Pending(self._start_encoded_all_gather_v(buffer, counts, comm_dtype))
 
-    def _start_encoded_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype) -> Finish:
+    def _start_encoded_reduce_scatter_v(
+        self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype
+    ) -> Completion:
         """Send every owner its segment encoded; the owner decodes and sums, in rank order."""
-        sizes = [encoded_bytes(count, wire) for count in counts]
+        sizes = [encoded_bytes(count, comm_dtype) for count in counts]
         self.payload_bytes += sum(sizes)
         segments = buffer.split(list(counts))
         sent = _empty_bytes(sum(sizes), buffer)
         for segment, message in zip(segments, sent.split(sizes), strict=True):
-            encode(segment, wire, out=message)
+            encode(segment, comm_dtype, out=message)
         received = _empty_bytes(self.size * sizes[self.rank], buffer)
         finish = self._start_all_to_all_v(sent, received, sizes)
 
@@ -145,41 +147,41 @@ class Communicator(ABC):
             finish()
             own = segments[self.rank]
             first, *others = received.view(self.size, sizes[self.rank])
-            decode(first, wire, out=own)
+            decode(first, comm_dtype, out=own)
             term = torch.empty_like(own)
             for other in others:
-                decode(other, wire, out=term)
+                decode(other, comm_dtype, out=term)
                 own += term
 
         return add_up
 
-    def _start_encoded_all_gather_v(self, buffer: Tensor, counts: Sequence[int], wire: torch.dtype) -> Finish:
+    def _start_encoded_all_gather_v(self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype) -> Completion:
         """Gather all segments encoded; every rank decodes all of them."""
-        sizes = [encoded_bytes(count, wire) for count in counts]
+        sizes = [encoded_bytes(count, comm_dtype) for count in counts]
         self.payload_bytes += sum(sizes)
         segments = buffer.split(list(counts))
         gathered = _empty_bytes(sum(sizes), buffer)
         messages = gathered.split(sizes)
-        encode(segments[self.rank], wire, out=messages[self.rank])
+        encode(segments[self.rank], comm_dtype, out=messages[self.rank])
         finish = self._start_all_gather_v(gathered, sizes)
 
         def read() -> None:
             finish()
             for message, segment in zip(messages, segments, strict=True):
-                decode(message, wire, out=segment)
+                decode(message, comm_dtype, out=segment)
 
         return read
 
     @abstractmethod
-    def _start_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Finish:
+    def _start_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Completion:
         """Start to leave in each rank's segment of the buffer the ranks' sum."""
 
     @abstractmethod
-    def _start_all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> Finish:
+    def _start_all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> Completion:
         """Start to fill the other ranks' segments of the buffer, of any dtype."""
 
     @abstractmethod
-    def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Finish:
+    def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Completion:
         """Start to send each rank its segment.
 
         Args:
@@ -212,7 +214,7 @@ class Communicator(ABC):
             print(text, file=stream or sys.stdout, flush=True)
 
     @contextmanager
-    def agree(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """Turn an `InputError` on any rank into the same error on every rank.
 
         For set-up work that can fail on one rank only (a folder that one node lacks): without it the
@@ -239,8 +241,8 @@ def own_segment(rank: int, counts: Sequence[int]) -> slice:
     return slice(starts[rank], starts[rank + 1])
 
 
-def nothing() -> None:
-    """The `Finish` of what is finished already."""
+def already_complete() -> None:
+    """The `Completion` of what is finished already."""
 
 
 def _empty_bytes(count: int, like: Tensor) -> Tensor:

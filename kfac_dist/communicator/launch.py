@@ -60,7 +60,7 @@ def check_world_size(size: int, environment: Mapping[str, str]) -> None:
     )
 
 
-def share_threads(local_size: int) -> int:
+def set_threads_per_rank(local_size: int) -> int:
     """Give this rank its share of the cores it may run on, unless OMP_NUM_THREADS says otherwise.
 
     Returns:

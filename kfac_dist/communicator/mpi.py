@@ -23,7 +23,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from kfac_dist.communicator.base import Communicator, Finish, ReduceOp, nothing, own_segment
+from kfac_dist.communicator.base import Communicator, Completion, ReduceOp, already_complete, own_segment
 from kfac_dist.communicator.staging import NOTHING, WHOLE, Staging
 from kfac_dist.communicator.staging import is_cuda_aware as is_cuda_aware
 
@@ -79,7 +79,7 @@ class MpiCommunicator(Communicator):
 
     # Collectives --------------------------------------------------------------------------------------
 
-    def _start_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Finish:
+    def _start_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Completion:
         if self.size > 1:
             own = own_segment(self.rank, counts)
             algorithm = self._algorithms()[self._algorithm_for(buffer)]
@@ -87,26 +87,26 @@ class MpiCommunicator(Communicator):
                 segment = algorithm(shared, counts)
                 if segment.data_ptr() != shared[own].data_ptr():
                     shared[own] = segment
-        return nothing
+        return already_complete
 
-    def _start_all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> Finish:
+    def _start_all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> Completion:
         if self.size > 1:
             with self._for_mpi(buffer, fetch=own_segment(self.rank, counts)) as shared:
                 if shared.dtype.is_floating_point and shared.element_size() == 2:
                     shared = shared.view(torch.int16)  # MPI has no name for half precision
                 self._comm.Allgatherv(MPI.IN_PLACE, [_mpi_buffer(shared), (list(counts), None)])
-        return nothing
+        return already_complete
 
-    def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Finish:
+    def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Completion:
         if self.size == 1:
             received.copy_(sent)
-            return nothing
+            return already_complete
         arriving = [sizes[self.rank]] * self.size
         with self._for_mpi(sent, store=NOTHING) as outgoing, self._for_mpi(received, fetch=NOTHING) as incoming:
             self._comm.Alltoallv(
                 [_mpi_buffer(outgoing), (list(sizes), None)], [_mpi_buffer(incoming), (arriving, None)]
             )
-        return nothing
+        return already_complete
 
     def all_reduce_(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
         if self.size > 1:
@@ -155,7 +155,7 @@ class MpiCommunicator(Communicator):
 
     def _all_are_cuda_aware(self) -> bool:
         """The same on every rank, as the choice of algorithm depends on it."""
-        with self.agree():
+        with self.raise_on_all_ranks():
             here = is_cuda_aware()
         everywhere = np.array([here], dtype=np.int32)
         self._comm.Allreduce(MPI.IN_PLACE, everywhere, op=MPI.MIN)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
 
-from kfac_dist.communicator.base import Communicator, Finish, ReduceOp, own_segment
+from kfac_dist.communicator.base import Communicator, Completion, ReduceOp, own_segment
 from kfac_dist.communicator.mpi import MpiCommunicator
 from kfac_dist.communicator.process_group import DEFAULT_TIMEOUT, open_group
 
@@ -70,7 +70,7 @@ class NcclCommunicator(Communicator):
 
     # Collectives --------------------------------------------------------------------------------------
 
-    def _start_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Finish:
+    def _start_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Completion:
         if not self._is_ours(buffer):
             return self._parent._start_reduce_scatter_v(buffer, counts)
         if not _are_equal(counts):
@@ -78,7 +78,7 @@ class NcclCommunicator(Communicator):
         own = buffer[own_segment(self.rank, counts)]
         return _finish_of(_reduce_scatter(own, buffer, group=self._group, async_op=True))
 
-    def _start_all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> Finish:
+    def _start_all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> Completion:
         if not self._is_ours(buffer):
             return self._parent._start_all_gather_v(buffer, counts)
         if not _are_equal(counts):
@@ -86,7 +86,7 @@ class NcclCommunicator(Communicator):
         own = buffer[own_segment(self.rank, counts)]
         return _finish_of(_all_gather(buffer, own, group=self._group, async_op=True))
 
-    def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Finish:
+    def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Completion:
         if not self._is_ours(sent):
             return self._parent._start_all_to_all_v(sent, received, sizes)
         arriving = [sizes[self.rank]] * self.size
@@ -123,7 +123,7 @@ class NcclCommunicator(Communicator):
 
     def _start_with_each_owner(
         self, collective: Callable[..., dist.Work | None], buffer: Tensor, counts: Sequence[int]
-    ) -> Finish:
+    ) -> Completion:
         """Reduce every segment to its owner, or broadcast it from there."""
         works: list[dist.Work | None] = []
         with self._as_one_operation(works):
@@ -147,7 +147,7 @@ def _are_equal(counts: Sequence[int]) -> bool:
     return len(set(counts)) == 1
 
 
-def _finish_of(*works: dist.Work | None) -> Finish:
+def _finish_of(*works: dist.Work | None) -> Completion:
     def finish() -> None:
         for work in works:
             if work is not None:

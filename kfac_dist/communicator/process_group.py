@@ -51,7 +51,7 @@ def open_group(parent: Communicator, backend: str, device: torch.device, timeout
         AgreedInputError: If the program's default process group does not have MPI's ranks.
         InputError: If this rank could not connect.
     """
-    with parent.agree():
+    with parent.raise_on_all_ranks():
         _check_default_group(parent)
     try:
         with _warning_when_slow(backend):

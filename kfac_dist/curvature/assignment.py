@@ -10,7 +10,7 @@ _LARGEST_REDUNDANCY = 0.25
 
 
 @dataclass(frozen=True)
-class Work:
+class LayerCost:
     """What one layer costs its owner each refresh.
 
     Attributes:
@@ -38,7 +38,7 @@ def inversion_flops(sizes: Sequence[tuple[int, int]], num_values: int) -> float:
     return factorise + solve
 
 
-def assign_owners(works: Sequence[Work], num_ranks: int) -> list[tuple[int, ...]]:
+def assign_owners(costs: Sequence[LayerCost], num_ranks: int) -> list[tuple[int, ...]]:
     """Owners of each layer: largest first onto the least loaded rank.
 
     With more ranks than layers each further rank joins the layer whose operations per owner are the most, and
@@ -46,27 +46,27 @@ def assign_owners(works: Sequence[Work], num_ranks: int) -> list[tuple[int, ...]
     owners, add no more than a quarter to all that travels. Ranks beyond that own nothing.
 
     Args:
-        works: The layers' costs.
+        costs: The layers' costs.
         num_ranks: Ranks to share them, ≥ 1.
 
     Returns:
         For each layer the ranks that own it, ascending; one rank each unless there are more ranks than layers.
     """
-    order = sorted(range(len(works)), key=lambda index: (-works[index].flops, -works[index].num_bytes, index))
-    owners: list[list[int]] = [[] for _ in works]
+    order = sorted(range(len(costs)), key=lambda index: (-costs[index].flops, -costs[index].num_bytes, index))
+    owners: list[list[int]] = [[] for _ in costs]
     loads = [(0.0, 0, rank) for rank in range(num_ranks)]
     for index in order:
         flops, num_bytes, rank = heapq.heappop(loads)
         owners[index].append(rank)
-        heapq.heappush(loads, (flops + works[index].flops, num_bytes + works[index].num_bytes, rank))
+        heapq.heappush(loads, (flops + costs[index].flops, num_bytes + costs[index].num_bytes, rank))
     idle = sorted(set(range(num_ranks)) - {rank for ranks in owners for rank in ranks})
-    budget = _LARGEST_REDUNDANCY * sum(work.num_bytes for work in works)
-    shares = [(-works[index].flops, place, index) for place, index in enumerate(order)]
+    budget = _LARGEST_REDUNDANCY * sum(cost.num_bytes for cost in costs)
+    shares = [(-costs[index].flops, place, index) for place, index in enumerate(order)]
     while idle and shares:
         _, place, index = heapq.heappop(shares)
-        if works[index].num_bytes > budget:
+        if costs[index].num_bytes > budget:
             continue  # nor will it fit later
-        budget -= works[index].num_bytes
+        budget -= costs[index].num_bytes
         owners[index].append(idle.pop(0))
-        heapq.heappush(shares, (-works[index].flops / len(owners[index]), place, index))
+        heapq.heappush(shares, (-costs[index].flops / len(owners[index]), place, index))
     return [tuple(sorted(ranks)) for ranks in owners]

@@ -10,8 +10,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from kfac_dist.curvature.inverse import Solver
-from kfac_dist.curvature.state import BlockCurvature
+from kfac_dist.curvature.running import BlockCurvature
+from kfac_dist.curvature.solvers import Solver
 
 
 class Preconditioner:
@@ -42,7 +42,7 @@ class Preconditioner:
                 continue
             members = [curvatures[number] for number in numbers]
             solvers = {}
-            for matrix in members[0].block.stacks:
+            for matrix in members[0].block.factor_shapes:
                 joined[shape, matrix] = self._join((shape, matrix), members, matrix)
                 solvers[matrix] = joined[shape, matrix][1]
             arranged = [curvatures[number].block.arrange(gradients[number]) for number in numbers]
@@ -72,11 +72,11 @@ class Preconditioner:
 def _shape(curvature: BlockCurvature) -> Hashable:
     """What blocks must have in common to be solved together; None for those that are not solved."""
     block, solvers = curvature.block, curvature.solvers
-    if not block.stacks or not solvers:
+    if not block.factor_shapes or not solvers:
         return None
     if not all(solver.is_inverse for solver in solvers.values()):
         return block.name
-    return type(block), tuple((matrix, size) for matrix, (_, size) in block.stacks.items())
+    return type(block), tuple((matrix, size) for matrix, (_, size) in block.factor_shapes.items())
 
 
 def _is(first: object, second: object) -> bool:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kfac_dist.augment import CropFlip
+from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.base import Original, share
 from kfac_dist.data.sampling import SlotSampler
-from kfac_dist.transfer import to_device
+from kfac_dist.tensors.host_copy import to_device
 
 
 @dataclass(frozen=True)

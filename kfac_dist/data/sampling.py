@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kfac_dist.augment import Purpose, keyed_generator
+from kfac_dist.random_streams import RandomStream, keyed_generator
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,6 @@ class SlotSampler:
 # longer): four permutations are always enough to draw each of them once.
 @lru_cache(maxsize=4)
 def _epoch_order(num_samples: int, epoch: int, seed: int) -> np.ndarray:
-    order = keyed_generator(seed, Purpose.ORDER, epoch).permutation(num_samples)
+    order = keyed_generator(seed, RandomStream.ORDER, epoch).permutation(num_samples)
     order.setflags(write=False)
     return order

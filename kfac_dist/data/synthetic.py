@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kfac_dist.data.base import Original, share
 from kfac_dist.data.sampling import SlotSampler
-from kfac_dist.transfer import to_device
+from kfac_dist.tensors.host_copy import to_device
 
 _NUM_PATTERNS = 61  # prime: classes and patterns come in all combinations
 

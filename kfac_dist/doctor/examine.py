@@ -108,7 +108,7 @@ def _cores(facts: RankFacts) -> list[Finding]:
     """Nothing to say alone: the rule needs all ranks of a host."""
     facts.num_cpus = os.cpu_count() or 1
     facts.cpu_quota = threads.read_cpu_quota()
-    facts.threads = launch.share_threads(facts.local_size)
+    facts.threads = launch.set_threads_per_rank(facts.local_size)
     facts.threads_set = "OMP_NUM_THREADS" in os.environ
     facts.cores = sorted(os.sched_getaffinity(0))
     return []

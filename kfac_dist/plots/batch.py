@@ -9,9 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from kfac_dist.augment import RandomErasing, RunningMixup, soft_labels
-from kfac_dist.config import Config
-from kfac_dist.data import Dataset, Original, SlotSampler, create_dataset
+from kfac_dist.config.schema import Config
+from kfac_dist.data.augment import RandomErasing, RunningMixup, soft_labels
+from kfac_dist.data.base import Dataset, Original
+from kfac_dist.data.create import create_dataset
+from kfac_dist.data.sampling import SlotSampler
 
 _MOST_NAMES = 2  # of a mixed label: the largest shares
 _MOST_LETTERS = 14

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from kfac_dist.config import load_config
+from kfac_dist.config.load import load_config
 from kfac_dist.errors import InputError
 from kfac_dist.plots.batch import draw_batch
 from kfac_dist.plots.curves import draw_curves

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kfac_dist.errors import InputError
-from kfac_dist.metrics import read_metrics
 from kfac_dist.plots.runs import RUN_COLOURS, STYLE, Array
+from kfac_dist.runs.reader import read_metrics
 
 PERCENTILES = (5, 25, 50, 75, 95)
 MARKED_ITERATION = 500

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kfac_dist.errors import InputError
-from kfac_dist.metrics import read_metrics
+from kfac_dist.runs.reader import read_metrics
 
 Array = NDArray[np.float64]
 

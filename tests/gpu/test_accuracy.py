@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kfac_dist import KFAC, LossScaler, create_communicator
-from kfac_dist.augment import CropFlip
+from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.models import create_model
 from kfac_dist.precision import Name, Precision
-from kfac_dist.schedules import damping_at, polynomial_decay
+from kfac_dist.training.schedules import damping_at, polynomial_decay
 
 BATCH, EPOCHS, LEARNING_RATE = 512, 4, 0.03
 PRECISIONS: tuple[Name, ...] = ("fp32", "fp16", "bf16")

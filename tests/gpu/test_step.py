@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from kfac_dist import KFAC, SGD, LossScaler, create_communicator
 from kfac_dist.communicator import Communicator
-from kfac_dist.curvature.blocks import create_blocks
+from kfac_dist.curvature.blocks.create import create_blocks
+from kfac_dist.curvature.inversion import InverseRefresh, InversionTask
 from kfac_dist.curvature.precondition import Preconditioner
-from kfac_dist.curvature.refresh import InverseRefresh, Job
-from kfac_dist.curvature.state import BlockCurvature
+from kfac_dist.curvature.running import BlockCurvature
 from kfac_dist.models import create_model
 from kfac_dist.precision import Precision
 
@@ -113,14 +113,14 @@ def test_statistics_equal_float64_on_the_cpu(name: str, half: torch.dtype, chann
     x = (torch.randn(input_shape, generator=generator) + 0.5).to(half)
     g = (torch.randn(output_shape, generator=generator) / 64).to(half)
     (block,) = create_blocks(layer, list(layer.parameters()), "full")
-    for matrix in block.stacks:
-        reference = block.statistic(matrix, x.double(), g.double())
+    for matrix in block.factor_shapes:
+        reference = block.factor(matrix, x.double(), g.double())
         on_gpu = [tensor.to(CUDA) for tensor in (x, g)]
         if channels_last and x.dim() == 4:
             on_gpu = [tensor.to(memory_format=torch.channels_last) for tensor in on_gpu]
-        statistic = block.statistic(matrix, *on_gpu)
-        assert statistic.dtype == torch.float32
-        error = float((statistic.cpu().double() - reference).norm() / reference.norm())
+        factor = block.factor(matrix, *on_gpu)
+        assert factor.dtype == torch.float32
+        error = float((factor.cpu().double() - reference).norm() / reference.norm())
         assert error < 1e-5, f"{matrix}: {error:.1e}"
 
 
@@ -128,14 +128,14 @@ def test_a_failed_factorisation_keeps_the_previous_solver_until_its_answer_is_re
     layer = nn.Linear(5, 3, device=CUDA)
     (block,) = create_blocks(layer, list(layer.parameters()), "diagonal")
     curvature = BlockCurvature(block)
-    for matrix, (count, size) in block.stacks.items():
+    for matrix, (count, size) in block.factor_shapes.items():
         roots = torch.randn(count, size, size, device=CUDA)
         curvature.average(matrix, roots @ roots.mT, None)
     refresh = InverseRefresh(deferred=True)
     gradient = torch.randn(block.num_values, device=CUDA)
-    refresh.refresh([Job(curvature, 0.1, ["A", "G"])])
+    refresh.refresh([InversionTask(curvature, 0.1, ["A", "G"])])
     before = precondition(curvature, gradient)
     curvature.running["G"][0, 0, 0] = float("nan")
-    refresh.refresh([Job(curvature, 0.1, ["A", "G"])])
+    refresh.refresh([InversionTask(curvature, 0.1, ["A", "G"])])
     torch.testing.assert_close(precondition(curvature, gradient), before)
     assert refresh.refresh([]).num_retries == 1

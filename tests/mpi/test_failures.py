@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import scipy.io
 
+from tests.paths import QUICKSTART
+
 pytestmark = pytest.mark.mpi
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 Run = Callable[..., CompletedProcess[str]]
 

@@ -14,7 +14,7 @@ RunProgram = Callable[..., CompletedProcess[str]]
 
 # Rounding differs with the order of sums, and half precision turns it into whole steps of 2^-11 or 2^-8.
 PRECISIONS = {"fp64": 1e-12, "bf16": 2e-2, "fp16": 3e-3}
-WIRES = {"fp32-on-fp16": 2e-3, "fp32-on-bf16": 1e-2}
+COMM_DTYPES = {"fp32-on-fp16": 2e-3, "fp32-on-bf16": 1e-2}
 
 
 def train(run_program: RunProgram, num_ranks: int, folder: Path, *arguments: str) -> Path:
@@ -37,24 +37,24 @@ def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
 @pytest.fixture(scope="module")
 def one_rank(run_program: RunProgram, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slots") / "1"
-    return train(run_program, 1, folder, "cpu", "mpi", "fp32", *PRECISIONS, *WIRES)
+    return train(run_program, 1, folder, "cpu", "mpi", "fp32", *PRECISIONS, *COMM_DTYPES)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_equal_one_rank(num_ranks: int, one_rank: Path, run_program: RunProgram, tmp_path: Path) -> None:
-    many = train(run_program, num_ranks, tmp_path / "many", "cpu", "mpi", *PRECISIONS, *WIRES)
+    many = train(run_program, num_ranks, tmp_path / "many", "cpu", "mpi", *PRECISIONS, *COMM_DTYPES)
     for precision, tolerance in PRECISIONS.items():
         difference = relative_difference(load(many, precision), load(one_rank, precision))
         assert difference < tolerance, f"{precision}: {difference:.1e}"
-    for wire, tolerance in WIRES.items():
-        difference = relative_difference(load(many, wire), load(one_rank, "fp32"))
-        assert 1e-7 < difference < tolerance, f"{wire}: {difference:.1e}"
+    for comm_dtype, tolerance in COMM_DTYPES.items():
+        difference = relative_difference(load(many, comm_dtype), load(one_rank, "fp32"))
+        assert 1e-7 < difference < tolerance, f"{comm_dtype}: {difference:.1e}"
 
 
 def test_half_precision_on_the_wire_rounds_on_one_rank_too(one_rank: Path) -> None:
-    for wire, tolerance in WIRES.items():
-        difference = relative_difference(load(one_rank, wire), load(one_rank, "fp32"))
-        assert 1e-7 < difference < tolerance, f"{wire}: {difference:.1e}"
+    for comm_dtype, tolerance in COMM_DTYPES.items():
+        difference = relative_difference(load(one_rank, comm_dtype), load(one_rank, "fp32"))
+        assert 1e-7 < difference < tolerance, f"{comm_dtype}: {difference:.1e}"
 
 
 @pytest.mark.gpu

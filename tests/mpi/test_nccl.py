@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kfac_dist import communicator as package
 from kfac_dist.communicator import MpiCommunicator, create_communicator, nccl, process_group
+from kfac_dist.communicator import create as package
 from kfac_dist.devices import RankDevice
 from kfac_dist.errors import InputError
 

@@ -14,7 +14,8 @@ import scipy.io
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "KFAC_DIST_ALLOW_SIZE_MISMATCH")
 CIFAR_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 Command = Callable[..., Any]

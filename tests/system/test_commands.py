@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kfac_dist.config import load_config
+from kfac_dist.config.load import load_config
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 LAYERS = ("0", "1", "4", "5", "9")  # of digits_cnn: convolution, BatchNorm, convolution, BatchNorm, linear
 

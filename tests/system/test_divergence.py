@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 
 def test_divergence_of_sgd(command: Callable[..., Any], tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 DOCTOR = ROOT / "scripts" / "doctor.py"
 
 Run = Callable[..., CompletedProcess[str]]

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 NOT_NEEDED = ("pydantic", "sklearn", "scipy", "matplotlib", "tensorboard", "nvidia.dali", "pytest")
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-import kfac_dist.trainer
+import kfac_dist.training.trainer
 from kfac_dist import LossScaler
-
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+from tests.paths import QUICKSTART
 
 Command = Callable[..., Any]
 
@@ -36,12 +35,12 @@ def test_overflows_skip_updates_and_training_goes_on(
 ) -> None:
     trainers = []
 
-    class Spied(kfac_dist.trainer.Trainer):
+    class Spied(kfac_dist.training.trainer.Trainer):
         def train(self) -> Any:
             trainers.append(self)
             return super().train()
 
-    monkeypatch.setattr(kfac_dist.trainer, "LossScaler", partial(LossScaler, 2.0**24))
+    monkeypatch.setattr(kfac_dist.training.trainer, "LossScaler", partial(LossScaler, 2.0**24))
     monkeypatch.setattr(train_module, "Trainer", Spied)
     sgd = ["optimizer.name=sgd", "kfac=null", "weight_rescaling=off", "optimizer.learning_rate=0.05"]
     overrides = ["train.precision=fp16", "train.epochs=3", f"run.output_dir={tmp_path}"]
@@ -64,9 +63,9 @@ def test_an_overflow_in_the_forward_pass_leaves_no_trace(
 ) -> None:
     """It makes BatchNorm's running statistics NaN before anything can be skipped."""
     trainers = []
-    mix = kfac_dist.trainer.RunningMixup.mix
+    mix = kfac_dist.training.trainer.RunningMixup.mix
 
-    class Spied(kfac_dist.trainer.Trainer):
+    class Spied(kfac_dist.training.trainer.Trainer):
         def train(self) -> Any:
             trainers.append(self)
             return super().train()
@@ -76,7 +75,7 @@ def test_an_overflow_in_the_forward_pass_leaves_no_trace(
         return (images * 1e6 if iteration == 5 else images), labels
 
     monkeypatch.setattr(train_module, "Trainer", Spied)
-    monkeypatch.setattr(kfac_dist.trainer.RunningMixup, "mix", huge_once)
+    monkeypatch.setattr(kfac_dist.training.trainer.RunningMixup, "mix", huge_once)
     finished = command(QUICKSTART, "train.precision=fp16", "train.epochs=2", f"run.output_dir={tmp_path}")
     assert finished.code == 0, finished.err
     overflows = [line for line in records(tmp_path / "quickstart") if line.get("event") == "overflow"]

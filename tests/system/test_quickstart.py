@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.config import load_config
+from kfac_dist.config.load import load_config
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 STAGES = ("forward", "backward", "reduce_scatter", "inverse", "precondition", "all_gather", "update")

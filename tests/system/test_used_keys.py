@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from kfac_dist.config import Config
+from kfac_dist.config.schema import Config
 
 PACKAGE = Path(sys.modules["kfac_dist"].__file__ or "").parent
 SECTION = Config.__mro__[1]  # the base class of all sections

@@ -1,51 +1,46 @@
-"""The layout: a module imports only from lines above it, and MPI and NCCL stay inside communicator/."""
+"""The layout: a room imports only from rooms above it, and MPI and NCCL stay inside communicator/."""
 
 import ast
 import graphlib
-from pathlib import Path
+from collections.abc import Callable
+from subprocess import CompletedProcess
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 PACKAGE = ROOT / "kfac_dist"
 
-# Top to bottom: what stands on a line may import from lines above it (and, in a sub-package, from its own).
-LAYERS = (
+# Top to bottom: a room imports only from rooms above it, and from itself.
+ROOMS = (
     "errors",
     "timing",
     "devices",
-    "transfer",
     "precision",
-    "strict_yaml",
-    "config_problems",
-    "config_base",
-    "config_data",
-    "config_kfac",
+    "random_streams",
     "config",
+    "tensors",
     "communicator",
-    "loss_scale",
     "curvature",
-    "schedules",
-    "update",
-    "exchange",
-    "optimizer",
-    "sgd",
-    "optimizers",
-    "augment",
+    "optim",
     "data",
     "models",
-    "metrics",
-    "environment",
-    "evaluation",
-    "trainer",
+    "runs",
+    "training",
+    "planning",
     "plots",
-    "explain",
-    "memory",
     "doctor",
+    "memory",
 )
-# What `from kfac_dist import KFAC, SGD, create_communicator` draws on, and what it must do without.
-LIBRARY = ("kfac_dist.optimizer", "kfac_dist.sgd", "kfac_dist.communicator")
-NOT_IN_LIBRARY = {"pydantic", "yaml", "tensorboard", "matplotlib", "sklearn", "scipy", "torchvision", "tqdm"}
+# What a room must do without, whether it imports it itself or through others.
+NEVER = {
+    "config": {"torch", "mpi4py", "kfac_dist.communicator"},
+    "tensors": {"mpi4py", "torch.distributed", "kfac_dist.communicator"},
+    "curvature": {"mpi4py", "torch.distributed", "kfac_dist.communicator", "kfac_dist.config"},
+    # What `from kfac_dist import KFAC, SGD, create_communicator` draws on.
+    "optim": {"pydantic", "yaml", "tensorboard", "matplotlib", "sklearn", "scipy", "torchvision", "tqdm"},
+    "communicator": {"pydantic", "yaml", "tensorboard", "matplotlib", "sklearn", "scipy", "torchvision", "tqdm"},
+}
 
 MODULES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
@@ -87,24 +82,24 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-def layer_problems(module: str, imported: set[str]) -> list[str]:
-    layer = module.split(".")[1]
+def room_problems(module: str, imported: set[str]) -> list[str]:
+    room = module.split(".")[1]
     problems = []
     for name in sorted(imported):
         if not within(name, "kfac_dist") or name == "kfac_dist.__version__":
             continue
         target = name.split(".")[1] if "." in name else ""
-        if target not in LAYERS:
+        if target not in ROOMS:
             problems.append(f"{module} imports {name}: import from the module that defines it")
-        elif target != layer and LAYERS.index(target) > LAYERS.index(layer):
+        elif target != room and ROOMS.index(target) > ROOMS.index(room):
             problems.append(f"{module} imports {name}, which stands below it")
     return problems
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_from_above(module: str) -> None:
-    assert module.split(".")[1] in LAYERS, f"{module} has no line in LAYERS: add one where it belongs"
-    assert layer_problems(module, imports_of(module)) == []
+    assert module.split(".")[1] in ROOMS, f"{module} has no line in ROOMS: add one where it belongs"
+    assert room_problems(module, imports_of(module)) == []
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -120,15 +115,41 @@ def test_the_entry_point_does_not_know_mpi() -> None:
     assert not {name for name in found if within(name, "mpi4py") or within(name, "torch.distributed")}
 
 
-def test_the_library_needs_none_of_the_trainers_packages() -> None:
-    pending, seen = list(LIBRARY), set()
+def closure(module: str) -> set[str]:
+    """All names that a module imports, itself or through others of the package, their packages' `__init__` included."""
+    pending, seen, names = [module], set(), set()
     while pending:
-        module = pending.pop()
-        seen.add(module)
-        names = imports_of(module)
-        assert not {name for name in names if name.split(".")[0] in NOT_IN_LIBRARY}, f"in {module}"
-        pending += modules_of(names) - seen
-    assert "kfac_dist.curvature.factors" in seen
+        current = pending.pop()
+        seen.add(current)
+        found = imports_of(current)
+        names |= found
+        parents = {current.rpartition(".")[0]} & set(MODULES)
+        pending += (modules_of(found) | parents) - seen
+    return names | seen
+
+
+@pytest.mark.parametrize("room", NEVER)
+def test_rooms_do_without_some_packages_even_through_others(room: str) -> None:
+    for module in [module for module in MODULES if within(module, f"kfac_dist.{room}")]:
+        names = closure(module)
+        found = {name for name in names if any(within(name, never) for never in NEVER[room])}
+        assert not found, f"{module} reaches {found}"
+    assert len(names) > 3
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("kfac_dist.tensors.packing, kfac_dist.curvature.capture, kfac_dist.curvature.precondition", ("mpi4py",)),
+        ("kfac_dist.config.load", ("torch", "mpi4py")),
+    ],
+)
+def test_a_fresh_interpreter_does_not_load_them(
+    run_python: Callable[..., CompletedProcess[str]], modules: str, absent: tuple[str, ...]
+) -> None:
+    completed = run_python(["-c", f"import sys, {modules}; print([m for m in {absent} if m in sys.modules])"])
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.strip() == "[]"
 
 
 def test_no_circular_imports() -> None:
@@ -139,14 +160,14 @@ def test_no_circular_imports() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "imported"),
     [
-        ("kfac_dist.sgd", "from kfac_dist import trainer", "kfac_dist.trainer"),
-        ("kfac_dist.sgd", "import kfac_dist.trainer as t", "kfac_dist.trainer"),
-        ("kfac_dist.sgd", "def f():\n    from .trainer import train", "kfac_dist.trainer.train"),
-        ("kfac_dist.curvature.inverse", "from ..trainer import x", "kfac_dist.trainer.x"),
+        ("kfac_dist.optim.sgd", "from kfac_dist import training", "kfac_dist.training"),
+        ("kfac_dist.optim.sgd", "import kfac_dist.training.trainer as t", "kfac_dist.training.trainer"),
+        ("kfac_dist.optim.sgd", "def f():\n    from ..training import train", "kfac_dist.training.train"),
+        ("kfac_dist.curvature.blocks.base", "from ...optim import x", "kfac_dist.optim.x"),
         ("kfac_dist.errors", "from kfac_dist import KFAC", "kfac_dist.KFAC"),
     ],
 )
 def test_the_check_finds_what_it_looks_for(module: str, source: str, imported: str) -> None:
     found = imports(source, module, is_package=False)
     assert found == {imported}
-    assert len(layer_problems(module, found)) == 1
+    assert len(room_problems(module, found)) == 1

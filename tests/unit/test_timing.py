@@ -45,7 +45,7 @@ def test_repeated_stages_accumulate_and_gaps_belong_to_nobody(clock):
             clock.now += 2
         with timer.stage("backward"):
             clock.now += 3
-    assert timer.take() == {**dict.fromkeys(STAGES, 0.0), "forward": 6.0, "backward": 9.0}
+    assert timer.lap() == {**dict.fromkeys(STAGES, 0.0), "forward": 6.0, "backward": 9.0}
 
 
 def test_inner_stage_is_subtracted_from_the_outer_one(clock):
@@ -58,7 +58,7 @@ def test_inner_stage_is_subtracted_from_the_outer_one(clock):
                 clock.now += 100
             clock.now += 20
         clock.now += 4
-    seconds = timer.take()
+    seconds = timer.lap()
     assert seconds["backward"] == 105.0
     assert seconds["reduce_scatter"] == 30.0
     assert sum(seconds.values()) == 135.0  # the wall time
@@ -68,10 +68,10 @@ def test_take_resets_and_splits_an_open_stage(clock):
     timer = StageTimer(clock)
     with timer.stage("update"):
         clock.now += 1
-        assert timer.take()["update"] == 1.0
+        assert timer.lap()["update"] == 1.0
         clock.now += 5
-    assert timer.take()["update"] == 5.0
-    assert sum(timer.take().values()) == 0.0
+    assert timer.lap()["update"] == 5.0
+    assert sum(timer.lap().values()) == 0.0
 
 
 def test_a_stage_that_raises_is_charged_and_closed(clock):
@@ -86,7 +86,7 @@ def test_a_stage_that_raises_is_charged_and_closed(clock):
         with pytest.raises(RuntimeError, match="singular"):
             fail_in_stage()
         clock.now += 2
-    seconds = timer.take()
+    seconds = timer.lap()
     assert (seconds["inverse"], seconds["update"]) == (7.0, 2.0)
 
 
@@ -100,7 +100,7 @@ def test_default_clock_measures_real_seconds():
     timer = StageTimer()
     with timer.stage("data"):
         time.sleep(0.02)
-    assert 0.019 <= timer.take()["data"] < 5.0
+    assert 0.019 <= timer.lap()["data"] < 5.0
 
 
 def test_marks_are_compared_only_when_the_seconds_are_read():
@@ -115,12 +115,12 @@ def test_marks_are_compared_only_when_the_seconds_are_read():
     timer = StageTimer(clock)
     with timer.stage("forward"):
         clock.now += 2
-    first = timer.cut()
+    first = timer.snapshot()
     with timer.stage("forward"):
         clock.now += 7
     assert clock.num_compared == 0
     assert first.read()["forward"] == 2.0
-    assert timer.take()["forward"] == 7.0
+    assert timer.lap()["forward"] == 7.0
 
 
 @pytest.mark.gpu
@@ -130,6 +130,6 @@ def test_on_a_gpu_a_stage_lasts_as_long_as_its_kernels():
         torch.cuda._sleep(200_000_000)  # about a tenth of a second of GPU cycles; the host returns at once
     with timer.stage("backward"):
         pass
-    seconds = timer.take()
+    seconds = timer.lap()
     assert seconds["forward"] > 0.02
     assert seconds["backward"] < 0.01

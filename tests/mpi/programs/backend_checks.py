@@ -18,10 +18,10 @@ from torch import Tensor
 from kfac_dist.communicator import Communicator, MpiCommunicator, create_communicator, launch, mpi
 from kfac_dist.communicator.nccl import NcclCommunicator
 from kfac_dist.communicator.staging import WHOLE
-from kfac_dist.communicator.wire import decode, encode, encoded_bytes
 from kfac_dist.devices import choose_device
+from kfac_dist.tensors.encoding import decode, encode, encoded_bytes
 
-WIRES = (torch.bfloat16, torch.float16)
+COMM_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class StagedCommunicator(MpiCommunicator):
@@ -57,54 +57,54 @@ def random_values(rank: int, count: int, dtype: torch.dtype) -> Tensor:
     return (10**exponents * (-1) ** rank).to(torch.get_default_device(), dtype)
 
 
-def through(values: Tensor, wire: torch.dtype) -> Tensor:
-    message = torch.empty(encoded_bytes(len(values), wire), dtype=torch.uint8)
-    encode(values, wire, message)
+def through(values: Tensor, comm_dtype: torch.dtype) -> Tensor:
+    message = torch.empty(encoded_bytes(len(values), comm_dtype), dtype=torch.uint8)
+    encode(values, comm_dtype, message)
     out = torch.empty_like(values)
-    decode(message, wire, out)
+    decode(message, comm_dtype, out)
     return out
 
 
 def check_encoded_reduce_scatter(communicator: Communicator) -> None:
     size, rank = communicator.size, communicator.rank
-    for wire in WIRES:
+    for comm_dtype in COMM_DTYPES:
         for dtype in checks.DTYPES:
             for counts in layouts(size):
                 buffers = [random_values(other, sum(counts), dtype) for other in range(size)]
-                segments = [through(buffer.split(counts)[rank], wire) for buffer in buffers]
+                segments = [through(buffer.split(counts)[rank], comm_dtype) for buffer in buffers]
                 buffer = buffers[rank].clone()
                 before = communicator.payload_bytes
-                own = communicator.reduce_scatter_v(buffer, counts, wire)
+                own = communicator.reduce_scatter_v(buffer, counts, comm_dtype)
                 assert torch.equal(own, sum(segments[1:], segments[0]) / size), (
                     "each value rounded once, summed in dtype"
                 )
                 assert torch.equal(own, buffer.split(counts)[rank])
-                expected_bytes = sum(encoded_bytes(count, wire) for count in counts)
+                expected_bytes = sum(encoded_bytes(count, comm_dtype) for count in counts)
                 assert communicator.payload_bytes - before == expected_bytes
 
 
 def check_encoded_all_gather(communicator: Communicator) -> None:
     size, rank = communicator.size, communicator.rank
-    for wire in WIRES:
+    for comm_dtype in COMM_DTYPES:
         for dtype in checks.DTYPES:
             for counts in layouts(size):
                 segments = [random_values(other, count, dtype) for other, count in enumerate(counts)]
-                expected = torch.cat([through(segment, wire) for segment in segments])
+                expected = torch.cat([through(segment, comm_dtype) for segment in segments])
                 buffer = torch.full_like(expected, -1.0)
                 buffer.split(counts)[rank].copy_(segments[rank])
                 before = communicator.payload_bytes
-                communicator.all_gather_v(buffer, counts, wire)
+                communicator.all_gather_v(buffer, counts, comm_dtype)
                 assert torch.equal(buffer, expected), "all ranks hold the rounded values, the owner too"
-                expected_bytes = sum(encoded_bytes(count, wire) for count in counts)
+                expected_bytes = sum(encoded_bytes(count, comm_dtype) for count in counts)
                 assert communicator.payload_bytes - before == expected_bytes
 
 
 def check_one_rank_is_not_finite(communicator: Communicator) -> None:
     size, rank = communicator.size, communicator.rank
-    for wire in (None, *WIRES):
+    for comm_dtype in (None, *COMM_DTYPES):
         buffer = torch.ones(2000 * size)
         buffer[5] = torch.inf if rank == size - 1 else 1.0
-        own = communicator.reduce_scatter_v(buffer, [2000] * size, wire)
+        own = communicator.reduce_scatter_v(buffer, [2000] * size, comm_dtype)
         assert torch.equal(own.isinf(), (torch.arange(2000) == 5).logical_and(torch.tensor(rank == 0)))
 
 
@@ -141,11 +141,11 @@ def check_other_types(communicator: Communicator) -> None:
 def check_several_in_flight(communicator: Communicator) -> None:
     size, rank = communicator.size, communicator.rank
     counts = [3 * other + 1 for other in range(size)]
-    for wire in (None, *WIRES):
+    for comm_dtype in (None, *COMM_DTYPES):
         buffers = [torch.full((sum(counts),), float(number + rank)) for number in range(3)]
-        pending = [communicator.start_reduce_scatter_v(buffer, counts, wire) for buffer in buffers]
+        pending = [communicator.start_reduce_scatter_v(buffer, counts, comm_dtype) for buffer in buffers]
         gathered = torch.full((sum(counts),), float(rank))
-        gathering = communicator.start_all_gather_v(gathered, counts, wire)
+        gathering = communicator.start_all_gather_v(gathered, counts, comm_dtype)
         for number, (buffer, reduction) in enumerate(zip(buffers, pending, strict=True)):
             expected = torch.full((counts[rank],), number + (size - 1) / 2)
             own = reduction.wait()
@@ -161,7 +161,7 @@ def check_bad_wire(communicator: Communicator) -> None:
         try:
             call(torch.zeros(communicator.size), [1] * communicator.size, torch.int8)  # type: ignore[operator]
         except ValueError as error:
-            assert "wire must be torch.bfloat16, torch.float16 or None, got torch.int8" in str(error)  # noqa: PT017
+            assert "comm_dtype must be torch.bfloat16, torch.float16 or None, got torch.int8" in str(error)  # noqa: PT017
         else:
             raise AssertionError("int8 was taken")
 

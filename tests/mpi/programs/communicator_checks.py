@@ -105,7 +105,7 @@ def check_agree(communicator: Communicator) -> None:
 
     def agreed_error(failing: set[int]) -> str | None:
         try:
-            with communicator.agree():
+            with communicator.raise_on_all_ranks():
                 if rank in failing:
                     raise InputError(f"folder number {rank} is missing")
         except InputError as error:

@@ -32,7 +32,7 @@ if way == "missing package" and is_failing_rank:
 import train  # noqa: E402
 from kfac_dist.communicator import launch  # noqa: E402
 from kfac_dist.errors import InputError  # noqa: E402
-from kfac_dist.trainer import Trainer  # noqa: E402
+from kfac_dist.training.trainer import Trainer  # noqa: E402
 
 train_iteration = Trainer._train_iteration
 

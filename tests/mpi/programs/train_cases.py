@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from kfac_dist.communicator import create_communicator, launch
-from kfac_dist.config import load_config
-from kfac_dist.trainer import Trainer
+from kfac_dist.config.load import load_config
+from kfac_dist.training.trainer import Trainer
 
 BASE = Path(__file__).with_name("world_size.yaml")
 

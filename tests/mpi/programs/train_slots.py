@@ -53,7 +53,7 @@ def state(model: nn.Module, optimizer: KFAC) -> list[torch.Tensor]:
 
 def train(case: str, device: torch.device, communicator: Communicator) -> dict[str, torch.Tensor]:
     precision_name, _, wire_name = case.partition("-on-")
-    precision, wire = Precision(precision_name), HALF_DTYPES.get(wire_name)
+    precision, comm_dtype = Precision(precision_name), HALF_DTYPES.get(wire_name)
     rank, size = communicator.rank, communicator.size
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = make_net().to(device, precision.weights, memory_format=memory_format)
@@ -62,7 +62,7 @@ def train(case: str, device: torch.device, communicator: Communicator) -> dict[s
     scaler = LossScaler() if precision.needs_loss_scale else None
     optimizer = KFAC(
         model, communicator, lr=0.05, damping=0.1, ema_decay=0.8, refresh=2, accumulation_steps=len(slots),
-        weight_rescaling="always", loss_scaler=scaler, factor_wire=wire, gradient_wire=wire,
+        weight_rescaling="always", loss_scaler=scaler, factor_comm_dtype=comm_dtype, gradient_comm_dtype=comm_dtype,
     )  # fmt: skip
     for iteration in range(NUM_ITERATIONS):
         optimizer.zero_grad()

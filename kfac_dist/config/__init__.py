@@ -1,0 +1,1 @@
+"""YAML and overrides become validated, frozen objects; knows neither torch nor MPI."""

@@ -1,0 +1,106 @@
+"""Reading a configuration: a YAML file and ``dotted.key=value`` overrides become one validated `Config`.
+
+All problems of a configuration are reported at once, each as the dotted key, the rule and the value found.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kfac_dist.config import strict_yaml
+from kfac_dist.config.messages import describe
+from kfac_dist.config.schema import Config, nearest_multiples
+from kfac_dist.errors import InputError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file, apply overrides in order, and validate the result.
+
+    Args:
+        path: YAML file.
+        overrides: ``dotted.key=value`` each, the value in YAML; absent sections are made.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        InputError: If the file cannot be read, or naming every other problem at once, one on a line.
+    """
+    settings = strict_yaml.read_mapping(Path(path))
+    problems = []
+    for override in overrides:
+        try:
+            _apply_override_(settings, override)
+        except InputError as error:
+            problems.append(str(error))
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        problems += [describe(problem, Config) for problem in error.errors(include_url=False)]
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise InputError(f"{path}: {count} in this configuration:\n  " + "\n  ".join(problems))
+    return config
+
+
+def check_same(texts: Sequence[bytes]) -> None:
+    """Refuse to start where ranks would train differently, as when a node holds another copy of the file.
+
+    Args:
+        texts: Each rank's `Config.shared_yaml`, in rank order.
+
+    Raises:
+        InputError: Naming the first rank that differs from rank 0, and the lines.
+    """
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            first, other = texts[0].decode().splitlines(), text.decode().splitlines()
+            differences = list(difflib.unified_diff(first, other, n=0, lineterm=""))[2:]  # after two lines of header
+            raise InputError(
+                f"all ranks must have the same configuration, but rank {rank}'s (+) differs from rank 0's (-):\n  "
+                + "\n  ".join(line for line in differences if not line.startswith("@@"))
+                + "\ngive every rank the same file and the same overrides"
+            )
+
+
+def batch_slots(config: Config, num_ranks: int) -> int:
+    """How many slots (micro-batches of ``batch.per_rank`` samples) each rank takes in one iteration.
+
+    Args:
+        config: A validated configuration.
+        num_ranks: World size, >= 1.
+
+    Returns:
+        Slots a rank: global_size / (per_rank * num_ranks).
+
+    Raises:
+        InputError: If that is not a whole number; names the nearest global sizes for which it is.
+    """
+    batch = config.batch
+    unit = batch.per_rank * num_ranks
+    slots, remainder = divmod(batch.global_size, unit)
+    if remainder:
+        raise InputError(
+            f"batch.global_size must be a multiple of batch.per_rank x ranks = {batch.per_rank} x {num_ranks}"
+            f" = {unit}, got {batch.global_size}; nearest sizes that work:"
+            f" {nearest_multiples(batch.global_size, unit)}"
+        )
+    return slots
+
+
+def _apply_override_(settings: dict[str, object], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"override {override!r} must be dotted.key=value, such as train.epochs=2")
+    section = settings
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = section.get(key)
+        if inner is None:
+            inner = section[key] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section")
+        section = inner
+    section[keys[-1]] = strict_yaml.parse(text, f"override {override!r}")

@@ -1,0 +1,206 @@
+"""Configuration: a YAML file and ``dotted.key=value`` overrides become one frozen, validated `Config`.
+
+The attribute names are the YAML keys. A key has a default only where no paper states a value. All problems
+of a configuration are reported at once, each as the dotted key, the rule and the value found.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
+
+from kfac_dist.config import strict_yaml
+from kfac_dist.config.data import DataConfig
+from kfac_dist.config.kfac import KfacConfig
+from kfac_dist.config.sections import FractionRange, PositiveRange, Section, Text
+
+
+class RunConfig(Section):
+    """What the run is called, where it writes, where it computes, and the seed of all its randomness.
+
+    `deterministic` allows only kernels that give the same bits every time, at some cost on a GPU.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    output_dir: Text = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False
+
+
+class ModelConfig(Section):
+    """The network.
+
+    `variant` says where bottleneck ResNets reduce the image: in the first 1x1 convolution of a stage (v1) or
+    in its 3x3 convolution (v1.5, the default). `zero_init_last_gamma` starts each residual branch at zero.
+    """
+
+    name: Text
+    variant: Literal["v1", "v1.5"] | None = None
+    zero_init_last_gamma: bool = False
+
+
+class BatchConfig(Section):
+    """The global batch, cut into slots of `per_rank` samples (see `batch_slots`)."""
+
+    global_size: PositiveInt
+    per_rank: PositiveInt
+
+    @field_validator("per_rank")
+    @classmethod
+    def _check_divides(cls, per_rank: int, info: ValidationInfo) -> int:
+        global_size = info.data.get("global_size")
+        if global_size is not None and global_size % per_rank:
+            sizes = nearest_multiples(global_size, per_rank)
+            raise ValueError(f"must divide batch.global_size = {global_size} (nearest that work: {sizes})")
+        return per_rank
+
+
+class TrainConfig(Section):
+    """How long to train, how often to evaluate (both in epochs), and in which precision.
+
+    `fp16` and `bf16` compute forward, backward and the Fisher's products in half precision and keep the rest in fp32.
+    """
+
+    epochs: PositiveFloat
+    evaluate_every: PositiveFloat = 1.0
+    precision: Literal["fp32", "fp64", "fp16", "bf16"] = "fp32"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class OptimizerConfig(Section):
+    """The optimizer and its initial learning rate and momentum."""
+
+    name: Literal["kfac", "sgd"]
+    learning_rate: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class PolynomialSchedule(Section):
+    """Eq. 15: constant up to `start_epoch`, then a polynomial that is zero at `end_epoch`."""
+
+    kind: Literal["polynomial"]
+    power: PositiveFloat
+    start_epoch: NonNegativeFloat
+    end_epoch: PositiveFloat
+    warmup_epochs: NonNegativeFloat = 0.0
+
+    @field_validator("end_epoch")
+    @classmethod
+    def _check_end(cls, end_epoch: float, info: ValidationInfo) -> float:
+        start_epoch = info.data.get("start_epoch")
+        if start_epoch is not None and end_epoch <= start_epoch:
+            raise ValueError(f"must be > schedule.start_epoch = {start_epoch}")
+        return end_epoch
+
+
+class CosineSchedule(Section):
+    """Half a cosine that is zero at `end_epoch`."""
+
+    kind: Literal["cosine"]
+    end_epoch: PositiveFloat
+    warmup_epochs: NonNegativeFloat = 0.0
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _check_warmup(cls, warmup_epochs: float, info: ValidationInfo) -> float:
+        end_epoch = info.data.get("end_epoch")
+        if end_epoch is not None and warmup_epochs >= end_epoch:
+            raise ValueError(f"must be < schedule.end_epoch = {end_epoch}")
+        return warmup_epochs
+
+
+class ConstantSchedule(Section):
+    """The initial learning rate throughout."""
+
+    kind: Literal["constant"]
+    warmup_epochs: NonNegativeFloat = 0.0
+
+
+class ErasingConfig(Section):
+    """Random erasing: how often, and the ranges of the erased share of the area and of the aspect ratio."""
+
+    probability: Annotated[float, Field(ge=0, le=1)]
+    area: FractionRange
+    aspect: PositiveRange
+
+
+class AugmentConfig(Section):
+    """Data augmentation; the defaults do nothing."""
+
+    pad_crop: NonNegativeInt = 0
+    flip: bool = False
+    mixup_alpha: NonNegativeFloat = 0.0
+    erasing: ErasingConfig | None = None
+
+
+class CommunicationConfig(Section):
+    """How buffers travel between ranks.
+
+    `auto` takes NCCL where each rank has a GPU of its own. `reduce_scatter` is MPI's algorithm. The precisions are
+    those in which factors and gradients are on the wire; half precision halves the bytes and rounds each value once.
+    """
+
+    backend: Literal["auto", "mpi", "nccl"] = "auto"
+    reduce_scatter: Literal["auto", "native", "reduce", "ireduce"] = "auto"
+    factor_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    gradient_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+
+class Config(Section):
+    """A whole, valid configuration of a run."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    batch: BatchConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    kfac: Annotated[KfacConfig | None, Field(validate_default=True)] = None
+    schedule: Annotated[PolynomialSchedule | CosineSchedule | ConstantSchedule, Field(discriminator="kind")]
+    augment: AugmentConfig = AugmentConfig()
+    weight_rescaling: Literal["always", "cap", "off"] = "off"
+    communication: CommunicationConfig = CommunicationConfig()
+
+    @field_validator("augment")
+    @classmethod
+    def _check_augment(cls, augment: AugmentConfig, info: ValidationInfo) -> AugmentConfig:
+        data = info.data.get("data")
+        if data is not None and data.name == "imagenet" and augment.pad_crop:
+            raise ValueError("must be without pad_crop for imagenet: data.preprocessing says how it is cropped")
+        if data is not None and data.name == "synthetic" and (augment.pad_crop or augment.flip):
+            raise ValueError("must be without pad_crop and flip for synthetic, which is not augmented")
+        return augment
+
+    @field_validator("kfac")
+    @classmethod
+    def _check_kfac(cls, kfac: KfacConfig | None, info: ValidationInfo) -> KfacConfig | None:
+        optimizer = info.data.get("optimizer")
+        if optimizer is not None and optimizer.name == "kfac" and kfac is None:
+            raise ValueError("must be given when optimizer.name is kfac")
+        if optimizer is not None and optimizer.name != "kfac" and kfac is not None:
+            raise ValueError(f"must be left out (kfac=null) when optimizer.name is {optimizer.name}")
+        return kfac
+
+    def shared_yaml(self) -> str:
+        """What all ranks must have alike: everything but the places of the data, which may differ between nodes."""
+        data = self.data.model_copy(update={"root": None, "mean_image": None})
+        return self.model_copy(update={"data": data}).to_yaml()
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included, as YAML that `load_config` reads back as the same."""
+        return strict_yaml.dump(self.model_dump(mode="json"))
+
+
+def nearest_multiples(size: int, unit: int) -> str:
+    """The multiples of `unit` on either side of `size`, for a message."""
+    below = size // unit * unit
+    return f"{below} and {below + unit}" if below else f"{unit}"

@@ -1,0 +1,1 @@
+"""The Fisher's block of each layer: one file a kind."""

@@ -1,0 +1,1 @@
+"""ImageNet and other folders of images."""

@@ -1,0 +1,213 @@
+"""ImageNet, or any tree of its layout, read from files while training.
+
+Pictures are decoded and cut ahead of the training step as bytes; normalisation happens on the training device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.data.base import Original, share
+from kfac_dist.data.imagenet.crops import Views
+from kfac_dist.data.imagenet.decoder import DecodedBatch, Decoder, Request
+from kfac_dist.data.imagenet.folder import PictureFolder
+from kfac_dist.data.imagenet.image_file import decode, read_picture
+from kfac_dist.data.sampling import SlotSampler
+from kfac_dist.tensors.host_copy import to_device
+
+# Of the channels of ImageNet's training images in [0, 1]; what torchvision's recipes use.
+CHANNEL_MEAN = (0.485, 0.456, 0.406)
+CHANNEL_DEVIATION = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """What makes network inputs of bytes: scale * bytes - shift.
+
+    Attributes:
+        scale: (3, 1, 1).
+        shift: (3, side, side) or (3, 1, 1).
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def by_mean_image(cls, mean_image: Tensor) -> Normalisation:
+        """The paper's: subtract the mean image, scale to [0, 1]. `mean_image`: (3, side, side) in 0 ... 255."""
+        return cls(torch.full((3, 1, 1), 1 / 255, dtype=mean_image.dtype), mean_image / 255)
+
+    @classmethod
+    def by_channel(cls) -> Normalisation:
+        """Today's standard: (bytes / 255 - mean) / deviation, of each channel."""
+        mean, deviation = (
+            torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (CHANNEL_MEAN, CHANNEL_DEVIATION)
+        )
+        return cls(1 / (255 * deviation), mean / deviation)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Normalisation:
+        """The same on another device and in another floating type."""
+        return Normalisation(self.scale.to(device, dtype), self.shift.to(device, dtype))
+
+    def apply(self, images: Tensor) -> Tensor:
+        """(N, 3, side, side) uint8 to floating inputs of the shift's type."""
+        return images.to(self.shift.dtype).mul_(self.scale).sub_(self.shift)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Inputs to values in [0, 1]."""
+        return ((images + self.shift) / (255 * self.scale)).clamp(0, 1)
+
+
+class FolderDataset:
+    """Training and evaluation pictures in folders.
+
+    Args:
+        train: Training pictures.
+        evaluation: Evaluation pictures, with the training classes' labels.
+        views: What is cut from each.
+        normalisation: How bytes become inputs.
+        decoder: What reads and decodes; the batches are the same for each to about one level in 255.
+        skip_damaged: Whether a damaged picture is replaced (training) or left out (evaluation) instead of
+            ending the run. The replacement is the next good picture of its slot, so the batch keeps its size
+            and no other slot is concerned.
+        device: Training device.
+        dtype: Floating type of the batches.
+    """
+
+    reads_files = True
+
+    def __init__(
+        self,
+        train: PictureFolder,
+        evaluation: PictureFolder,
+        views: Views,
+        normalisation: Normalisation,
+        decoder: Decoder,
+        skip_damaged: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.train = train
+        self.evaluation = evaluation
+        self.views = views
+        self.normalisation = normalisation.to(device, dtype)
+        self.decoder = decoder
+        self.skip_damaged = skip_damaged
+        self.device = device
+        self._skipped: list[str] = []
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Folder names of the classes."""
+        return self.train.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of training classes."""
+        return len(self.train.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, side, side)."""
+        return 3, self.views.side, self.views.side
+
+    @property
+    def num_train(self) -> int:
+        """Number of training pictures."""
+        return len(self.train)
+
+    @property
+    def num_eval(self) -> int:
+        """Number of evaluation pictures."""
+        return len(self.evaluation)
+
+    def train_batches(
+        self, sampler: SlotSampler, rank: int, num_ranks: int, first_iteration: int, last_iteration: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's slots; see `Dataset.train_batches`.
+
+        Raises:
+            PictureError: On this rank only, if a picture is damaged and must not be, or all of a slot are.
+        """
+
+        def requests() -> Iterator[list[Request]]:
+            for iteration in range(first_iteration, last_iteration):
+                for slot in sampler.local_slots(rank, num_ranks):
+                    indices = sampler.indices(iteration, slot)
+                    views = self.views.train(len(indices), iteration, slot)
+                    yield [
+                        Request(self.train.path(index), view, int(self.train.labels[index]))
+                        for index, view in zip(indices, views, strict=True)
+                    ]
+
+        for batch in self.decoder.run(requests()):
+            yield self._tensors(batch, self._replaced(batch))
+
+    def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the evaluation pictures; see `Dataset.eval_batches`.
+
+        Raises:
+            PictureError: On this rank only, if a picture is damaged and must not be.
+        """
+        mine = share(self.num_eval, rank, num_ranks)
+        view = self.views.evaluation()
+
+        def requests() -> Iterator[list[Request]]:
+            for start in range(0, len(mine), batch_size):
+                yield [
+                    Request(self.evaluation.path(index), view, int(self.evaluation.labels[index]))
+                    for index in mine[start : start + batch_size]
+                ]
+
+        for batch in self.decoder.run(requests()):
+            places = [place for place in range(len(batch.requests)) if self._is_good(batch, place)]
+            if places:
+                yield self._tensors(batch, places)
+
+    def take_skipped(self) -> list[str]:
+        """Damaged pictures met since the last call, with what is wrong; see `Dataset.take_skipped`."""
+        skipped, self._skipped = self._skipped, []
+        return skipped
+
+    def originals(self, sampler: SlotSampler, iteration: int, slot: int, limit: int) -> list[Original]:
+        """Pictures as they are stored, with the outline of their crop; see `Dataset.originals`."""
+        indices = sampler.indices(iteration, slot)
+        found = []
+        for index, view in list(zip(indices, self.views.train(len(indices), iteration, slot), strict=True))[:limit]:
+            picture = read_picture(self.train.path(index))
+            found.append(Original(decode(picture), view(picture.height, picture.width).outline()))
+        return found
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Undo the normalisation; see `Dataset.to_pixels`."""
+        return self.normalisation.undo(images)
+
+    def _replaced(self, batch: DecodedBatch) -> list[int]:
+        """Place of the picture that is used in each place of a training batch."""
+        size = len(batch.requests)
+        good = [self._is_good(batch, place) for place in range(size)]
+        if not any(good):
+            raise batch.problems[0]
+        return [
+            next((place + step) % size for step in range(size) if good[(place + step) % size]) for place in range(size)
+        ]
+
+    def _is_good(self, batch: DecodedBatch, place: int) -> bool:
+        problem = batch.problems.get(place)
+        if problem is None:
+            return True
+        if not self.skip_damaged:
+            raise problem
+        self._skipped.append(str(problem))
+        return False
+
+    def _tensors(self, batch: DecodedBatch, places: list[int]) -> tuple[Tensor, Tensor]:
+        images = batch.images.to(self.device, non_blocking=True)
+        if places != list(range(len(images))):
+            images = images[to_device(torch.tensor(places), self.device)]
+        labels = torch.tensor([batch.requests[place].label for place in places])
+        return self.normalisation.apply(images), to_device(labels, self.device)

@@ -1,0 +1,1 @@
+"""Algorithm 1: the K-FAC optimizer, and SGD as the baseline."""

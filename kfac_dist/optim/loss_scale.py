@@ -1,0 +1,92 @@
+"""Dynamic loss scaling for fp16: gradients too small for half precision are kept by multiplying the loss.
+
+The scale is a power of two, so scaling and unscaling are exact. An update whose gradients overflow on any rank is
+skipped on every rank, and the scale is halved.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_dist.communicator import Communicator
+
+_LARGEST_SCALE = 2.0**24  # beyond it nothing more of fp16's range is to be gained
+
+
+class LossScaler:
+    """Finds the loss scale; give it to the optimizer, which then unscales and skips by itself.
+
+        scaler.scale_loss(loss).backward()
+        optimizer.step()
+
+    Takes the place of `torch.amp.GradScaler`, whose decision is each rank's own.
+
+    Attributes:
+        scale: What the loss is multiplied with now; the same on every rank.
+        num_overflows: Updates skipped so far.
+        is_exhausted: Whether gradients overflowed at a scale of 1, so that no scale can help: training diverged.
+    """
+
+    def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
+        """Set the rule.
+
+        Args:
+            scale: First scale, a power of two from 1 to 2^24.
+            growth_interval: Updates without overflow after which the scale is doubled, >= 1.
+
+        Raises:
+            ValueError: If a setting is out of range.
+        """
+        if scale not in {2.0**exponent for exponent in range(25)}:
+            raise ValueError(f"scale must be a power of two from 1 to 2^24, got {scale}")
+        if growth_interval < 1:
+            raise ValueError(f"growth_interval must be >= 1, got {growth_interval}")
+        self.scale = float(scale)
+        self.num_overflows = 0
+        self.is_exhausted = False
+        self._growth_interval = growth_interval
+        self._num_good = 0
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss times the scale."""
+        return loss * self.scale
+
+    def overflowed(self, buffers: Sequence[Tensor], communicator: Communicator) -> bool:
+        """Whether any value on any rank is infinite or NaN; collective. Sets the scale for the next update.
+
+        The only host synchronisation of a step in fp16.
+
+        Args:
+            buffers: This rank's gradients and factors before they are reduced; not all empty.
+            communicator: Collectives over the ranks.
+        """
+        largest = [torch.linalg.vector_norm(buffer, ord=float("inf")) for buffer in buffers if buffer.numel()]
+        flag = torch.stack(largest).isfinite().all().logical_not().float()
+        found = bool(communicator.all_reduce_(flag, "max"))
+        self._adjust(found)
+        return found
+
+    def _adjust(self, overflowed: bool) -> None:
+        if overflowed:
+            self.num_overflows += 1
+            self._num_good = 0
+            self.is_exhausted = self.scale == 1.0
+            self.scale = max(1.0, self.scale / 2)
+            return
+        self.is_exhausted = False
+        self._num_good += 1
+        if self._num_good == self._growth_interval:
+            self._num_good = 0
+            self.scale = min(_LARGEST_SCALE, self.scale * 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on."""
+        return {"scale": self.scale, "num_good": self._num_good, "num_overflows": self.num_overflows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.scale = float(state["scale"])
+        self._num_good = int(state["num_good"])
+        self.num_overflows = int(state["num_overflows"])

@@ -1,0 +1,1 @@
+"""Before training: what a configuration will do and take."""

@@ -1,0 +1,177 @@
+"""A run's directory, its metrics and its progress display: written by rank 0, silent elsewhere.
+
+Units: ``top1`` and ``top5`` are percentages (0 to 100), times are seconds, ``epoch`` is fractional.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kfac_dist.errors import InputError
+from kfac_dist.runs.reader import METRICS_FILE
+
+KINDS = ("train", "eval", "fisher", "event", "summary")
+
+_SCALAR_KINDS = ("train", "eval", "fisher")  # those that TensorBoard shows
+
+logger = logging.getLogger(__name__)
+
+
+def choose_run_directory(output_dir: str | Path, name: str) -> Path:
+    """Return ``output_dir/name``, or the first of ``name-2``, ``name-3``, … that holds no run yet.
+
+    A directory holds a run when it has a ``metrics.jsonl``. Nothing is created. Call it on one rank and
+    broadcast the answer: another rank may look after the first one has created the directory.
+
+    Raises:
+        InputError: If one cannot look there.
+    """
+    candidate = Path(output_dir) / name
+    number = 1
+    try:
+        while (candidate / METRICS_FILE).exists():
+            number += 1
+            candidate = Path(output_dir) / f"{name}-{number}"
+    except OSError as error:  # no permission, or a name that the file system finds too long
+        raise InputError(
+            f"run.output_dir, run.name: cannot use {candidate} ({error.strerror}); choose another folder or name"
+        ) from error
+    return candidate
+
+
+class RunWriter:
+    """Writes one run's directory: config.yaml, environment.json, metrics.jsonl, TensorBoard events, DONE.
+
+    Every rank makes one and calls the same methods; only the main rank touches the disk.
+
+    Args:
+        directory: From :func:`choose_run_directory`; created with its parents.
+        is_main: Whether this rank writes.
+        config: The resolved configuration as YAML text.
+        environment: From :func:`kfac_dist.runs.environment.describe_environment`.
+
+    Raises:
+        InputError: If the directory cannot be created or written, or already holds a run.
+    """
+
+    def __init__(self, directory: Path, is_main: bool, config: str, environment: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self._stream: TextIO | None = None
+        self._tensorboard: Any = None
+        if not is_main:
+            return
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._stream = (directory / METRICS_FILE).open("x", encoding="utf-8")
+            (directory / "config.yaml").write_text(config, encoding="utf-8")
+            record = json.dumps(_json_value(environment), indent=2, ensure_ascii=False, allow_nan=False)
+            (directory / "environment.json").write_text(record + "\n", encoding="utf-8")
+        except FileExistsError as error:
+            raise InputError(
+                f"run.output_dir, run.name: {error.filename} already exists and is never overwritten; "
+                "choose another name"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"run.output_dir: cannot write the run's directory {directory} ({error.strerror}); "
+                "choose a writable folder"
+            ) from error
+        self._tensorboard = _open_tensorboard(directory)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one object to metrics.jsonl and show its numbers in TensorBoard.
+
+        The line is flushed at once, so a crash loses at most the line being written. Not-a-number and
+        infinite values, which JSON lacks, are written as the strings "NaN", "Infinity" and "-Infinity":
+        ``float()`` reads them back, and a diverged run keeps the difference.
+
+        Args:
+            kind: One of :data:`KINDS`.
+            **fields: The record's fields: numbers (also 0-dimensional tensors), strings, and mappings or
+                sequences of these. Kinds train, eval and fisher need ``iteration``.
+
+        Raises:
+            ValueError: If the kind is unknown.
+            TypeError: If a value is of no kind that JSON has.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind {kind!r}: must be one of {', '.join(KINDS)}")
+        if self._stream is None:
+            return
+        record = _json_value({"kind": kind, **fields})
+        self._stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._stream.flush()
+        if self._tensorboard is not None and kind in _SCALAR_KINDS:
+            for tag, value in _scalars(kind, fields).items():
+                self._tensorboard.add_scalar(tag, value, record["iteration"])
+
+    def finish(self) -> None:
+        """Close the files and mark the run as finished: DONE holds the time (UTC), and comes last."""
+        is_main = self._stream is not None
+        self.close()
+        if is_main:
+            (self.directory / "DONE").write_text(_utc_now() + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the files without marking the run as finished. May be called twice."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+
+
+
+
+
+def _json_value(value: Any) -> Any:
+    """Turn a value into what JSON can hold; see :meth:`RunWriter.write`."""
+    if isinstance(value, torch.Tensor | np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _scalars(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a record under TensorBoard tags: kind, then its texts (layer, matrix), then the field."""
+    prefix = "/".join([kind, *(value for value in fields.values() if isinstance(value, str))])
+    scalars: dict[str, float] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            scalars |= {f"{prefix}/{key}/{name}": float(number) for name, number in value.items()}
+        elif key != "iteration" and not isinstance(value, str):
+            scalars[f"{prefix}/{key}"] = float(value)
+    return scalars
+
+
+def _open_tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("TensorBoard is not installed: no event files (metrics.jsonl is complete without them)")
+        return None
+    return SummaryWriter(directory)
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+

@@ -1,0 +1,1 @@
+"""Pure tensor code: packing, encoding, copies; importable without MPI."""

@@ -1,0 +1,100 @@
+"""The optimizer that a configuration names."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from kfac_dist.communicator import Communicator
+from kfac_dist.config.kfac import EveryRefresh, PaperRefresh, RefreshConfig
+from kfac_dist.config.schema import Config
+from kfac_dist.curvature.refresh_schedule import (
+    AdaptiveRefresh,
+    IntervalRefresh,
+    RefreshSchedule,
+    eq20_interval,
+    eq21_interval,
+)
+from kfac_dist.optim.kfac import KFAC
+from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.optim.sgd import SGD
+from kfac_dist.precision import HALF_DTYPES
+from kfac_dist.timing import StageTimer
+
+
+def create_optimizer(
+    config: Config,
+    model: nn.Module,
+    communicator: Communicator,
+    accumulation_steps: int,
+    epoch_at: Callable[[int], float],
+    timer: StageTimer,
+    loss_scaler: LossScaler | None = None,
+) -> KFAC | SGD:
+    """K-FAC or SGD as configured; collective.
+
+    Args:
+        config: A validated configuration.
+        model: The network, on its device.
+        communicator: Collectives over the ranks.
+        accumulation_steps: Backward passes for each step.
+        epoch_at: Fractional epoch at the start of an iteration, for schedules that go by it.
+        timer: Charged with the stages' seconds.
+        loss_scaler: What losses are scaled with, in fp16.
+
+    Raises:
+        InputError: If a pattern of kfac.skip matches no module.
+    """
+    settings = config.optimizer
+    gradient_comm_dtype = HALF_DTYPES.get(config.communication.gradient_precision)
+    if config.kfac is None:
+        return SGD(
+            model,
+            communicator,
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            weight_rescaling=config.weight_rescaling,
+            loss_scaler=loss_scaler,
+            gradient_comm_dtype=gradient_comm_dtype,
+            timer=timer,
+        )
+    kfac = config.kfac
+    return KFAC(
+        model,
+        communicator,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        damping=kfac.damping.initial,
+        batchnorm_damping_ratio=kfac.damping.batchnorm_ratio,
+        weight_decay=settings.weight_decay,
+        weight_rescaling=config.weight_rescaling,
+        batchnorm=kfac.batchnorm,
+        ema_decay=kfac.ema_decay,
+        refresh=create_refresh(kfac.refresh, epoch_at),
+        accumulation_steps=accumulation_steps,
+        skip=kfac.skip,
+        track_changes=kfac.monitor.diff,
+        loss_scaler=loss_scaler,
+        factor_comm_dtype=HALF_DTYPES.get(config.communication.factor_precision),
+        gradient_comm_dtype=gradient_comm_dtype,
+        timer=timer,
+    )
+
+
+def create_refresh(refresh: RefreshConfig, epoch_at: Callable[[int], float]) -> RefreshSchedule:
+    """The refresh schedule of a `kfac.refresh` section."""
+    if not isinstance(refresh, EveryRefresh | PaperRefresh):
+        return AdaptiveRefresh(refresh.threshold, refresh.max_interval, refresh.after_iteration)
+    interval_multiplier = {
+        "A": refresh.interval_multiplier.input_factor,
+        "G": refresh.interval_multiplier.output_factor,
+        "F": refresh.interval_multiplier.batchnorm,
+    }
+    if isinstance(refresh, EveryRefresh):
+        interval = refresh.interval
+        return IntervalRefresh(lambda iteration: interval, interval_multiplier)
+    rule = {"eq20": eq20_interval, "eq21": eq21_interval}[refresh.schedule]
+    after = refresh.after_iteration
+    return IntervalRefresh(
+        lambda iteration: 1 if iteration <= after else rule(epoch_at(iteration)), interval_multiplier
+    )

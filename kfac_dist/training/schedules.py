@@ -1,0 +1,146 @@
+"""Learning rate, momentum and damping as pure functions of the epoch or the step (Eq. 13-16).
+
+An epoch is fractional: iteration t of a run over N samples with a global batch of B is at epoch t*B/N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kfac_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from kfac_dist.config.schema import ConstantSchedule, CosineSchedule, PolynomialSchedule
+
+
+def polynomial_decay(epoch: float, initial: float, power: float, start: float, end: float) -> float:
+    """Polynomial decay from `initial` to 0 between two epochs (Eq. 15).
+
+    Args:
+        epoch: Fractional epoch, >= 0.
+        initial: Value up to and including `start`.
+        power: Exponent p_decay, > 0.
+        start: Epoch at which the decay starts.
+        end: Epoch from which the value is 0, > `start`.
+
+    Returns:
+        initial * (1 - (epoch - start) / (end - start)) ** power, held constant outside [start, end].
+    """
+    progress = min(max((epoch - start) / (end - start), 0.0), 1.0)
+    return initial * math.pow(1.0 - progress, power)
+
+
+def cosine_decay(epoch: float, initial: float, end: float) -> float:
+    """Half a cosine from `initial` at epoch 0 to 0 at epoch `end`, and 0 after it.
+
+    Args:
+        epoch: Fractional epoch, >= 0.
+        initial: Value at epoch 0.
+        end: Epoch from which the value is 0, > 0.
+    """
+    return 0.5 * initial * (1.0 + math.cos(math.pi * min(epoch / end, 1.0)))
+
+
+def warmup_factor(epoch: float, warmup_epochs: float) -> float:
+    """Linear warm-up: a factor that rises from 0 at epoch 0 to 1 at epoch `warmup_epochs`.
+
+    Args:
+        epoch: Fractional epoch, >= 0.
+        warmup_epochs: Length of the warm-up in epochs; 0 means none.
+    """
+    return min(epoch / warmup_epochs, 1.0) if warmup_epochs > 0 else 1.0
+
+
+def coupled_momentum(learning_rate: float, initial_learning_rate: float, initial_momentum: float) -> float:
+    """Momentum in a fixed ratio to the learning rate (Eq. 16).
+
+    Args:
+        learning_rate: eta(e), the learning rate of this step.
+        initial_learning_rate: eta(0), > 0.
+        initial_momentum: m(0).
+
+    Returns:
+        m(e) = m(0) / eta(0) * eta(e); exactly m(0) while the learning rate is the initial one.
+    """
+    return initial_momentum * (learning_rate / initial_learning_rate)
+
+
+def damping_at(step: int, initial: float, target: float, warmup_steps: int) -> float:
+    """Damping at an optimizer step (Eq. 13-14 iterated `step` times, in closed form).
+
+    The recurrence gamma(t+1) = (1 - alpha) gamma(t) + alpha * target, with
+    alpha = 2 log10(initial / target) / warmup_steps, multiplies the distance to the target by 1 - alpha at
+    each step. Outside 0 <= alpha <= 1 the damping would grow without bound or turn negative, so such settings
+    are refused.
+
+    Args:
+        step: Number of updates made before this one, >= 0.
+        initial: gamma(0), > 0.
+        target: gamma_target, > 0, at most `initial`.
+        warmup_steps: t_warmup, in updates, at least 2 log10(initial / target). Thus 0 goes only with constant
+            damping, `initial` equal to `target`.
+
+    Raises:
+        InputError: If the settings are outside these ranges.
+    """
+    if initial == target:
+        return target
+    total = 2.0 * (math.log10(initial) - math.log10(target))
+    if not 0.0 < total <= warmup_steps:
+        raise InputError(
+            "damping must fall from initial to a lower target in at least 2 log10(initial / target) "
+            f"warmup_steps, got initial {initial}, target {target}, warmup_steps {warmup_steps}: "
+            + (f"use {math.ceil(total)} steps or more" if total > 0 else "lower the target")
+        )
+    return target + (initial - target) * (1.0 - total / warmup_steps) ** step
+
+
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """Learning rate as a function of the fractional epoch.
+
+    Attributes:
+        decay: The learning rate without warm-up at an epoch.
+        warmup_epochs: Length of the linear warm-up that multiplies it, in epochs; 0 means none.
+    """
+
+    decay: Callable[[float], float]
+    warmup_epochs: float = 0.0
+
+    @classmethod
+    def from_config(
+        cls, schedule: PolynomialSchedule | CosineSchedule | ConstantSchedule, initial_learning_rate: float
+    ) -> LearningRateSchedule:
+        """The schedule that the `schedule` section of a configuration describes.
+
+        Args:
+            schedule: The `schedule` section.
+            initial_learning_rate: eta(0), > 0.
+        """
+        decay: Callable[[float], float]
+        if schedule.kind == "polynomial":
+            decay = partial(
+                polynomial_decay,
+                initial=initial_learning_rate,
+                power=schedule.power,
+                start=schedule.start_epoch,
+                end=schedule.end_epoch,
+            )
+        elif schedule.kind == "cosine":
+            decay = partial(cosine_decay, initial=initial_learning_rate, end=schedule.end_epoch)
+        else:
+            decay = partial(_constant, value=initial_learning_rate)
+        return cls(decay, schedule.warmup_epochs)
+
+    def at(self, epoch: float) -> float:
+        """Learning rate at a fractional epoch, >= 0."""
+        return self.decay(epoch) * warmup_factor(epoch, self.warmup_epochs)
+
+
+def _constant(epoch: float, value: float) -> float:
+    del epoch  # every schedule is called with the epoch
+    return value

@@ -1,0 +1,425 @@
+"""Damping, factorisation and preconditioning against dense matrices.
+
+vec is row-major: entry (i, j) of a d_out × n gradient stands at i·n + j, so that G X A ↔ kron(G, A) vec(X).
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kfac_dist.curvature import solvers as inverse
+from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
+from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
+from kfac_dist.curvature.inversion import MIN_INTERVAL_FOR_INVERSE, InverseRefresh, InversionTask
+from kfac_dist.curvature.precondition import Preconditioner
+from kfac_dist.curvature.running import BlockCurvature
+from kfac_dist.curvature.solvers import (
+    Solver,
+    StackBatches,
+    add_to_diagonal,
+    damp_factors,
+    precondition_kronecker,
+    precondition_vectors,
+)
+
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def random_psd(count, size, seed=0, rank=None):
+    roots = random(count, size, rank or size, seed=seed)
+    return roots @ roots.mT
+
+
+def identity(size):
+    return torch.eye(size, dtype=torch.float64)
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+# Damping
+
+
+def test_damping_numbers_by_hand():
+    # tr A / dim A = 8, tr G / dim G = 2 → pi = 2; √gamma = 0.3 → 0.6 on A, 0.15 on G.
+    A = torch.tensor([[[4.0, 1.0], [1.0, 12.0]]], dtype=torch.float64)
+    G = torch.tensor([[[1.0, 0.5, 0.0], [0.5, 2.0, 0.0], [0.0, 0.0, 3.0]]], dtype=torch.float64)
+    A_damped, G_damped = damp_factors(A, G, 0.09)
+    assert_close(A_damped[0], torch.tensor([[4.6, 1.0], [1.0, 12.6]], dtype=torch.float64))
+    assert_close(G_damped[0], G[0] + 0.15 * identity(3))
+
+
+def test_each_pair_of_a_stack_has_a_pi_of_its_own():
+    A, G = random_psd(3, 4), random_psd(3, 2, seed=1)
+    A_damped, G_damped = damp_factors(A, G, 0.01)
+    for group in range(3):
+        pi = math.sqrt((A[group].trace().item() / 4) / (G[group].trace().item() / 2))
+        assert_close(A_damped[group], A[group] + pi * 0.1 * identity(4))
+        assert_close(G_damped[group], G[group] + 0.1 / pi * identity(2))
+
+
+@pytest.mark.parametrize(("scale_A", "scale_G"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_pi_is_1_where_a_trace_is_0(scale_A, scale_G):
+    A, G = scale_A * random_psd(1, 3), scale_G * random_psd(1, 2)
+    A_damped, G_damped = damp_factors(A, G, 0.04)
+    assert_close(A_damped, A + 0.2 * identity(3))
+    assert_close(G_damped, G + 0.2 * identity(2))
+
+
+def test_damping_leaves_its_arguments_unchanged():
+    A, G = random_psd(2, 3), random_psd(2, 2)
+    copies = A.clone(), G.clone()
+    damp_factors(A, G, 1.0)
+    add_to_diagonal(A, torch.ones(2, dtype=torch.float64))
+    StackBatches([A, G]).add_to_diagonals([torch.ones(2, dtype=torch.float64)] * 2)
+    assert torch.equal(A, copies[0])
+    assert torch.equal(G, copies[1])
+
+
+@pytest.mark.parametrize("damping", [0.0, -0.1, math.nan])
+def test_damping_must_be_positive(damping):
+    with pytest.raises(ValueError, match=r"damping must be > 0, got"):
+        damp_factors(random_psd(1, 2), random_psd(1, 2), damping)
+
+
+# Cholesky
+
+
+@pytest.mark.parametrize("batched_up_to", [512, 3, 0])
+def test_batches_equal_one_matrix_at_a_time(batched_up_to, monkeypatch):
+    monkeypatch.setattr(inverse, "_BATCHED_UP_TO", batched_up_to)
+    factor_shapes = [random_psd(1, 4), random_psd(3, 2, seed=1), random_psd(2, 4, seed=2), random_psd(1, 1, seed=3)]
+    shifts = [torch.arange(1.0, len(stack) + 1, dtype=torch.float64) for stack in factor_shapes]
+    batches = StackBatches(factor_shapes)
+    for mean, stack in zip(batches.mean_diagonals(), factor_shapes, strict=True):
+        assert_close(mean, torch.stack([matrix.trace() / len(matrix) for matrix in stack]))
+    batches.add_to_diagonals(shifts)
+    solvers, failed = batches.factorise()
+    assert failed.tolist() == [False] * 4
+    assert [solver.is_inverse for solver in solvers] == [False, True, False, True]
+    for stack, shift, solver in zip(factor_shapes, shifts, solvers, strict=True):
+        assert solver.matrix.shape == stack.shape
+        for matrix, value, found in zip(stack, shift, solver.matrix, strict=True):
+            damped = matrix + value * identity(len(matrix))
+            if solver.is_inverse:
+                assert_close(found @ damped, identity(len(matrix)))
+            else:
+                assert_close(found, found.tril())
+                assert_close(found @ found.T, damped)
+
+
+@pytest.mark.parametrize("bad", [-5.0, math.nan])
+def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
+    factor_shapes = [random_psd(2, 3), random_psd(2, 3, seed=1), random_psd(1, 2)]
+    factor_shapes[1][1, 0, 0] = bad
+    batches = StackBatches(factor_shapes)
+    batches.add_to_diagonals([torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in factor_shapes])
+    assert batches.factorise()[1].tolist() == [False, True, False]
+
+
+# Preconditioning
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize(("count", "rows", "columns"), [(1, 3, 5), (1, 5, 3), (2, 3, 4), (4, 1, 2)])
+def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns, inverted):
+    A = random_psd(count, columns, rank=2)  # singular but for the damping
+    G = random_psd(count, rows, seed=1, rank=1)
+    gradient = random(count, rows, columns, seed=2)
+    A_damped, G_damped = damp_factors(A, G, 1e-2)
+    A_solver, G_solver = Solver(torch.linalg.cholesky(A_damped)), Solver(torch.linalg.cholesky(G_damped))
+    if inverted:
+        A_solver, G_solver = A_solver.inverted(), G_solver.inverted()
+    solved = precondition_kronecker(gradient, A_solver, G_solver)
+    for group in range(count):
+        dense = torch.kron(G_damped[group], A_damped[group])
+        expected = torch.linalg.solve(dense, gradient[group].flatten())
+        assert_close(solved[group].flatten(), expected)
+
+
+def test_vectors_are_solved_block_by_block():
+    stack, gradient = random_psd(3, 4) + 0.1 * identity(4), random(3, 4, 1, seed=1)
+    solved = precondition_vectors(gradient, Solver(torch.linalg.cholesky(stack)))
+    dense = torch.linalg.solve(torch.block_diag(*stack), gradient.flatten())
+    assert_close(solved.flatten(), dense)
+
+
+# What an owner keeps: running average, refresh, retries
+
+
+def kronecker_curvature(groups=1, bias=True, name="layer"):
+    layer = nn.Conv2d(2 * groups, 3 * groups, 2, groups=groups, bias=bias, dtype=torch.float64)
+    curvature = BlockCurvature(KroneckerBlock(name, layer, list(layer.parameters())))
+    for seed, (matrix, (count, size)) in enumerate(curvature.block.factor_shapes.items()):
+        curvature.average(matrix, random_psd(count, size, seed=seed, rank=2), None)
+    return curvature
+
+
+def batchnorm_curvature(form, name="norm"):
+    layer = nn.BatchNorm2d(3, dtype=torch.float64)
+    curvature = BlockCurvature(BatchNormBlock(name, layer, list(layer.parameters()), form))
+    curvature.average("F", random_psd(*curvature.block.factor_shapes["F"]), None)
+    return curvature
+
+
+def matrices_of(*curvatures):
+    return {curvature.block.name: list(curvature.block.factor_shapes) for curvature in curvatures}
+
+
+def precondition(curvature, gradient):
+    return Preconditioner().apply([curvature], [gradient])[0]
+
+
+def jobs_for(*curvatures, damping=0.1):
+    return [InversionTask(curvature, damping, list(curvature.block.factor_shapes)) for curvature in curvatures]
+
+
+def refresh_inverses(curvatures, dampings, matrices, expected_interval=lambda key: 1):
+    tasks = [InversionTask(c, damping, matrices[c.block.name]) for c, damping in zip(curvatures, dampings, strict=True)]
+    return InverseRefresh().refresh(tasks, expected_interval)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_kronecker_block_equals_a_dense_solve_of_weight_and_bias(groups, bias):
+    curvature = kronecker_curvature(groups, bias)
+    report = refresh_inverses([curvature], [0.01], matrices_of(curvature))
+    assert (report.num_retries, report.num_kept) == (0, 0)
+    weight, offset = random(3 * groups, 2, 2, 2, seed=8), random(3 * groups, seed=9)
+    flat = torch.cat([weight.flatten(), offset]) if bias else weight.flatten()
+
+    direction = precondition(curvature, flat.clone())
+    A_damped, G_damped = damp_factors(curvature.running["A"], curvature.running["G"], 0.01)
+    expected_weight, expected_offset = [], []
+    for group in range(groups):
+        rows = slice(3 * group, 3 * group + 3)
+        gradient = weight[rows].flatten(1)
+        if bias:
+            gradient = torch.cat([gradient, offset[rows, None]], dim=1)
+        solved = torch.linalg.solve(torch.kron(G_damped[group], A_damped[group]), gradient.flatten())
+        solved = solved.view(3, -1)
+        expected_weight.append(solved[:, :8].flatten())
+        expected_offset.append(solved[:, 8:].flatten())
+    assert_close(direction, torch.cat(expected_weight + expected_offset))
+
+
+@pytest.mark.parametrize("form", ["full", "unit", "diagonal"])
+def test_batchnorm_block_equals_a_dense_solve_of_fisher_plus_damping(form):
+    curvature = batchnorm_curvature(form)
+    refresh_inverses([curvature], [0.3], matrices_of(curvature))
+    gradient = random(6, seed=5)
+    dense = 0.3 * identity(6)
+    for index, matrix in enumerate(curvature.running["F"]):
+        places = {"full": list(range(6)), "unit": [index, 3 + index], "diagonal": [index]}[form]
+        dense[torch.tensor(places)[:, None], torch.tensor(places)] += matrix
+    assert_close(precondition(curvature, gradient), torch.linalg.solve(dense, gradient))
+
+
+def test_without_an_inverse_the_gradient_passes_through():
+    curvature = kronecker_curvature()
+    gradient = random(curvature.block.num_values)
+    assert torch.equal(precondition(curvature, gradient), gradient)
+
+
+def test_damping_does_not_build_up_in_the_running_fisher():
+    curvature = kronecker_curvature()
+    before = {matrix: value.clone() for matrix, value in curvature.running.items()}
+    refresh_inverses([curvature], [0.5], matrices_of(curvature))
+    first = {matrix: solver.matrix.clone() for matrix, solver in curvature.solvers.items()}
+    for _ in range(3):
+        refresh_inverses([curvature], [0.5], matrices_of(curvature))
+    for matrix in ("A", "G"):
+        assert torch.equal(curvature.running[matrix], before[matrix])
+        assert torch.equal(curvature.solvers[matrix].matrix, first[matrix])
+
+
+def test_running_average_is_unbiased_from_the_first_statistic_on():
+    decay, factors = 0.8, [random_psd(1, 2, seed=seed) for seed in range(5)]
+    curvature = BlockCurvature(KroneckerBlock("layer", nn.Linear(2, 2, bias=False), []))
+    for count in range(1, 6):
+        curvature.average("A", factors[count - 1].clone(), decay)
+        weights = [decay ** (count - 1 - index) for index in range(count)]
+        weighted = sum(weight * value for weight, value in zip(weights, factors[:count], strict=True))
+        assert_close(curvature.running["A"], weighted / sum(weights))
+
+
+def test_without_a_decay_the_newest_statistic_replaces_the_last():
+    curvature = BlockCurvature(KroneckerBlock("layer", nn.Linear(2, 2, bias=False), []))
+    for seed in range(3):
+        curvature.average("A", random_psd(1, 2, seed=seed), None)
+    assert torch.equal(curvature.running["A"], random_psd(1, 2, seed=2))
+
+
+def test_a_failing_block_alone_is_retried_with_ten_times_the_damping():
+    good, bad = batchnorm_curvature("diagonal", "good"), batchnorm_curvature("diagonal", "bad")
+    bad.running["F"][2] = -1.0  # needs a damping above 1: 0.05 and 0.5 fail, 5 does
+    report = refresh_inverses([good, bad], [0.05, 0.05], matrices_of(good, bad))
+    assert (report.num_retries, report.num_kept) == (2, 0)
+    assert_close(good.solvers["F"].matrix, 1 / (good.running["F"] + 0.05))
+    assert_close(bad.solvers["F"].matrix, 1 / (bad.running["F"] + 5.0))
+
+
+@pytest.mark.parametrize("hopeless", [-1e6, math.nan])
+def test_as_a_last_resort_the_previous_inverse_is_kept(hopeless):
+    good, bad = kronecker_curvature(name="good"), kronecker_curvature(name="bad")
+    refresh_inverses([good, bad], [0.1, 0.1], matrices_of(good, bad))
+    previous = {matrix: solver.matrix.clone() for matrix, solver in bad.solvers.items()}
+    bad.running["G"][0, 0, 0] = hopeless
+    report = refresh_inverses([good, bad], [0.2, 0.2], matrices_of(good, bad))
+    assert (report.num_retries, report.num_kept) == (3, 1)
+    for matrix in ("A", "G"):  # both, so that they fit each other
+        assert torch.equal(bad.solvers[matrix].matrix, previous[matrix])
+    A_damped, _ = damp_factors(good.running["A"], good.running["G"], 0.2)
+    assert_close(good.solvers["A"].matrix, torch.linalg.cholesky(A_damped))
+
+
+def test_a_matrix_that_is_not_refreshed_keeps_its_factors():
+    curvature = kronecker_curvature()
+    refresh_inverses([curvature], [0.1], matrices_of(curvature))
+    previous = {matrix: solver.matrix.clone() for matrix, solver in curvature.solvers.items()}
+    curvature.average("G", random_psd(1, 3, seed=9), None)
+    refresh_inverses([curvature], [0.1], {"layer": ["G"]})
+    assert torch.equal(curvature.solvers["A"].matrix, previous["A"])
+    assert not torch.allclose(curvature.solvers["G"].matrix, previous["G"])
+
+
+def test_a_matrix_that_serves_long_is_kept_as_its_inverse():
+    factors, inverses = kronecker_curvature(), kronecker_curvature()
+    refresh_inverses([factors], [0.1], matrices_of(factors))
+    intervals = {"A": MIN_INTERVAL_FOR_INVERSE, "G": MIN_INTERVAL_FOR_INVERSE - 1}
+    refresh_inverses([inverses], [0.1], matrices_of(inverses), lambda key: intervals[key[1]])
+    assert [inverses.solvers[matrix].is_inverse for matrix in ("A", "G")] == [True, False]
+    gradient = random(factors.block.num_values)
+    assert_close(precondition(inverses, gradient), precondition(factors, gradient))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_an_inverse_is_that_of_a_dense_computation(size):
+    stack = random_psd(4, size) + identity(size)
+    assert_close(Solver(torch.linalg.cholesky(stack)).inverted().matrix, torch.linalg.inv(stack))
+
+
+# Deferred answers, as on a GPU
+
+
+def test_deferred_and_immediate_refreshes_end_alike():
+    results = []
+    for deferred in (False, True):
+        good, bad = batchnorm_curvature("diagonal", "good"), batchnorm_curvature("diagonal", "bad")
+        bad.running["F"][2] = -1.0  # 0.05 and 0.5 fail, 5 does
+        refresh = InverseRefresh(deferred)
+        reports = [refresh.refresh(jobs_for(good, bad, damping=0.05)), *(refresh.refresh([]) for _ in range(4))]
+        results.append((good.solvers["F"].matrix, bad.solvers["F"].matrix))
+        assert [report.num_retries for report in reports] == ([0, 1, 1, 0, 0] if deferred else [2, 0, 0, 0, 0])
+        assert sum(report.num_kept for report in reports) == 0
+    for immediate, deferred in zip(*results, strict=True):
+        assert torch.equal(immediate, deferred)
+
+
+@pytest.mark.parametrize("serves_long", [False, True])
+@pytest.mark.parametrize("hopeless", [-1e6, math.nan])
+def test_until_a_deferred_answer_is_known_the_device_keeps_the_previous_solvers(hopeless, serves_long):
+    curvature, refresh = kronecker_curvature(), InverseRefresh(deferred=True)
+    gradient = random(curvature.block.num_values)
+    refresh.refresh(jobs_for(curvature), lambda key: 20 if serves_long else 1)
+    before = precondition(curvature, gradient)
+    curvature.running["G"][0, 0, 0] = hopeless
+    reports = [refresh.refresh(jobs_for(curvature))]
+    assert_close(precondition(curvature, gradient), before)
+    reports += [refresh.refresh([]) for _ in range(5)]
+    assert [report.num_retries for report in reports] == [0, 1, 1, 1, 0, 0]
+    assert [report.num_kept for report in reports] == [0, 0, 0, 0, 1, 0]
+    assert_close(precondition(curvature, gradient), before)
+
+
+def test_a_first_refresh_that_fails_leaves_the_plain_gradient():
+    for deferred in (False, True):
+        curvature = kronecker_curvature()
+        curvature.running["A"][0, 0, 0] = math.nan
+        InverseRefresh(deferred).refresh(jobs_for(curvature))
+        gradient = random(curvature.block.num_values)
+        assert torch.equal(precondition(curvature, gradient), gradient)
+
+
+def test_a_block_that_fails_and_is_refreshed_again_keeps_its_higher_damping():
+    curvature, refresh = batchnorm_curvature("diagonal"), InverseRefresh(deferred=True)
+    curvature.running["F"][2] = -0.3
+    for _ in range(2):
+        refresh.refresh(jobs_for(curvature, damping=0.05))
+    assert_close(curvature.solvers["F"].matrix, 1 / (curvature.running["F"] + 0.5))
+
+
+def test_what_is_to_be_tried_again_is_part_of_the_state():
+    results = []
+    for restored in (False, True):
+        curvature, refresh = batchnorm_curvature("diagonal"), InverseRefresh(deferred=True)
+        curvature.running["F"][2] = -0.3
+        refresh.refresh(jobs_for(curvature, damping=0.05))
+        state = refresh.state_dict()
+        assert state == {"norm": (0.05, ["F"], 1)}
+        if restored:
+            refresh = InverseRefresh(deferred=True)
+            refresh.load_state_dict(state, {"norm": curvature})
+        refresh.refresh([])
+        results.append(curvature.solvers["F"].matrix)
+    assert torch.equal(*results)
+    assert_close(results[0], 1 / (curvature.running["F"] + 0.5))
+
+
+# Many blocks together
+
+
+def many_curvatures():
+    """Three convolutions of one shape, one of them with two groups' worth, a linear layer, and three BatchNorms."""
+    curvatures = [kronecker_curvature(groups, name=f"conv{n}") for n, groups in enumerate((1, 2, 1))]
+    linear = nn.Linear(8, 3, dtype=torch.float64)  # with its bias as large as the convolutions: 9 columns, 3 rows
+    curvatures.append(BlockCurvature(KroneckerBlock("linear", linear, list(linear.parameters()))))
+    for seed, (matrix, (count, size)) in enumerate(curvatures[-1].block.factor_shapes.items()):
+        curvatures[-1].average(matrix, random_psd(count, size, seed=seed + 20), None)
+    curvatures += [batchnorm_curvature(form, f"{form}{n}") for n, form in enumerate(("unit", "diagonal", "diagonal"))]
+    return curvatures
+
+
+@pytest.mark.parametrize("interval", [1, 20])
+def test_blocks_solved_together_equal_blocks_solved_alone(interval):
+    curvatures = many_curvatures()
+    InverseRefresh().refresh(jobs_for(*curvatures), lambda key: interval)
+    gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
+    alone = [precondition(curvature, gradient) for curvature, gradient in zip(curvatures, gradients, strict=True)]
+    together = Preconditioner()
+    for _ in range(2):  # the second time with solvers that share memory
+        for actual, expected in zip(together.apply(curvatures, gradients), alone, strict=True):
+            assert_close(actual, expected)
+    shapes = {tuple(curvature.block.factor_shapes.values()) for curvature in curvatures}
+    assert len(shapes) == 4
+
+
+def test_inverses_of_one_shape_share_memory_until_one_is_replaced():
+    curvatures = many_curvatures()
+    refresh, together = InverseRefresh(), Preconditioner()
+    refresh.refresh(jobs_for(*curvatures), lambda key: 20)
+    gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
+    together.apply(curvatures, gradients)
+
+    def storages():
+        return [c.solvers["G" if "G" in c.solvers else "F"].matrix.untyped_storage().data_ptr() for c in curvatures]
+
+    first = storages()
+    assert len(set(first[:4])) == 1
+    assert len({first[0], first[4], first[5]}) == 3
+    assert first[5] == first[6]
+    together.apply(curvatures, gradients)
+    assert storages() == first, "nothing is copied while nothing changes"
+
+    curvatures[1].average("G", random_psd(2, 3, seed=9), None)
+    refresh.refresh([InversionTask(curvatures[1], 0.1, ["G"])], lambda key: 20)
+    expected = precondition(curvatures[1], gradients[1])
+    assert_close(together.apply(curvatures, gradients)[1], expected)
+    assert len(set(storages()[:4])) == 1

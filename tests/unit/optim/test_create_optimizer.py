@@ -1,0 +1,100 @@
+"""From the `kfac` section of a configuration to schedules and settings; the spectrum of a matrix. One process."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from kfac_dist import KFAC, SGD, create_communicator
+from kfac_dist.config.load import load_config
+from kfac_dist.curvature.spectrum import spectrum
+from kfac_dist.errors import InputError
+from kfac_dist.timing import StageTimer
+from kfac_dist.training.build import create_optimizer, create_refresh
+from tests.paths import QUICKSTART
+from tests.small_net import make_kfac, make_net, train
+
+
+def refresh_of(*overrides: str) -> Any:
+    config = load_config(QUICKSTART, overrides)
+    assert config.kfac is not None
+    return create_refresh(config.kfac.refresh, lambda iteration: iteration / 100)
+
+
+def intervals(schedule: Any, iterations: list[int], matrix: str = "G") -> list[int]:
+    return [schedule.expected_interval(("layer", matrix), iteration) for iteration in iterations]
+
+
+def test_every_with_a_stretch_for_each_kind_of_matrix():
+    schedule = refresh_of(
+        "kfac.refresh={schedule: every, interval: 2, interval_multiplier: {input_factor: 5, batchnorm: 3}}"
+    )
+    assert [intervals(schedule, [0], matrix) for matrix in "AGF"] == [[10], [2], [6]]
+
+
+def test_the_papers_schedules_start_after_iteration_500():
+    places = [0, 499, 500, 501, 999, 1000, 1299, 1300, 2500]
+    assert intervals(refresh_of("kfac.refresh={schedule: eq20}"), places) == [1, 1, 1, 6, 6, 11, 11, 11, 20]
+    assert intervals(refresh_of("kfac.refresh={schedule: eq21}"), places) == [1, 1, 1, 1, 1, 1, 1, 20, 20]
+    late = refresh_of("kfac.refresh={schedule: eq21, after_iteration: 2000}")
+    assert intervals(late, places) == [1, 1, 1, 1, 1, 1, 1, 1, 20]
+
+
+def test_adaptive_keys_reach_the_rule():
+    schedule = refresh_of("kfac.refresh={schedule: adaptive, threshold: 0.3, max_interval: 4, after_iteration: 2}")
+    key = ("layer", "A")
+    for iteration, change, expected in [(0, 0.1, 1), (2, 0.29, 2), (4, 0.1, 3), (7, 0.1, 4), (11, 0.31, 2)]:
+        schedule.record(iteration, {key: change})
+        assert schedule.expected_interval(key, iteration) == expected, iteration
+
+
+def test_unknown_keys_of_a_schedule_are_refused():
+    with pytest.raises(InputError, match=r"kfac\.refresh.*interval"):
+        refresh_of("kfac.refresh={schedule: eq21, interval: 5}")
+
+
+def test_settings_reach_the_optimizers():
+    overrides = ["optimizer.learning_rate=0.07", "optimizer.weight_decay=0.01", "kfac.ema_decay=0.9",
+                 "kfac.batchnorm=unit", "kfac.skip=['4']", "kfac.monitor.diff=true"]  # fmt: skip
+    config = load_config(QUICKSTART, overrides)
+    communicator = create_communicator("reduce")
+    net = make_net()
+    kfac = create_optimizer(config, net, communicator, 3, lambda iteration: 0.0, StageTimer())
+    assert isinstance(kfac, KFAC)
+    group = kfac.param_groups[0]
+    expected = {"lr": 0.07, "momentum": 0.9, "damping": 0.025, "batchnorm_damping_ratio": 16, "weight_decay": 0.01,
+                "weight_rescaling": "always"}  # fmt: skip
+    assert {name: group[name] for name in expected} == expected
+    assert [block.form for block in kfac.blocks] == ["kronecker", "unit", "plain"]
+    assert kfac.accumulation_steps == 3
+    train(net, kfac, steps=1)
+    assert set(kfac.changes) == {("0", "A"), ("0", "G"), ("1", "F")}
+
+    sgd_overrides = ["optimizer.name=sgd", "kfac=null", "optimizer.weight_decay=0.02"]
+    sgd = create_optimizer(
+        load_config(QUICKSTART, sgd_overrides), make_net(), communicator, 1, lambda iteration: 0.0, StageTimer()
+    )
+    assert isinstance(sgd, SGD)
+    assert (sgd.param_groups[0]["lr"], sgd.param_groups[0]["weight_decay"]) == (0.03, 0.02)
+
+
+def test_spectrum_of_known_matrices():
+    stack = torch.stack([torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([0.0, 1.0]))]).double()
+    smallest, largest, rank = spectrum(stack).tolist()
+    entropy = -(0.25 * math.log(0.25) * 2 + 0.5 * math.log(0.5))
+    assert (smallest, largest) == (0.0, 2.0)
+    assert rank == pytest.approx(math.exp(entropy))
+    assert spectrum(torch.eye(7)[None])[2].item() == pytest.approx(7)
+    ones = torch.ones(1, 5, 5)
+    assert spectrum(ones)[2].item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_optimizers_spectra_are_those_of_its_running_matrices():
+    net = make_net()
+    optimizer = make_kfac(net)
+    train(net, optimizer, steps=1)
+    spectra = optimizer.spectra()
+    running = optimizer.state_dict()["kfac"]["blocks"]["4"]["running"]["G"]
+    assert spectra["4", "G"] == tuple(spectrum(running).tolist())
+    assert len(spectra) == 5

@@ -1,0 +1,223 @@
+"""The run's directory, metrics.jsonl, TensorBoard events."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from kfac_dist.errors import InputError
+from kfac_dist.runs import writer
+from kfac_dist.runs.environment import describe_environment
+from kfac_dist.runs.progress import Progress
+from kfac_dist.runs.reader import read_metrics
+from kfac_dist.runs.writer import KINDS, RunWriter, choose_run_directory
+
+TRAIN = {
+    "iteration": 7,
+    "epoch": 0.5,
+    "loss": 1.25,
+    "top1": 60.0,
+    "stage_seconds": {"forward": 0.1, "inverse": 0.25},
+    "communication_bytes": 1024,
+}
+
+
+@pytest.fixture
+def make_writer():
+    """Make a writer that is closed after the test."""
+    writers = []
+
+    def make(directory, is_main=True):
+        writers.append(RunWriter(directory, is_main, "run: {name: test}\n", {"python": "3"}))
+        return writers[-1]
+
+    yield make
+    for writer in writers:
+        writer.close()
+
+
+def lines_of(directory):
+    return (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def strict_loads(line):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+# The folder
+
+
+def test_folder_names_count_up_past_folders_that_hold_a_run(tmp_path):
+    assert choose_run_directory(tmp_path, "a") == tmp_path / "a"
+    for name in ("a", "a-2", "a-4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+    assert choose_run_directory(str(tmp_path), "a") == tmp_path / "a-3"
+    (tmp_path / "a-3").mkdir()  # a folder without metrics holds no run
+    assert choose_run_directory(tmp_path, "a") == tmp_path / "a-3"
+    assert choose_run_directory(tmp_path, "b") == tmp_path / "b"
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_run_leaves_every_file_of_the_contract(tmp_path, make_writer):
+    run = tmp_path / "deep" / "run"
+    writer = make_writer(run)
+    writer.write("train", **TRAIN)
+    assert not (run / "DONE").exists()
+    writer.finish()
+    assert {path.name.split(".")[0] for path in run.iterdir()} == {
+        "config",
+        "environment",
+        "metrics",
+        "events",
+        "DONE",
+    }
+    assert (run / "config.yaml").read_text() == "run: {name: test}\n"
+    assert json.loads((run / "environment.json").read_text()) == {"python": "3"}
+
+
+def test_closing_without_finishing_leaves_no_done_marker(tmp_path, make_writer):
+    writer = make_writer(tmp_path)
+    writer.close()
+    writer.close()
+    assert not (tmp_path / "DONE").exists()
+
+
+def test_other_ranks_write_nothing(tmp_path, make_writer):
+    run = tmp_path / "run"
+    writer = make_writer(run, is_main=False)
+    writer.write("train", **TRAIN)
+    writer.finish()
+    assert not run.exists()
+
+
+def test_an_existing_run_is_never_overwritten(tmp_path, make_writer):
+    first = make_writer(tmp_path)
+    first.write("event", message="first")
+    with pytest.raises(InputError, match=r"metrics\.jsonl already exists.*another name"):
+        RunWriter(tmp_path, True, "run: {name: second}\n", {})
+    assert [json.loads(line)["message"] for line in lines_of(tmp_path)] == ["first"]
+    assert (tmp_path / "config.yaml").read_text() == "run: {name: test}\n"
+
+
+def test_an_output_folder_that_is_a_file_is_an_input_error(tmp_path, make_writer):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"run\.output_dir.*file"):
+        make_writer(tmp_path / "file" / "run")
+
+
+# metrics.jsonl
+
+
+def test_each_record_is_on_disk_as_one_line_before_the_run_ends(tmp_path, make_writer):
+    writer = make_writer(tmp_path)
+    for kind in KINDS:
+        writer.write(kind, **TRAIN)
+        assert strict_loads(lines_of(tmp_path)[-1]) == {"kind": kind, **TRAIN}
+    assert len(lines_of(tmp_path)) == 5
+
+
+def test_values_that_json_lacks_come_back_as_floats(tmp_path, make_writer):
+    writer = make_writer(tmp_path)
+    writer.write("train", iteration=0, loss=math.nan, stage_seconds={"inverse": math.inf}, damping=-math.inf)
+    record = strict_loads(lines_of(tmp_path)[0])
+    assert record["loss"] == "NaN"
+    assert math.isnan(float(record["loss"]))
+    assert record["stage_seconds"] == {"inverse": "Infinity"}
+    assert float(record["damping"]) == -math.inf
+
+
+def test_tensors_and_numpy_values_become_numbers(tmp_path, make_writer):
+    writer = make_writer(tmp_path)
+    values = {
+        "loss": torch.tensor(0.5),
+        "top1": np.float32(12.5),
+        "images": np.int64(3),
+        "flags": (True, None),
+    }
+    writer.write("event", layer="größe\n", **values)
+    assert strict_loads(lines_of(tmp_path)[0]) == {
+        "kind": "event",
+        "layer": "größe\n",
+        "loss": 0.5,
+        "top1": 12.5,
+        "images": 3,
+        "flags": [True, None],
+    }
+
+
+def test_unknown_kind_and_unknown_type_are_refused(tmp_path, make_writer):
+    writer = make_writer(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown kind 'test'.*eval"):
+        writer.write("test", loss=1.0)
+    with pytest.raises(TypeError):
+        writer.write("event", loss=object())
+    assert lines_of(tmp_path) == []
+
+
+def test_reading_tolerates_a_line_that_a_crash_cut_off(tmp_path, make_writer):
+    writer = make_writer(tmp_path)
+    writer.write("train", **TRAIN)
+    writer.write("eval", iteration=7, top1=50.0)
+    writer.close()
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    assert [record["kind"] for record in read_metrics(tmp_path)] == ["train", "eval"]
+    for length in range(len(whole)):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:length])
+        assert len(read_metrics(tmp_path)) == whole[:length].count(b"\n")
+
+
+@pytest.mark.parametrize("damage", ['{"kind": "tr\n', "[1]\n", "\n", "\xff\n"])
+def test_reading_names_the_damaged_line(tmp_path, damage):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"kind": "event"}\n' + damage.encode("latin-1") + b"{}\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(tmp_path)
+
+
+def test_reading_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(InputError, match=r"empty.*no readable metrics\.jsonl"):
+        read_metrics(tmp_path / "empty")
+
+
+# TensorBoard
+
+
+def test_tensorboard_shows_the_same_numbers(tmp_path, make_writer):
+    writer = make_writer(tmp_path)
+    writer.write("train", **TRAIN)
+    writer.write("fisher", iteration=8, layer="block.conv", matrix="A", diff=0.125)
+    writer.write("event", message="overflow")
+    writer.finish()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert shown == {
+        "train/epoch": [(7, 0.5)],
+        "train/loss": [(7, 1.25)],
+        "train/top1": [(7, 60.0)],
+        "train/stage_seconds/forward": [(7, pytest.approx(0.1))],
+        "train/stage_seconds/inverse": [(7, 0.25)],
+        "train/communication_bytes": [(7, 1024.0)],
+        "fisher/block.conv/A/diff": [(8, 0.125)],
+    }
+
+
+def test_without_tensorboard_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog, make_writer):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    writer = make_writer(tmp_path)
+    writer.write("train", **TRAIN)
+    writer.write("train", **TRAIN)
+    writer.finish()
+    assert [record.message[:31] for record in caplog.records] == ["TensorBoard is not installed: n"]
+    assert len(lines_of(tmp_path)) == 2
+    assert (tmp_path / "DONE").exists()
