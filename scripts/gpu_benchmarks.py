@@ -79,7 +79,7 @@ def measure_steps(work: Work, communicator: Communicator, rounds: int, steps: in
             count = max(interval, steps // interval * interval)  # whole intervals
             with _peak(work.device) as peak:
                 taken = _time(work.device, step, count)
-            stages = timers[name].take()
+            stages = timers[name].lap()
             if turn:  # the first round warms up
                 seconds[name].append(taken / count)
                 results["peak_bytes"][name] = kept[name] + peak()
