@@ -19,9 +19,9 @@ from kfac_dist.config.schema import Config
 from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.data.augment import RandomErasing, RunningMixup, soft_labels
 from kfac_dist.data.create import create_dataset
-from kfac_dist.data.imagenet.image_file import PictureError
+from kfac_dist.data.imagenet.image_file import ImageError
 from kfac_dist.data.sampling import SlotSampler
-from kfac_dist.data.skipped import DamagedPictures
+from kfac_dist.data.skipped import SkippedImages
 from kfac_dist.errors import TrainingFailed
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optim.kfac import KFAC
@@ -93,7 +93,7 @@ class Trainer:
                 config.model.variant, config.model.zero_init_last_gamma,
             )  # fmt: skip
             self.batchnorm = SlotwiseBatchNorm(model)
-        self.damaged = DamagedPictures(self.dataset, communicator)
+        self.skipped_images = SkippedImages(self.dataset, communicator)
         self.model: nn.Module = model.to(self.device, dtype).to(memory_format=self._memory_format())
         self.sampler = SlotSampler(
             self.dataset.num_train, config.batch.per_rank, config.batch.global_size // config.batch.per_rank, seed
@@ -115,7 +115,7 @@ class Trainer:
         """Train to the end; collective.
 
         Raises:
-            TrainingFailed: If the loss is no longer finite, or pictures are damaged.
+            TrainingFailed: If the loss is no longer finite, or images are damaged.
         """
         start = time.perf_counter()
         self._log_start()
@@ -141,7 +141,7 @@ class Trainer:
             seconds = time.perf_counter() - start
             writer.write(
                 "summary", top1=top1, best_top1=best, iterations=self.num_iterations, seconds=seconds,
-                communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.damaged.skipped),
+                communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.skipped_images.skipped),
                 skipped_updates=self.num_skipped_updates,
             )  # fmt: skip
             writer.finish()
@@ -162,9 +162,9 @@ class Trainer:
             for index, slot in enumerate(self.sampler.local_slots(self.communicator.rank, self.communicator.size)):
                 self.batchnorm.before_slot(index, self.num_local_slots)
                 sums += self._train_slot(iteration, slot, batches)
-        except PictureError as error:  # this rank's alone, until the others know
+        except ImageError as error:  # this rank's alone, until the others know
             problem = str(error)
-        self.damaged.agree(problem)
+        self.skipped_images.gather_and_check(problem)
         overflows_before = self.num_skipped_updates
         self.optimizer.step()
         is_skipped = self.num_skipped_updates > overflows_before
@@ -207,7 +207,7 @@ class Trainer:
         if retries:
             writer.write("event", iteration=iteration, event="retry", retries=int(retries), kept_inverses=int(kept))
         self._report_changes(done, writer)
-        self._report_damaged(iteration, writer, progress)
+        self._report_skipped_images(iteration, writer, progress)
         if done.is_skipped:
             writer.write("event", iteration=iteration, event="overflow", loss_scale=done.settings["loss_scale"])
         gave_up = self.loss_scaler is not None and self.loss_scaler.is_exhausted
@@ -277,9 +277,9 @@ class Trainer:
                 smallest_eigenvalue=smallest, largest_eigenvalue=largest, effective_rank=rank,
             )  # fmt: skip
 
-    def _report_damaged(self, iteration: int, writer: RunWriter, progress: Progress) -> None:
-        """Note the pictures that some rank has skipped for the first time."""
-        for problem in self.damaged.take_new():
+    def _report_skipped_images(self, iteration: int, writer: RunWriter, progress: Progress) -> None:
+        """Note the images that some rank has skipped for the first time."""
+        for problem in self.skipped_images.take_new():
             writer.write("event", iteration=iteration, event="skipped_picture", problem=problem)
             progress.say(f"skipped: {problem}")
 
@@ -308,8 +308,8 @@ class Trainer:
         for buffer in self.batchnorm.running_buffers():
             self.communicator.all_reduce_(buffer, "mean")
         with self.precision.autocast(self.device):
-            loss, top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.damaged)
-        self._report_damaged(iteration, writer, progress)
+            loss, top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.skipped_images)
+        self._report_skipped_images(iteration, writer, progress)
         epoch = self.sampler.epoch_at(iteration + 1)
         writer.write("eval", iteration=iteration, epoch=epoch, loss=loss, top1=top1, top5=top5)
         self._report_spectra(iteration, writer)

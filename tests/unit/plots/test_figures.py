@@ -1,4 +1,4 @@
-"""Figure 3 and the picture of a batch, checked by the data in their axes."""
+"""Figure 3 and the figure of a batch, checked by the data in their axes."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from kfac_dist.data.augment import RandomErasing, RunningMixup, soft_labels
 from kfac_dist.data.create import create_dataset
 from kfac_dist.data.imagenet.dataset import FolderDataset
 from kfac_dist.data.sampling import SlotSampler
+from tests.image_tree import write_tree
 from tests.paths import QUICKSTART
-from tests.picture_tree import write_tree
 
 SCHEMES = [
     "augment={flip: true, mixup_alpha: 0.4, erasing: {probability: 1, area: [0.1, 0.2], aspect: [0.3, 1]}}",
