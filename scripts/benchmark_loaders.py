@@ -1,8 +1,8 @@
 """Images a second of both loaders against torchvision's ImageFolder with a DataLoader, on the CPU.
 
-    python scripts/benchmark_loaders.py PICTURES [--workers 2] [--rounds 5] [--output benchmarks/NAME]
+    python scripts/benchmark_loaders.py FOLDER [--workers 2] [--rounds 5] [--output benchmarks/NAME]
 
-PICTURES is a folder of pictures; an ImageFolder tree is made of links to it. All three deliver float batches of
+FOLDER is a folder of images; an ImageFolder tree is made of links to it. All three deliver float batches of
 32 images of 224x224 after a resize to 256x256, a random crop and a flip. The loaders take turns within each
 round; the medians over the rounds are reported, by the clock and by processor time, which other work on the
 machine does not change as much.
@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kfac_dist.data.imagenet.crops import Views
+from kfac_dist.data.imagenet.crops import Crops
 from kfac_dist.data.imagenet.dali import DaliDecoder
 from kfac_dist.data.imagenet.dataset import FolderDataset, Normalisation
 from kfac_dist.data.imagenet.decoder import Decoder, ThreadDecoder
-from kfac_dist.data.imagenet.folder import list_pictures
+from kfac_dist.data.imagenet.folder import list_images
 from kfac_dist.data.sampling import SlotSampler
 
 BATCH = 32
@@ -37,9 +37,9 @@ CPU = torch.device("cpu")
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
 
-def link_tree(pictures: Path, root: Path, num_images: int) -> None:
-    """An ImageFolder tree of two classes, of links to the pictures, in turn."""
-    files = sorted(path.resolve() for path in pictures.iterdir() if path.is_file())
+def link_tree(folder: Path, root: Path, num_images: int) -> None:
+    """An ImageFolder tree of two classes, of links to the images of a folder, in turn."""
+    files = sorted(path.resolve() for path in folder.iterdir() if path.is_file())
     for split in ("train", "val"):
         for number in range(num_images):
             folder = root / split / f"class{number % 2}"
@@ -50,13 +50,14 @@ def link_tree(pictures: Path, root: Path, num_images: int) -> None:
 
 def own_batches(root: Path, decoder: Decoder) -> Batches:
     """This project's pipeline with a decoder."""
-    train = list_pictures(root, "train")
+    train = list_images(root, "train")
     mean = torch.full((3, SIDE, SIDE), 120.0, dtype=torch.float64)
-    views = Views("paper", SIDE, flip=True, seed=0)
+    crops = Crops("paper", SIDE, flip=True, seed=0)
     normalisation = Normalisation.by_mean_image(mean)
-    dataset = FolderDataset(train, train, views, normalisation, decoder, False, CPU, torch.float32)
+    dataset = FolderDataset(train, train, crops, normalisation, decoder, False, CPU, torch.float32)
     sampler = SlotSampler(len(train), BATCH, 1, seed=0)
-    return lambda: dataset.train_batches(sampler, 0, 1, 0, len(train) // BATCH)
+    last = len(train) // BATCH
+    return lambda: ((batch.images, batch.labels) for batch in dataset.train_batches(sampler, 0, 1, 0, last))
 
 
 def plain_batches(root: Path, workers: int) -> Batches:
@@ -107,7 +108,7 @@ def processor_model() -> str:
 def main() -> None:
     """Measure, print a table and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
@@ -116,7 +117,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        link_tree(options.pictures, root, options.images)
+        link_tree(options.folder, root, options.images)
         loaders = {
             "dali": own_batches(root, DaliDecoder(SIDE, options.workers, CPU)),
             "torchvision": own_batches(root, ThreadDecoder(SIDE, options.workers, pin_memory=False)),
@@ -144,7 +145,7 @@ def report(figures: dict[str, list[tuple[float, float]]], options: argparse.Name
     ]
     facts = {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python scripts/benchmark_loaders.py {options.pictures.name} --workers {options.workers} "
+        "command": f"python scripts/benchmark_loaders.py {options.folder.name} --workers {options.workers} "
         f"--images {options.images} --rounds {options.rounds}",
         "processor": processor_model(),
         "cores": len(os.sched_getaffinity(0)),

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from kfac_dist.communicator import Communicator
 from kfac_dist.config.load import batch_slots
 from kfac_dist.config.schema import Config
-from kfac_dist.data.augment import RandomErasing, RunningMixup, soft_labels
+from kfac_dist.data.augment import Augmentation
+from kfac_dist.data.base import Batch
 from kfac_dist.data.create import create_dataset
-from kfac_dist.data.imagenet.image_file import PictureError
+from kfac_dist.data.imagenet.image_file import ImageError
 from kfac_dist.data.sampling import SlotSampler
-from kfac_dist.data.skipped import DamagedPictures
+from kfac_dist.data.skipped import SkippedImages
 from kfac_dist.errors import TrainingFailed
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optim.loss_scale import LossScaler
@@ -81,7 +82,7 @@ class Trainer:
                 config.model.variant, config.model.zero_init_last_gamma,
             )  # fmt: skip
             self.batchnorm = SlotwiseBatchNorm(model)
-        self.damaged = DamagedPictures(self.dataset, communicator)
+        self.skipped_images = SkippedImages(self.dataset, communicator)
         self.model: nn.Module = model.to(device, dtype).to(memory_format=self.memory_format)
         self.sampler = SlotSampler(self.dataset.num_train, batch.per_rank, batch.global_size // batch.per_rank, seed)
         self.timer = StageTimer.on(device)
@@ -91,9 +92,7 @@ class Trainer:
             self.optimizer = create_optimizer(
                 config, self.model, communicator, self.num_local_slots, self.schedules, self.timer, self.loss_scaler
             )
-        self.mixup = RunningMixup(config.augment.mixup_alpha, seed)
-        erasing = config.augment.erasing
-        self.erasing = RandomErasing(erasing.probability, erasing.area, erasing.aspect, seed) if erasing else None
+        self.augmentation = Augmentation(config.augment, self.dataset.num_classes, seed)
         self.iteration = 0  # the next one
         self.top1 = self.best_top1 = 0.0
 
@@ -123,12 +122,12 @@ class Trainer:
             seconds = time.perf_counter() - start
             reporter.finish(
                 top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=seconds,
-                communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.damaged.skipped),
+                communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.skipped_images.skipped),
                 skipped_updates=self.loss_scaler.num_overflows if self.loss_scaler is not None else 0,
             )  # fmt: skip
         return Result(self.top1, num_iterations, seconds, reporter.directory)
 
-    def _train_iteration(self, iteration: int, batches: Iterator[tuple[Tensor, Tensor]]) -> IterationResult:
+    def _train_iteration(self, iteration: int, batches: Iterator[Batch]) -> IterationResult:
         """One update. On a GPU it is queued rather than done when this returns."""
         bytes_before = self.communicator.payload_bytes
         settings = self.schedules.settings(iteration)
@@ -140,12 +139,12 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, correct
         problem = ""
         try:
-            for index, slot in enumerate(self.sampler.local_slots(self.communicator.rank, self.communicator.size)):
+            for index in range(self.num_local_slots):
                 self.batchnorm.before_slot(index, self.num_local_slots)
-                sums += self._train_slot(iteration, slot, batches)
-        except PictureError as error:  # this rank's alone, until the others know
+                sums += self._train_slot(batches)
+        except ImageError as error:  # this rank's alone, until the others know
             problem = str(error)
-        self.damaged.agree(problem)
+        self.skipped_images.gather_and_check(problem)
         self.optimizer.step()
         step = self.optimizer.report
         if step.skipped:  # an overflow in the forward pass has spoilt these, too
@@ -156,31 +155,27 @@ class Trainer:
         moved = self.communicator.payload_bytes - bytes_before
         return IterationResult(iteration, settings, loss_scale, HostCopy(totals), self.timer.snapshot(), moved, step)
 
-    def _train_slot(self, iteration: int, slot: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    def _train_slot(self, batches: Iterator[Batch]) -> Tensor:
         """Forward and backward of one micro-batch; returns its mean loss and share of correct answers."""
         with self.timer.stage("data"):
-            images, labels = next(batches)
-            targets = soft_labels(labels, self.dataset.num_classes, images.dtype)
-            images, targets = self.mixup.mix(images, targets, iteration, slot)
-            if self.erasing is not None:
-                images = self.erasing.apply(images, iteration, slot)
+            batch = self.augmentation.apply(next(batches))
         # Dropout draws from torch's generator: key that too, so that a slot is the same on any rank.
-        generator = keyed_generator(self.config.run.seed, RandomStream.TORCH, iteration, slot)
+        generator = keyed_generator(self.config.run.seed, RandomStream.TORCH, batch.iteration, batch.slot)
         torch.manual_seed(int(generator.integers(2**63)))
-        images = images.to(memory_format=self.memory_format)
+        images = batch.images.to(memory_format=self.memory_format)
         with self.timer.stage("forward"), self.precision.autocast(self.device):
             logits = self.model(images)
-            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.train.label_smoothing)
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.train.label_smoothing)
         with self.timer.stage("backward"):
             scaled = loss / self.num_local_slots
             (scaled if self.loss_scaler is None else self.loss_scaler.scale_loss(scaled)).backward()
-        correct = (logits.detach().argmax(dim=1) == targets.argmax(dim=1)).double().mean()
+        correct = (logits.detach().argmax(dim=1) == batch.labels.argmax(dim=1)).double().mean()
         return torch.stack([loss.detach().double(), correct])
 
     def _report(self, result: IterationResult, reporter: Reporter) -> None:
         """Report an iteration, and stop if training diverged."""
         loss = reporter.iteration(result)
-        reporter.skipped_images(result.iteration, self.damaged.take_new())
+        reporter.skipped_images(result.iteration, self.skipped_images.take_new())
         gave_up = self.loss_scaler is not None and self.loss_scaler.is_exhausted
         if gave_up or not (math.isfinite(loss) or result.step.skipped):
             epoch = self.schedules.epoch_at(result.iteration + 1)
@@ -195,9 +190,9 @@ class Trainer:
         for buffer in self.batchnorm.running_buffers():
             self.communicator.all_reduce_(buffer, "mean")
         with self.precision.autocast(self.device):
-            loss, self.top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.damaged)
+            loss, self.top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.skipped_images)
         self.best_top1 = max(self.best_top1, self.top1)
-        reporter.skipped_images(iteration, self.damaged.take_new())
+        reporter.skipped_images(iteration, self.skipped_images.take_new())
         reporter.evaluation(iteration, loss, self.top1, top5)
         if reporter.wants_spectra:
             reporter.spectra(iteration, self.optimizer.spectra())
@@ -210,7 +205,7 @@ class Trainer:
             "best_top1": self.best_top1,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "mixup": self.mixup.state_dict(),
+            "augmentation": self.augmentation.state_dict(),
             "loss_scaler": self.loss_scaler.state_dict() if self.loss_scaler is not None else None,
         }
 
@@ -219,11 +214,11 @@ class Trainer:
         self.iteration, self.top1, self.best_top1 = state["iteration"], state["top1"], state["best_top1"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.mixup.load_state_dict(state["mixup"])
+        self.augmentation.load_state_dict(state["augmentation"])
         if self.loss_scaler is not None:
             self.loss_scaler.load_state_dict(state["loss_scaler"])
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[Batch]:
         rank, size = self.communicator.rank, self.communicator.size
         return self.dataset.train_batches(self.sampler, rank, size, self.iteration, self.schedules.num_iterations)
 
