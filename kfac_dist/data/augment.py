@@ -55,6 +55,11 @@ class CropFlip:
             [np.arange(height) + offsets[0], np.where(mirrored, columns[::-1], columns) + offsets[1]], axis=1
         )
 
+    def corners(self, num_images: int, height: int, width: int, iteration: int, slot: int) -> np.ndarray:
+        """Row and column in the image where each crop begins, (num_images, 2) int64, -padding ... padding."""
+        pixels = self.pixels(num_images, height, width, iteration, slot)
+        return np.stack([pixels[:, 0], pixels[:, height:].min(axis=1)], axis=1)
+
     def apply(self, images: Tensor, iteration: int, slot: int) -> Tensor:
         """Crop and flip each image on its own.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from functools import partial
@@ -22,6 +23,7 @@ from kfac_dist.errors import AgreedInputError, InputError
 def main(options: argparse.Namespace) -> int:
     """Run one rank; returns the exit code, which is the same on every rank."""
     communicator = create_communicator("reduce", "mpi", torch.device("cpu"))
+    logging.basicConfig(level=logging.WARNING if communicator.is_main else logging.ERROR, format="%(message)s")
     try:
         with communicator.raise_on_all_ranks():
             launch.check_world_size(communicator.size, os.environ)

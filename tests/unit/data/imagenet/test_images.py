@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from kfac_dist.data.imagenet import image_file
 from kfac_dist.data.imagenet.crops import Crop, Crops, resized_side, upper_left_crop
@@ -45,6 +46,39 @@ def test_formats_whatever_the_name_says(tmp_path: Path, mode: str, form: str, is
     assert pixels.dtype == np.uint8
     expected = np.asarray(SMOOTH.convert("L").convert("RGB") if mode == "L" else SMOOTH).astype(int)
     assert np.abs(pixels - expected).max() <= tolerance
+
+
+GREY_LEVELS = np.linspace(0, 65_535, 256).round().astype(np.uint16).reshape(16, 16)  # those of 0 ... 255, times 257
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
+def test_grey_values_of_16_bits_are_scaled(tmp_path: Path, form: str) -> None:
+    pixels = decode(read_image_file(saved(tmp_path / "a.png", Image.fromarray(GREY_LEVELS), form)))
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
+    nearly = Image.fromarray(np.array([[128, 129, 65_406, 65_407]], dtype=np.uint16))  # half a level, and more
+    assert decode(read_image_file(saved(tmp_path / "b.png", nearly, form)))[0, :, 0].tolist() == [0, 1, 254, 255]
+
+
+def test_the_largest_value_of_a_pgm_is_white(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 1 1000\n" + np.array([0, 500, 1000], dtype=">u2").tobytes())
+    assert decode(read_image_file(tmp_path / "a.pgm"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "mode"),
+    [
+        (GREY_LEVELS.astype(np.float32) / 65_535, {}, "F"),
+        (GREY_LEVELS.astype(np.int32), {}, "I"),
+        (GREY_LEVELS, {"tiffinfo": {262: 0}}, "I;16"),  # its zero is white
+    ],
+)
+def test_values_without_a_known_range_are_refused(
+    tmp_path: Path, values: np.ndarray, settings: dict[str, object], mode: str
+) -> None:
+    path = saved(tmp_path / "a.tiff", Image.fromarray(values), "TIFF", **settings)
+    with pytest.raises(ImageError, match=rf"a\.tiff cannot be used \(TIFF of mode {mode}, whose values have no known"):
+        read_image_file(path)
 
 
 def test_orientation_tags_are_ignored(tmp_path: Path) -> None:
@@ -108,6 +142,50 @@ def test_listing(tmp_path: Path) -> None:
     few = train.evenly(6)
     assert np.bincount(few.labels).tolist() == [2, 2, 2]
     assert train.evenly(None) is train
+
+
+def test_listing_is_that_of_torchvision(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (root / "train/n01/b/deep", root / "train/n01/b-c", root / "train/n03/x.jpg", elsewhere):
+        folder.mkdir(parents=True)
+        for ending in ("JPG", "png", "ppm", "bmp", "pgm", "tif", "tiff", "webp", "gif", "txt"):
+            (folder / f"1.{ending}").touch()
+    (root / "train/n02/linked").symlink_to(elsewhere)
+    train, theirs = list_images(root, "train"), ImageFolder(str(root / "train"))
+    ours = [(str(train.path(index)), int(train.labels[index])) for index in range(len(train))]
+    assert train.class_names == tuple(theirs.classes)
+    assert sorted(ours) == sorted(theirs.samples)
+    assert len(ours) == NUM_TRAIN + 4 * 8
+    assert [label for _, label in ours] == sorted(label for _, label in ours)
+
+
+def test_a_link_to_a_folder_around_it_is_refused(tmp_path: Path) -> None:
+    root = write_tree(tmp_path)
+    (root / "train/n01/loop").symlink_to(root / "train/n01")
+    with pytest.raises(InputError, match=r"train/n01/loop is a link to a folder around it: delete it"):
+        list_images(root, "train")
+
+
+def test_what_is_left_out_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_tree(tmp_path)
+    list_images(root, "train")
+    list_images(root, "val", CLASSES)
+    assert caplog.messages == []
+    for name in ("n01/b.gif", "n01/a.GIF", "n02/sub/c.gif", "n03/notes.txt", "readme.JPEG"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).touch()
+    assert len(list_images(root, "train")) == NUM_TRAIN
+    outside, endings = caplog.messages
+    assert outside == f"{root}/train: left out what lies in no class folder: 1 file (readme.JPEG)"
+    assert endings.startswith(f"{root}/train: left out what does not end in one of .jpg .jpeg .png")
+    assert endings.endswith("4 files (n01/a.GIF, n01/b.gif, n02/sub/c.gif and 1 more)")
+
+
+def test_training_classes_without_evaluation_images_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_tree(tmp_path)
+    list_images(root, "val", ("n00", *CLASSES, "n04"))
+    assert caplog.messages == [f"{root}/val: no images of 2 of the training classes: n00, n04"]
 
 
 def test_labels_of_evaluation_are_the_training_classes(tmp_path: Path) -> None:
