@@ -1,7 +1,7 @@
 """Distributed K-FAC as a `torch.optim.Optimizer`: stages 3 to 6 of Algorithm 1 (CVPR 2019)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,6 @@ from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator, Pending, create_communicator
 from kfac_dist.curvature.assignment import assign_owners
-from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks, refresh_costs
@@ -22,10 +21,11 @@ from kfac_dist.curvature.running import BlockCurvature, update_running_averages
 from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.optim.buffers import StageBuffers, add_weight_decay, all_factor_keys, read_update, update_shares
 from kfac_dist.optim.loss_scale import LossScaler
-from kfac_dist.optim.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
+from kfac_dist.optim.update import momentum_update_, rescale_weights_, rescaled_weights
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.tensors.packing import unpack_symmetric
 from kfac_dist.timing import StageTimer
+from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
 
 _STATE_KEY = "kfac"
 
@@ -111,7 +111,7 @@ class KFAC(torch.optim.Optimizer):
             "weight_rescaling": weight_rescaling,
         }
         super().__init__(params, defaults)
-        _check_choice("batchnorm", batchnorm, ("full", "unit", "diagonal"))
+        _check_choice("batchnorm", batchnorm, get_args(BatchNormForm))
         _check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
         if not isinstance(refresh, RefreshSchedule):
             _check("refresh", _is_count(refresh), refresh, "an integer ≥ 1 or a RefreshSchedule")
@@ -406,7 +406,7 @@ class KFAC(torch.optim.Optimizer):
             ("weight_decay", group["weight_decay"] >= 0, "≥ 0"),
         ):
             _check(name, allowed, group[name], rule)
-        _check_choice("weight_rescaling", group["weight_rescaling"], ("always", "cap", "off"))
+        _check_choice("weight_rescaling", group["weight_rescaling"], get_args(WeightRescaling))
 
     # State --------------------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ from torch import nn
 
 from kfac_dist.communicator import Communicator, create_communicator
 from kfac_dist.optim.loss_scale import LossScaler
-from kfac_dist.optim.update import WeightRescaling, rescale_weights_, rescaled_weights
+from kfac_dist.optim.update import rescale_weights_, rescaled_weights
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.timing import StageTimer
+from kfac_dist.vocabulary import WeightRescaling
 
 
 class SGD(torch.optim.SGD):
