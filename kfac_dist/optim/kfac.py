@@ -12,7 +12,6 @@ from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator, Pending
 from kfac_dist.curvature.assignment import assign_owners
-from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks, refresh_costs
@@ -25,11 +24,12 @@ from kfac_dist.optim.buffers import StageBuffers, add_weight_decay, all_factor_k
 from kfac_dist.optim.guards import Guarded, broadcast_model, check_arguments, clip_, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
-from kfac_dist.optim.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
+from kfac_dist.optim.update import momentum_update_, rescale_weights_, rescaled_weights
 from kfac_dist.optim.validation import check, check_choice, check_kfac_group, check_max_norm, check_parameters, is_count
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.tensors.packing import unpack_symmetric
 from kfac_dist.timing import StageTimer
+from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
 
 _STATE_KEY = "kfac"
 

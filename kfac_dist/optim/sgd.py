@@ -13,10 +13,11 @@ from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.optim.guards import Guarded, broadcast_model, check_arguments, clip_, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
-from kfac_dist.optim.update import WeightRescaling, rescale_weights_, rescaled_weights
+from kfac_dist.optim.update import rescale_weights_, rescaled_weights
 from kfac_dist.optim.validation import check, check_choice, check_max_norm
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.timing import StageTimer
+from kfac_dist.vocabulary import WeightRescaling
 
 
 class SGD(Guarded, torch.optim.SGD):

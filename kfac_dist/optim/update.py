@@ -4,12 +4,11 @@ The velocity is w(t) − w(t−1), the difference of the weights as they were af
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-WeightRescaling = Literal["always", "cap", "off"]
+from kfac_dist.vocabulary import WeightRescaling
 
 
 def momentum_update_(

@@ -6,7 +6,7 @@ from typing import Any, get_args
 from torch.nn import Parameter
 
 from kfac_dist.curvature.blocks.base import Block
-from kfac_dist.optim.update import WeightRescaling
+from kfac_dist.vocabulary import WeightRescaling
 
 
 def check(name: str, allowed: bool, value: object, rule: str) -> None:

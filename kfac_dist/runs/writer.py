@@ -37,12 +37,13 @@ def choose_run_directory(output_dir: str | Path, name: str) -> Path:
     Raises:
         InputError: If one cannot look there.
     """
-    candidate = Path(output_dir) / name
+    folder = Path(output_dir).expanduser()
+    candidate = folder / name
     number = 1
     try:
         while (candidate / METRICS_FILE).exists():
             number += 1
-            candidate = Path(output_dir) / f"{name}-{number}"
+            candidate = folder / f"{name}-{number}"
     except OSError as error:  # no permission, or a name that the file system finds too long
         raise InputError(
             f"run.output_dir, run.name: cannot use {candidate} ({error.strerror}); choose another folder or name"

@@ -67,6 +67,13 @@ def test_folder_names_count_up_past_folders_that_hold_a_run(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "metrics.jsonl").touch()
+    assert choose_run_directory("~/runs", "a") == tmp_path / "runs" / "a-2"
+
+
 def test_a_run_leaves_every_file_of_the_contract(tmp_path, make_writer):
     run = tmp_path / "deep" / "run"
     writer = make_writer(run)
