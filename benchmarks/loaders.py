@@ -1,8 +1,8 @@
 """Images per second of both ImageNet loaders beside torchvision's ImageFolder with a DataLoader, on the CPU.
 
-    python benchmarks/loaders.py PICTURES --workers 2 --output benchmarks/results/DATE-loaders
+    python benchmarks/loaders.py FOLDER --workers 2 --output benchmarks/results/DATE-loaders
 
-PICTURES is a folder of pictures; an ImageFolder tree is made of links to it. All three deliver float batches of 32
+FOLDER is a folder of images; an ImageFolder tree is made of links to it. All three deliver float batches of 32
 images of 224×224 after a resize to 256×256, a random crop and a flip. They take turns; the figures are medians over the
 rounds, per second of the clock and per second of processor time, which other work on the machine changes less. Without
 DALI its row is left out.
@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from program import count, create_parser, describe_run, run, table, write_record
 
-from kfac_dist.data.imagenet.crops import Views
+from kfac_dist.data.imagenet.crops import Crops
 from kfac_dist.data.imagenet.dali import DaliDecoder
 from kfac_dist.data.imagenet.dataset import FolderDataset, Normalisation
 from kfac_dist.data.imagenet.decoder import Decoder, ThreadDecoder
-from kfac_dist.data.imagenet.folder import list_pictures
+from kfac_dist.data.imagenet.folder import list_images
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.errors import InputError
 
@@ -51,31 +51,31 @@ class Rate:
     images_per_processor_second: float
 
 
-def link_tree(pictures: Path, root: Path, num_images: int) -> None:
-    """An ImageFolder tree of two classes, of links to the pictures, in turn.
+def link_tree(source: Path, root: Path, num_images: int) -> None:
+    """An ImageFolder tree of two classes, of links to the images of a folder, in turn.
 
     Raises:
-        InputError: If there is no such folder, or no picture in it.
+        InputError: If there is no such folder, or no image in it.
     """
-    found = pictures.iterdir() if pictures.is_dir() else ()
+    found = source.iterdir() if source.is_dir() else ()
     files = sorted(path.resolve() for path in found if path.suffix.lower() in ENDINGS)
     if not files:
-        raise InputError(f"PICTURES must be a folder with files {' '.join(ENDINGS)}, got {pictures}, which has none")
+        raise InputError(f"FOLDER must be a folder with files {' '.join(ENDINGS)}, got {source}, which has none")
     for split in ("train", "val"):
         for number in range(num_images):
             folder = root / split / f"class{number % 2}"
             folder.mkdir(parents=True, exist_ok=True)
-            source = files[number % len(files)]
-            (folder / f"{number:06}{source.suffix}").symlink_to(source)
+            image = files[number % len(files)]
+            (folder / f"{number:06}{image.suffix}").symlink_to(image)
 
 
 def own_loader(root: Path, decoder: Decoder) -> BatchSizes:
     """This project's pipeline with a decoder."""
-    train = list_pictures(root, "train")
+    train = list_images(root, "train")
     dataset = FolderDataset(
         train=train,
         evaluation=train,
-        views=Views("paper", SIDE, flip=True, seed=0),
+        crops=Crops("paper", SIDE, flip=True, seed=0),
         normalisation=Normalisation.by_mean_image(torch.full((3, SIDE, SIDE), 120.0, dtype=torch.float64)),
         decoder=decoder,
         skip_damaged=False,
@@ -83,7 +83,7 @@ def own_loader(root: Path, decoder: Decoder) -> BatchSizes:
         dtype=torch.float32,
     )
     sampler = SlotSampler(len(train), BATCH, 1, seed=0)
-    return lambda: (len(labels) for _, labels in dataset.train_batches(sampler, 0, 1, 0, len(train) // BATCH))
+    return lambda: (len(batch.labels) for batch in dataset.train_batches(sampler, 0, 1, 0, len(train) // BATCH))
 
 
 def plain_loader(root: Path, workers: int) -> BatchSizes:
@@ -142,7 +142,7 @@ def package_version(name: str) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = create_parser(__doc__)
-    parser.add_argument("pictures", type=Path, metavar="PICTURES")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of images")
     parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="default: one per core")
     parser.add_argument("--images", type=count, default=512, help="of an epoch, at least 64; default: 512")
     parser.add_argument("--rounds", type=count, default=5, help="rounds that count; default: 5")
@@ -160,7 +160,7 @@ def main() -> None:
     environment["packages"] |= {name: package_version(name) for name in PACKAGES}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        link_tree(arguments.pictures, root, arguments.images)
+        link_tree(arguments.folder, root, arguments.images)
         loaders = create_loaders(root, arguments.workers)
         rounds: dict[str, list[Rate]] = {loader: [] for loader in loaders}
         for number in range(arguments.rounds + 1):

@@ -8,12 +8,14 @@ zeros are the mean colour of the training set, which is what padding and erasing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kfac_dist.config.schema import AugmentConfig
+from kfac_dist.data.base import Batch
 from kfac_dist.errors import InputError
 from kfac_dist.random_streams import RandomStream, keyed_generator
 from kfac_dist.tensors.host_copy import to_device
@@ -199,3 +201,46 @@ class RandomErasing:
         erased_rows = (rows >= top) & (rows < bottom)
         erased_columns = (columns >= left) & (columns < right)
         return images.masked_fill((erased_rows[:, :, None] & erased_columns[:, None, :])[:, None], 0.0)
+
+
+class Augmentation:
+    """What becomes of a slot's batch after the data set: soft labels, running mixup, random erasing."""
+
+    def __init__(self, config: AugmentConfig, num_classes: int, seed: int) -> None:
+        """Set up.
+
+        Args:
+            config: The `augment` section.
+            num_classes: Of the data set.
+            seed: The run's seed, >= 0.
+        """
+        self._num_classes = num_classes
+        self._mixup = RunningMixup(config.mixup_alpha, seed)
+        erasing = config.erasing
+        self._erasing = RandomErasing(erasing.probability, erasing.area, erasing.aspect, seed) if erasing else None
+
+    def apply(self, batch: Batch) -> Batch:
+        """The batch that is trained on."""
+        return self.steps(batch)[-1][1]
+
+    def steps(self, batch: Batch) -> list[tuple[str, Batch]]:
+        """The batch after each step that changes it, with the step's name; labels are soft from the first on."""
+        labels = soft_labels(batch.labels, self._num_classes, batch.images.dtype)
+        batch = replace(batch, labels=labels)
+        steps = [("crop and flip", batch)]
+        if self._mixup.alpha:
+            images, labels = self._mixup.mix(batch.images, batch.labels, batch.iteration, batch.slot)
+            batch = replace(batch, images=images, labels=labels)
+            steps.append((f"running mixup\nα = {self._mixup.alpha:g}", batch))
+        if self._erasing is not None:
+            batch = replace(batch, images=self._erasing.apply(batch.images, batch.iteration, batch.slot))
+            steps.append((f"random erasing\np = {self._erasing.probability:g}", batch))
+        return steps
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Running mixup's virtual batches."""
+        return self._mixup.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        self._mixup.load_state_dict(state)

@@ -25,6 +25,23 @@ class Original:
     outline: tuple[float, float, float, float] | None
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A slot's images and labels.
+
+    Attributes:
+        iteration: Iteration of the run, >= 0.
+        slot: Slot of the global batch, >= 0.
+        images: (N, C, H, W), normalised.
+        labels: Class indices, (N,) int64; after `Augmentation`, shares of the classes, (N, num_classes).
+    """
+
+    iteration: int
+    slot: int
+    images: Tensor
+    labels: Tensor
+
+
 class Dataset(Protocol):
     """Training and evaluation batches on the training device, the same for a slot on any number of ranks."""
 
@@ -54,7 +71,7 @@ class Dataset(Protocol):
 
     def train_batches(
         self, sampler: SlotSampler, rank: int, num_ranks: int, first_iteration: int, last_iteration: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """This rank's slots, one after the other, iteration by iteration.
 
         Args:
@@ -65,7 +82,7 @@ class Dataset(Protocol):
             last_iteration: Where to end, exclusive.
 
         Yields:
-            Images (per_slot, C, H, W), normalised and augmented, and class indices (per_slot,) int64.
+            Batches of per_slot images, cropped and flipped, with class indices.
         """
 
     def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,11 +12,11 @@ from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.base import Dataset, Original
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.digits import read_digits
-from kfac_dist.data.imagenet.crops import Views
+from kfac_dist.data.imagenet.crops import Crops
 from kfac_dist.data.imagenet.dali import DaliDecoder
 from kfac_dist.data.imagenet.dataset import FolderDataset, Normalisation
 from kfac_dist.data.imagenet.decoder import Decoder, ThreadDecoder
-from kfac_dist.data.imagenet.folder import list_pictures
+from kfac_dist.data.imagenet.folder import list_images
 from kfac_dist.data.imagenet.mean_image import load_mean_image
 from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset
 from kfac_dist.data.sampling import SlotSampler
@@ -60,7 +60,7 @@ _NUM_IMAGENET, _NUM_IMAGENET_CLASSES = 1_281_167, 1000
 
 
 def describe_dataset(data: DataConfig) -> DatasetDescription:
-    """Sizes of the data set that a configuration names, as published; opens no pictures.
+    """Sizes of the data set that a configuration names, as published; opens no images.
 
     For `imagenet` the folder is listed where there is one, since any tree of the layout may stand for it.
     """
@@ -72,7 +72,7 @@ def describe_dataset(data: DataConfig) -> DatasetDescription:
         shape = (3, data.image_size, data.image_size)
         description = DatasetDescription(_NUM_IMAGENET, _NUM_IMAGENET_CLASSES, shape)
         if _root(data).is_dir():
-            train = list_pictures(_root(data), "train")
+            train = list_images(_root(data), "train")
             description = DatasetDescription(len(train), len(train.class_names), shape)
     else:
         description = _DESCRIPTIONS[data.name]
@@ -112,8 +112,8 @@ def _create_imagenet(
     assert data.image_size is not None
     assert data.preprocessing is not None
     root = _root(data)
-    train = list_pictures(root, "train")
-    evaluation = list_pictures(root, "val", train.class_names)
+    train = list_images(root, "train")
+    evaluation = list_images(root, "val", train.class_names)
     _check_limits(data.train_limit, data.eval_limit, len(train), len(evaluation))
     normalisation = Normalisation.by_channel()
     if data.mean_image is not None:
@@ -122,7 +122,7 @@ def _create_imagenet(
     return FolderDataset(
         train.evenly(data.train_limit),
         evaluation.evenly(data.eval_limit),
-        Views(data.preprocessing, data.image_size, augment.flip, seed),
+        Crops(data.preprocessing, data.image_size, augment.flip, seed),
         normalisation,
         _create_decoder(data, device),
         data.on_error == "skip",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.data.augment import CropFlip
-from kfac_dist.data.base import Original, share
+from kfac_dist.data.base import Batch, Original, share
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.tensors.host_copy import to_device
 
@@ -83,13 +83,12 @@ class InMemoryDataset:
 
     def train_batches(
         self, sampler: SlotSampler, rank: int, num_ranks: int, first_iteration: int, last_iteration: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """This rank's slots, normalised and augmented; see `Dataset.train_batches`."""
-        for iteration in range(first_iteration, last_iteration):
-            for slot in sampler.local_slots(rank, num_ranks):
-                indices = to_device(torch.from_numpy(sampler.indices(iteration, slot)), self.train_images.device)
-                images = self._normalise(self.train_images[indices])
-                yield self.crop_flip.apply(images, iteration, slot), self.train_labels[indices]
+        for iteration, slot, indices in sampler.slots(rank, num_ranks, first_iteration, last_iteration):
+            index = to_device(torch.from_numpy(indices), self.train_images.device)
+            images = self.crop_flip.apply(self._normalise(self.train_images[index]), iteration, slot)
+            yield Batch(iteration, slot, images, self.train_labels[index])
 
     def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the evaluation images; see `Dataset.eval_batches`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from kfac_dist.communicator import create_communicator, launch
-from kfac_dist.data.imagenet.folder import list_pictures
+from kfac_dist.data.imagenet.folder import list_images
 from kfac_dist.data.imagenet.mean_image import compute_mean_image, save_mean_image
 from kfac_dist.errors import AgreedInputError, InputError
 
@@ -28,14 +28,14 @@ def main(options: argparse.Namespace) -> int:
             workers = options.workers or launch.set_threads_per_rank(communicator.local_size)
             if options.image_size < 1 or workers < 1:
                 raise InputError("--image-size and --workers must be >= 1")
-            pictures = list_pictures(options.root, "train")
-        mean, skipped = compute_mean_image(pictures, options.image_size, communicator, workers, options.skip_damaged)
+            images = list_images(options.root, "train")
+        mean, skipped = compute_mean_image(images, options.image_size, communicator, workers, options.skip_damaged)
         with communicator.raise_on_all_ranks():
             if communicator.is_main:
-                save_mean_image(options.output, mean, pictures)
+                save_mean_image(options.output, mean, images)
         for problem in skipped:
             communicator.print_once(f"left out: {problem}", sys.stderr)
-        communicator.print_once(f"{options.output}: mean of {len(pictures) - len(skipped)} pictures")
+        communicator.print_once(f"{options.output}: mean of {len(images) - len(skipped)} images")
         return 0
     except AgreedInputError as error:
         communicator.print_once(f"error: {error}", sys.stderr)
@@ -46,13 +46,13 @@ def parse_arguments() -> argparse.Namespace:
     """Command line; all ranks have the same."""
     parser = argparse.ArgumentParser(
         prog="python -m kfac_dist.data.mean_image",
-        description="Compute the mean image of an ImageFolder tree's training pictures; mpirun shares the work.",
+        description="Compute the mean image of an ImageFolder tree's training images; mpirun shares the work.",
     )
-    parser.add_argument("root", type=Path, help="the tree that holds train/<class>/<picture>")
+    parser.add_argument("root", type=Path, help="the tree that holds train/<class>/<image>")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="data.image_size (224)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads a rank (default: its share of cores)")
-    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged pictures, at most 1 %%")
+    parser.add_argument("--skip-damaged", action="store_true", help="leave out damaged images, at most 1 %%")
     return parser.parse_args()
 
 

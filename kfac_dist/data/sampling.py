@@ -9,6 +9,7 @@ does not change the batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -52,6 +53,19 @@ class SlotSampler:
     def local_slots(self, rank: int, num_ranks: int) -> range:
         """Slots of a global batch that a rank works on: rank, rank + num_ranks and so on."""
         return range(rank, self.slots_per_iteration, num_ranks)
+
+    def slots(self, rank: int, num_ranks: int, first: int, last: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """A rank's slots of some iterations: iteration, slot and `indices` each, in the order of training.
+
+        Args:
+            rank: In [0, num_ranks).
+            num_ranks: Ranks that share each iteration.
+            first: Iteration to begin with, >= 0.
+            last: Iteration to end before.
+        """
+        for iteration in range(first, last):
+            for slot in self.local_slots(rank, num_ranks):
+                yield iteration, slot, self.indices(iteration, slot)
 
     def indices(self, iteration: int, slot: int) -> np.ndarray:
         """Training images of one slot.

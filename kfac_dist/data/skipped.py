@@ -11,8 +11,8 @@ from kfac_dist.errors import TrainingFailed
 _MOST_SKIPPED = 0.01
 
 
-class DamagedPictures:
-    """Collects the pictures that any rank has skipped, and ends the run on every rank alike.
+class SkippedImages:
+    """Collects the images that any rank has skipped, and ends the run on every rank alike.
 
     Attributes:
         skipped: All skipped files so far with what is wrong, each once; the same on every rank.
@@ -24,14 +24,14 @@ class DamagedPictures:
         self._communicator = communicator
         self._num_taken = 0
 
-    def agree(self, problem: str) -> None:
+    def gather_and_check(self, problem: str) -> None:
         """Tell the other ranks what this rank has met since the last call; collective.
 
         Args:
             problem: Why this rank cannot go on, else empty.
 
         Raises:
-            TrainingFailed: On every rank, if any cannot go on or more than 1 % of all pictures are skipped.
+            TrainingFailed: On every rank, if any cannot go on or more than 1 % of all images are skipped.
         """
         if not self._dataset.reads_files:
             return
@@ -42,10 +42,10 @@ class DamagedPictures:
         if problems:
             raise TrainingFailed(problems[0])
         self.skipped = list(dict.fromkeys(self.skipped + self._gather(skipped)))
-        num_pictures = self._dataset.num_train + self._dataset.num_eval
-        if len(self.skipped) > max(1, _MOST_SKIPPED * num_pictures):
+        num_images = self._dataset.num_train + self._dataset.num_eval
+        if len(self.skipped) > max(1, _MOST_SKIPPED * num_images):
             raise TrainingFailed(
-                f"{len(self.skipped)} of {num_pictures} pictures cannot be used, more than the 1 % that "
+                f"{len(self.skipped)} of {num_images} images cannot be used, more than the 1 % that "
                 f"data.on_error=skip allows; the last: {self.skipped[-1]}"
             )
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kfac_dist.data.base import Original, share
+from kfac_dist.data.base import Batch, Original, share
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.tensors.host_copy import to_device
 
@@ -56,11 +56,10 @@ class SyntheticDataset:
 
     def train_batches(
         self, sampler: SlotSampler, rank: int, num_ranks: int, first_iteration: int, last_iteration: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """This rank's slots; see `Dataset.train_batches`."""
-        for iteration in range(first_iteration, last_iteration):
-            for slot in sampler.local_slots(rank, num_ranks):
-                yield self._images(sampler.indices(iteration, slot))
+        for iteration, slot, indices in sampler.slots(rank, num_ranks, first_iteration, last_iteration):
+            yield Batch(iteration, slot, *self._images(indices))
 
     def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the evaluation images; see `Dataset.eval_batches`."""

@@ -12,9 +12,12 @@ doing all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from kfac_dist.errors import InputError
+from kfac_dist.tensors.foreach import copy_all_
 
 
 class SlotwiseBatchNorm:
@@ -56,6 +59,14 @@ class SlotwiseBatchNorm:
         for module, momentum in self._layers:
             share = momentum / num_slots
             module.momentum = share / (1.0 - slots_to_come * share)
+
+    def copy_of_running_buffers(self) -> list[Tensor]:
+        """What `restore` goes back to."""
+        return [buffer.clone() for buffer in self.running_buffers()]
+
+    def restore(self, copies: Sequence[Tensor]) -> None:
+        """Put the running statistics back to what they were."""
+        copy_all_(self.running_buffers(), copies)
 
     def running_buffers(self) -> list[Tensor]:
         """Running means and variances, to be averaged in place over ranks before they are used."""

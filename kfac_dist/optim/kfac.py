@@ -1,7 +1,8 @@
 """Distributed K-FAC as a `torch.optim.Optimizer`: stages 3 to 6 of Algorithm 1 (CVPR 2019)."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,32 @@ from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks, refresh_costs
 from kfac_dist.curvature.blocks.identity import IdentityBlock
 from kfac_dist.curvature.capture import Capture
-from kfac_dist.curvature.inversion import InverseRefresh, InversionTask
-from kfac_dist.curvature.precondition import Preconditioner
+from kfac_dist.curvature.inversion import RefreshReport
+from kfac_dist.curvature.owned import OwnedFisher
 from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedule
-from kfac_dist.curvature.running import BlockCurvature, update_running_averages
-from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.optim.buffers import StageBuffers, add_weight_decay, all_factor_keys, read_update, update_shares
 from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
+from kfac_dist.optim.validation import check, check_choice, check_count, check_kfac_group
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.tensors.packing import unpack_symmetric
 from kfac_dist.timing import StageTimer
 
 _STATE_KEY = "kfac"
+
+
+@dataclass(frozen=True)
+class CommDtypes:
+    """Half precision, torch.bfloat16 or torch.float16, in which values are sent; None sends them as they are.
+
+    Attributes:
+        factors: Of the Fisher's matrices.
+        gradients: Of gradients and preconditioned gradients.
+    """
+
+    factors: torch.dtype | None = None
+    gradients: torch.dtype | None = None
 
 
 class KFAC(torch.optim.Optimizer):
@@ -43,9 +57,7 @@ class KFAC(torch.optim.Optimizer):
     Attributes:
         blocks: A block for each layer with parameters, in the model's order.
         owners: For each block the ranks that own it.
-        num_retries: Factorisations on this rank that needed more damping, so far.
-        num_kept_inverses: Refreshes on this rank that failed for good and kept the previous inverse, so far.
-        changes: Diff of each matrix that the last step refreshed, the same on every rank; empty if not tracked.
+        report: What came of the last step.
     """
 
     def __init__(
@@ -67,8 +79,7 @@ class KFAC(torch.optim.Optimizer):
         skip: Sequence[str] = (),
         track_changes: bool = False,
         loss_scaler: LossScaler | None = None,
-        factor_comm_dtype: torch.dtype | None = None,
-        gradient_comm_dtype: torch.dtype | None = None,
+        comm_dtypes: CommDtypes = CommDtypes(),
         timer: StageTimer | None = None,
     ) -> None:
         """Hook the model's layers and share them out; collective.
@@ -89,12 +100,11 @@ class KFAC(torch.optim.Optimizer):
             refresh: Iterations from one refresh of the Fisher to the next, or a schedule from
                 `kfac_dist.curvature.refresh_schedule`.
             accumulation_steps: Backward passes for each `step`; divide each loss by this number, as usual.
-            skip: Shell-style patterns of module names that shall get the plain gradient.
-            track_changes: Keep Diff (Eq. 19) of each refreshed matrix in `changes`; an adaptive schedule always does.
+            skip: Shell-style patterns of module names that get the plain gradient.
+            track_changes: Put Diff (Eq. 19) of each refreshed matrix into `report`; an adaptive schedule always does.
             loss_scaler: For fp16, what each loss is scaled with before its backward; `step` unscales by itself, and
                 skips the update, on every rank, if anything overflowed on any. None if losses are not scaled.
-            factor_comm_dtype: Half precision that factors travel in between ranks; None sends them as they are.
-            gradient_comm_dtype: Likewise for gradients and preconditioned gradients.
+            comm_dtypes: What factors and gradients travel in between ranks.
             timer: Charged with the stages' seconds.
 
         Raises:
@@ -111,54 +121,42 @@ class KFAC(torch.optim.Optimizer):
             "weight_rescaling": weight_rescaling,
         }
         super().__init__(params, defaults)
-        _check_choice("batchnorm", batchnorm, ("full", "unit", "diagonal"))
-        _check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
-        if not isinstance(refresh, RefreshSchedule):
-            _check("refresh", _is_count(refresh), refresh, "an integer ≥ 1 or a RefreshSchedule")
-            interval = refresh
-            refresh = IntervalRefresh(lambda iteration: interval)
-        _check("accumulation_steps", _is_count(accumulation_steps), accumulation_steps, "an integer ≥ 1")
-        _check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
+        check_choice("batchnorm", batchnorm, get_args(BatchNormForm))
+        check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
+        check_count("accumulation_steps", accumulation_steps)
+        check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
         self.communicator = communicator if communicator is not None else create_communicator()
         self.accumulation_steps = accumulation_steps
-        self.num_retries = 0
-        self.num_kept_inverses = 0
-        self._ema_decay = ema_decay
-        self._refresh = refresh
-        self._track_changes = track_changes or refresh.needs_changes
+        self.report = StepReport()
+        self._refresh = _refresh_schedule(refresh)
+        self._track_changes = track_changes or self._refresh.needs_changes
         self._loss_scaler = loss_scaler
         self._loss_scale = 1.0  # of the losses behind the gradients of this step
-        self._factor_comm_dtype = factor_comm_dtype
-        self._gradient_comm_dtype = gradient_comm_dtype
-        self.changes: dict[FactorKey, float] = {}
+        self._comm_dtypes = comm_dtypes
         self._timer = timer or StageTimer.off()
         self._iteration = 0
-
         trained = [parameter for group in self.param_groups for parameter in group["params"]]
-        self._dtype = torch.float64 if trained[0].dtype == torch.float64 else torch.float32
-        self.blocks = create_blocks(model, trained, batchnorm, skip)
-        _check("params", bool(self.blocks), f"{len(trained)} parameters", "trainable parameters of the model")
-        covered = {id(parameter) for block in self.blocks for parameter in block.parameters}
-        foreign = [tuple(p.shape) for p in trained if p.requires_grad and id(p) not in covered]
-        _check("params", not foreign, f"others too, of shapes {foreign}", "parameters of the model")
-        self._rescaled = {id(weight) for weight in rescaled_weights(model)}
-        self.owners = assign_owners([block_cost(block) for block in self.blocks], self.communicator.size)
-        self._first_owner = {block.name: ranks[0] for block, ranks in zip(self.blocks, self.owners, strict=True)}
-        self._owned = {
-            block.name: BlockCurvature(block)
-            for block, ranks in zip(self.blocks, self.owners, strict=True)
-            if self.communicator.rank in ranks
-        }
         self._device = trained[0].device
-        self._preconditioner = Preconditioner()
-        self._inverse_refresh = InverseRefresh(deferred=self._device.type == "cuda")
-        self._buffers = StageBuffers(self.blocks, self.owners, self.communicator.size, self._dtype, self._device)
+        self._dtype = torch.float64 if trained[0].dtype == torch.float64 else torch.float32
+        self._rescaled = {id(weight) for weight in rescaled_weights(model)}
         self._index_groups()
-        self._refresh.plan_for(refresh_costs(self.blocks))
+        self.blocks = create_blocks(model, trained, batchnorm, skip)
+        _check_parameters(trained, self.blocks)
+        self._share_blocks(ema_decay)
         self._capture = Capture(self.blocks)
         self._begin_iteration()
         for tensor in (*model.parameters(), *model.buffers()):
             self.communicator.broadcast_(tensor.data)
+
+    def _share_blocks(self, ema_decay: float | None) -> None:
+        """Decide who owns which block, as every rank does alike, and lay out the buffers."""
+        rank, size = self.communicator.rank, self.communicator.size
+        self.owners = assign_owners([block_cost(block) for block in self.blocks], size)
+        self._ranks_of = {block.name: ranks for block, ranks in zip(self.blocks, self.owners, strict=True)}
+        owned = [block for block in self.blocks if rank in self._ranks_of[block.name]]
+        self._owned = OwnedFisher(owned, ema_decay, self._device)
+        self._buffers = StageBuffers(self.blocks, self.owners, size, self._dtype, self._device)
+        self._refresh.plan_for(refresh_costs(self.blocks))
 
     # One step -----------------------------------------------------------------------------------------
 
@@ -179,25 +177,29 @@ class KFAC(torch.optim.Optimizer):
         present = self._agree_on_captured()
         if self._due_keys and not present and not self._agree_on_any_gradient():
             self._create_state()
+            self.report = StepReport()
             return loss
         with self._timer.stage("reduce_scatter"):
             self._collect()
             if self._overflowed():
+                self.report = StepReport(skipped=True)
                 self._begin_capture()
                 return loss
             gradients = self._start_reducing()
         with self._timer.stage("inverse"):
-            self._refresh_inverses(present)
+            inversion = self._refresh_inverses(present)
         with self._timer.stage("reduce_scatter"):
             self._finish_gradients(gradients)
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
-            self.communicator.all_gather_v(self._updates.data, self._updates.counts, self._gradient_comm_dtype)
+            self.communicator.all_gather_v(self._updates.data, self._updates.counts, self._comm_dtypes.gradients)
         with self._timer.stage("update"):
             self._update_parameters()
+        changes = self._read_changes(present)
+        self.report = StepReport(False, inversion.num_retries, inversion.num_kept, changes)
         if present or not self._due_keys:  # factors that are due but that no rank captured stay due
-            self._record_refresh(present)
+            self._refresh.record(self._iteration, dict.fromkeys(self._due_keys, float("inf")) | changes)
             self._iteration += 1
         self._begin_iteration()
         return loss
@@ -248,7 +250,7 @@ class KFAC(torch.optim.Optimizer):
         communicator, factors, gradients = self.communicator, self._factors, self._buffers.gradients
         *earlier, last = [
             communicator.start_reduce_scatter_v(buffer.data, buffer.counts, comm_dtype)
-            for buffer, comm_dtype in ((factors, self._factor_comm_dtype), (gradients, self._gradient_comm_dtype))
+            for buffer, comm_dtype in ((factors, self._comm_dtypes.factors), (gradients, self._comm_dtypes.gradients))
             if buffer.data.numel()
         ]
         for pending in earlier:
@@ -261,47 +263,37 @@ class KFAC(torch.optim.Optimizer):
         if self._loss_scaler is not None:
             gradients.mul_(1.0 / self._loss_scale)
 
-    def _refresh_inverses(self, present: Mapping[str, int]) -> None:
+    def _refresh_inverses(self, present: Mapping[str, int]) -> RefreshReport:
         """Stage 4: take the new factors into the running Fisher and factorise it."""
         rank, size = self.communicator.rank, self.communicator.size
-        refreshed: dict[str, list[str]] = {}
-        news: list[tuple[BlockCurvature, str, Tensor]] = []
-        for name, matrix in self._due_keys:
+        factors: dict[FactorKey, Tensor] = {}
+        for key in self._due_keys:
+            name, matrix = key
             if name not in self._owned or name not in present:
                 continue
-            curvature = self._owned[name]
-            packed = self._factors.part((name, matrix), rank)
-            factor = unpack_symmetric(packed, *curvature.block.factor_shapes[matrix])
+            shape = self._owned[name].block.factor_shapes[matrix]
+            factors[key] = factor = unpack_symmetric(self._factors.part(key, rank), *shape)
             if present[name] < size:  # the average was taken over all ranks, some of which had nothing to give
                 factor *= size / present[name]
             if self._track_changes and self._is_first_owner(name):
-                change = curvature.change(matrix, factor, self._ema_decay)
-                self._updates.part((name, matrix), rank).copy_(change)
-            news.append((curvature, matrix, factor))
-            refreshed.setdefault(name, []).append(matrix)
-        update_running_averages(news, self._ema_decay)
-        tasks = [
-            InversionTask(self._owned[name], self._damping(self._owned[name].block), matrices)
-            for name, matrices in refreshed.items()
-        ]
-        report = self._inverse_refresh.refresh(tasks, lambda key: self._refresh.expected_interval(key, self._iteration))
-        self.num_retries += report.num_retries
-        self.num_kept_inverses += report.num_kept
+                self._updates.part(key, rank).copy_(self._owned.change(key, factor))
+        return self._owned.refresh(
+            factors, self._damping, lambda key: self._refresh.expected_interval(key, self._iteration)
+        )
 
     def _precondition(self) -> None:
         """Stage 5: 𝒢 of the owned blocks, into this rank's segment of the buffer that is gathered."""
         rank = self.communicator.rank
-        owned = [(block, ranks) for block, ranks in zip(self.blocks, self.owners, strict=True) if rank in ranks]
-        gradients = [self._buffers.gradients.part(block.name, rank) for block, _ in owned]
-        for (block, _), gradient in zip(owned, gradients, strict=True):
+        blocks = self._owned.blocks
+        gradients = [self._buffers.gradients.part(block.name, rank) for block in blocks]
+        for block, gradient in zip(blocks, gradients, strict=True):
             add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
-        directions = self._preconditioner.apply([self._owned[block.name] for block, _ in owned], gradients)
         shares = [
             share
-            for (block, ranks), direction in zip(owned, directions, strict=True)
-            for share in update_shares(self._updates, block, ranks, rank, direction)
+            for block, direction in zip(blocks, self._owned.precondition(gradients), strict=True)
+            for share in update_shares(self._updates, block, self._ranks_of[block.name], rank, direction)
         ]
-        copy_all_([place for place, _ in shares], [values for _, values in shares])
+        copy_all_([destination for destination, _ in shares], [values for _, values in shares])
 
     def _update_parameters(self) -> None:
         """Stage 6: every rank applies Eq. 17 and 18 to all parameters."""
@@ -321,18 +313,19 @@ class KFAC(torch.optim.Optimizer):
                 [velocities[number] for number in rescaled],
             )
 
-    def _record_refresh(self, present: Mapping[str, int]) -> None:
-        """Tell the schedule, the same on every rank, what was refreshed and by how much it changed."""
+    def _read_changes(self, present: Mapping[str, int]) -> dict[FactorKey, float]:
+        """Diff of what was refreshed, the same on every rank; empty if it is not tracked."""
+        if not self._track_changes:
+            return {}
         changes = dict.fromkeys(self._due_keys, float("inf"))
-        known = [key for key in changes if key[0] in present]
-        if self._track_changes and known:
+        known = [key for key in self._due_keys if key[0] in present]
+        if known:
             values = torch.cat([self._updates.copies(key)[0] for key in known]).tolist()  # one copy from the device
             changes |= dict(zip(known, values, strict=True))
-        self.changes = changes if self._track_changes else {}
-        self._refresh.record(self._iteration, changes)
+        return changes
 
     def _is_first_owner(self, name: str) -> bool:
-        return self._first_owner[name] == self.communicator.rank
+        return self._ranks_of[name][0] == self.communicator.rank
 
     def _velocity(self, parameter: Parameter) -> Tensor:
         state = self.state[parameter]
@@ -378,13 +371,22 @@ class KFAC(torch.optim.Optimizer):
         """Blocks that get the plain gradient, with the reason."""
         return [block for block in self.blocks if isinstance(block, IdentityBlock)]
 
+    def describe(self) -> list[str]:
+        """What is covered and what is not, a line each, for the log."""
+        covered = len(self.blocks) - len(self.uncovered)
+        reasons = [
+            f"plain gradient for {block.name} ({block.num_values} values): {block.reason}" for block in self.uncovered
+        ]
+        return [f"K-FAC covers {covered} layers", *reasons]
+
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
         """Smallest and largest eigenvalue and effective rank of each running matrix; collective, and not fast."""
         keys = all_factor_keys(self.blocks)
         values = torch.zeros(len(keys), 3, dtype=torch.float64)
         for number, (name, matrix) in enumerate(keys):
-            if self._is_first_owner(name) and matrix in self._owned[name].running:
-                values[number] = spectrum(self._owned[name].running[matrix]).cpu()
+            spectrum = self._owned.spectrum((name, matrix)) if self._is_first_owner(name) else None
+            if spectrum is not None:
+                values[number] = spectrum
         self.communicator.all_reduce_(values)
         return {key: (low, high, rank) for key, (low, high, rank) in zip(keys, values.tolist(), strict=True)}
 
@@ -397,16 +399,7 @@ class KFAC(torch.optim.Optimizer):
         if hasattr(self, "blocks"):
             raise ValueError("KFAC cannot take parameter groups after construction; give them all to the constructor")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for name, allowed, rule in (
-            ("lr", group["lr"] >= 0, "≥ 0"),
-            ("momentum", 0 <= group["momentum"] < 1, "in [0, 1)"),
-            ("damping", group["damping"] > 0, "> 0"),
-            ("batchnorm_damping_ratio", group["batchnorm_damping_ratio"] > 0, "> 0"),
-            ("weight_decay", group["weight_decay"] >= 0, "≥ 0"),
-        ):
-            _check(name, allowed, group[name], rule)
-        _check_choice("weight_rescaling", group["weight_rescaling"], ("always", "cap", "off"))
+        check_kfac_group(self.param_groups[-1])
 
     # State --------------------------------------------------------------------------------------------
 
@@ -416,8 +409,7 @@ class KFAC(torch.optim.Optimizer):
         state[_STATE_KEY] = {
             "iteration": self._iteration,
             "refresh": self._refresh.state_dict(),
-            "retries": self._inverse_refresh.state_dict(),
-            "blocks": {name: curvature.state_dict() for name, curvature in self._owned.items()},
+            **self._owned.state_dict(),
         }
         return state
 
@@ -431,30 +423,30 @@ class KFAC(torch.optim.Optimizer):
         curvature_state = state.pop(_STATE_KEY, None)
         if curvature_state is None:
             raise ValueError('the state has no "kfac" entry: it was not saved by a KFAC optimizer')
-        missing = sorted(set(self._owned) - set(curvature_state["blocks"]))
+        missing = self._owned.missing_from(curvature_state)
         if missing:
             raise ValueError(
                 f"the state lacks the Fisher of {len(missing)} blocks that rank {self.communicator.rank} owns "
-                f"({missing[0]}, …): it was saved by another rank, number of ranks or model"
+                f"({next(iter(missing))}, …): it was saved by another rank, number of ranks or model"
             )
         super().load_state_dict(state)
         self._index_groups()
-        for name, curvature in self._owned.items():
-            curvature.load_state_dict(curvature_state["blocks"][name], self._device, self._dtype)
-        self._inverse_refresh.load_state_dict(curvature_state["retries"], self._owned)
+        self._owned.load_state_dict(curvature_state, self._device, self._dtype)
         self._iteration = int(curvature_state["iteration"])
         self._refresh.load_state_dict(curvature_state["refresh"])
         self._begin_iteration()
 
 
-def _check(name: str, allowed: bool, value: object, rule: str) -> None:
-    if not allowed:
-        raise ValueError(f"{name} must be {rule}, got {value}")
+def _refresh_schedule(refresh: RefreshSchedule | int) -> RefreshSchedule:
+    if isinstance(refresh, RefreshSchedule):
+        return refresh
+    check_count("refresh", refresh, "an integer ≥ 1 or a RefreshSchedule")
+    return IntervalRefresh(lambda iteration: refresh)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value >= 1
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    _check(name, value in choices, repr(value), "one of " + ", ".join(choices))
+def _check_parameters(trained: Sequence[Parameter], blocks: Sequence[Block]) -> None:
+    """Refuse parameters that are not the model's, or none at all."""
+    check("params", bool(blocks), f"{len(trained)} parameters", "trainable parameters of the model")
+    covered = {id(parameter) for block in blocks for parameter in block.parameters}
+    foreign = [tuple(p.shape) for p in trained if p.requires_grad and id(p) not in covered]
+    check("params", not foreign, f"others too, of shapes {foreign}", "parameters of the model")

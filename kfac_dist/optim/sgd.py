@@ -1,4 +1,4 @@
-"""SGD over the same communicator as K-FAC: the yardstick."""
+"""SGD over the same communicator as K-FAC: the baseline."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from kfac_dist.communicator import Communicator, create_communicator
+from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import WeightRescaling, rescale_weights_, rescaled_weights
+from kfac_dist.optim.validation import check, check_choice
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.timing import StageTimer
 
@@ -17,6 +20,9 @@ class SGD(torch.optim.SGD):
     """`torch.optim.SGD` that averages gradients over the ranks first; its settings mean what they mean there.
 
     At construction every rank takes rank 0's weights.
+
+    Attributes:
+        report: What came of the last step.
     """
 
     def __init__(
@@ -50,10 +56,7 @@ class SGD(torch.optim.SGD):
         Raises:
             ValueError: If a setting is out of range, or nothing is to be trained.
         """
-        if weight_rescaling not in get_args(WeightRescaling):
-            raise ValueError(
-                f"weight_rescaling must be one of {', '.join(get_args(WeightRescaling))}, got {weight_rescaling!r}"
-            )
+        check_choice("weight_rescaling", weight_rescaling, get_args(WeightRescaling))
         parameters = model.parameters() if params is None else params
         super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.communicator = communicator if communicator is not None else create_communicator()
@@ -62,8 +65,8 @@ class SGD(torch.optim.SGD):
         self._loss_scaler = loss_scaler
         self._gradient_comm_dtype = gradient_comm_dtype
         self._trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if not self._trained:
-            raise ValueError("params must hold parameters that are not frozen, got none")
+        check("params", bool(self._trained), "none", "parameters that are not frozen")
+        self.report = StepReport()
         trained = {id(parameter) for parameter in self._trained}
         self._rescaled = [weight for weight in rescaled_weights(model) if id(weight) in trained]
         self._gradients = torch.cat([torch.zeros_like(parameter).flatten() for parameter in self._trained])
@@ -93,6 +96,7 @@ class SGD(torch.optim.SGD):
             if self._loss_scaler is not None:
                 loss_scale = self._loss_scaler.scale
                 if self._loss_scaler.overflowed([self._gradients], self.communicator):
+                    self.report = StepReport(skipped=True)
                     return loss
             own = self.communicator.reduce_scatter_v(self._gradients, self._counts, self._gradient_comm_dtype)
             if self._loss_scaler is not None:
@@ -106,4 +110,13 @@ class SGD(torch.optim.SGD):
             copy_all_([parameter.grad for parameter in self._trained], self._views)
             super().step()
             rescale_weights_(self._rescaled, self._weight_rescaling)
+        self.report = StepReport()
         return loss
+
+    def describe(self) -> list[str]:
+        """Nothing to say for the log; see `KFAC.describe`."""
+        return []
+
+    def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
+        """Of no matrices; see `KFAC.spectra`."""
+        return {}

@@ -15,7 +15,7 @@ from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.models import create_model
 from kfac_dist.optim.buffers import StageBuffers, all_factor_keys
 from kfac_dist.tensors.packing import triangle_numel
-from kfac_dist.training.schedules import LearningRateSchedule, coupled_momentum, damping_at
+from kfac_dist.training.schedules import Schedules
 
 
 def explain(config: Config, num_ranks: int) -> str:
@@ -35,17 +35,17 @@ def explain(config: Config, num_ranks: int) -> str:
     slots = batch_slots(config, num_ranks)
     batch = config.batch
     sampler = SlotSampler(data.num_train, batch.per_rank, batch.global_size // batch.per_rank, config.run.seed)
-    num_iterations = sampler.num_iterations(config.train.epochs)
+    schedules = Schedules(config, sampler)
     lines = [
         f"{config.run.name}: {config.model.name} on {config.data.name} with {config.optimizer.name}, {num_ranks} ranks",
-        f"{num_iterations} iterations ({config.train.epochs:g} epochs of {data.num_train} images) of "
+        f"{schedules.num_iterations} iterations ({config.train.epochs:g} epochs of {data.num_train} images) of "
         f"{batch.global_size} images: {slots} slots of {batch.per_rank} a rank",
     ]
     model = create_model(config.model.name, data.num_classes, data.image_shape, config.run.seed, config.model.variant)
     if config.kfac is not None:
         blocks = create_blocks(model, list(model.parameters()), config.kfac.batchnorm, config.kfac.skip)
         lines += ["", *_layer_table(blocks, num_ranks, 8 if config.train.precision == "fp64" else 4)]
-    lines += ["", *_schedule_table(config, sampler, num_iterations)]
+    lines += ["", *_schedule_table(schedules)]
     return "\n".join(lines)
 
 
@@ -92,19 +92,14 @@ def _layer_table(blocks: list[Block], num_ranks: int, value_bytes: int) -> list[
     return [*lines, "not covered, plain gradient:", *(f"  {block.name}: {block.reason}" for block in plain)]
 
 
-def _schedule_table(config: Config, sampler: SlotSampler, num_iterations: int) -> list[str]:
+def _schedule_table(schedules: Schedules) -> list[str]:
     """First, middle and last values of what changes over the run."""
-    schedule = LearningRateSchedule.from_config(config.schedule, config.optimizer.learning_rate)
     rows = [("iteration", "epoch", "learning rate", "momentum", "damping")]
-    for iteration in (0, num_iterations // 2, num_iterations - 1):
-        epoch = sampler.epoch_at(iteration)
-        learning_rate = schedule.at(epoch)
-        momentum, damping = config.optimizer.momentum, "-"
-        if config.kfac is not None:
-            momentum = coupled_momentum(learning_rate, config.optimizer.learning_rate, momentum)
-            gamma = config.kfac.damping
-            damping = f"{damping_at(iteration, gamma.initial, gamma.target, gamma.warmup_steps):.3g}"
-        rows.append((str(iteration), f"{epoch:.2f}", f"{learning_rate:.4g}", f"{momentum:.4g}", damping))
+    for iteration in (0, schedules.num_iterations // 2, schedules.num_iterations - 1):
+        settings = schedules.settings(iteration)
+        damping = f"{settings.damping:.3g}" if settings.damping else "-"
+        rates = (f"{settings.learning_rate:.4g}", f"{settings.momentum:.4g}")
+        rows.append((str(iteration), f"{schedules.epoch_at(iteration):.2f}", *rates, damping))
     return _aligned(rows)
 
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from kfac_dist.config.schema import Config
-from kfac_dist.data.augment import RandomErasing, RunningMixup, soft_labels
+from kfac_dist.data.augment import Augmentation
 from kfac_dist.data.base import Dataset, Original
 from kfac_dist.data.create import create_dataset
 from kfac_dist.data.sampling import SlotSampler
@@ -33,24 +33,16 @@ def draw_batch(config: Config, iteration: int, num_images: int) -> Figure:
     Raises:
         InputError: If the data cannot be read.
     """
-    seed, batch = config.run.seed, config.batch
+    seed = config.run.seed
     dataset = create_dataset(config.data, config.augment, torch.device("cpu"), torch.float32, seed)
-    num_slots = batch.global_size // batch.per_rank
-    sampler = SlotSampler(dataset.num_train, batch.per_rank, num_slots, seed)
-    mixup = RunningMixup(config.augment.mixup_alpha, seed)
+    num_slots = config.batch.global_size // config.batch.per_rank
+    sampler = SlotSampler(dataset.num_train, config.batch.per_rank, num_slots, seed)
+    augmentation = Augmentation(config.augment, dataset.num_classes, seed)
     # As rank 0 of as many ranks as there are slots, which has slot 0 only.
-    for number, (images, labels) in enumerate(dataset.train_batches(sampler, 0, num_slots, 0, iteration + 1)):
-        targets = soft_labels(labels, dataset.num_classes, images.dtype)
-        mixed, mixed_targets = mixup.mix(images, targets, number, 0)
-
+    for batch in dataset.train_batches(sampler, 0, num_slots, 0, iteration + 1):
+        steps = augmentation.steps(batch)
     originals = dataset.originals(sampler, iteration, 0, num_images)
-    rows: list[tuple[str, Tensor, Tensor]] = [("crop and flip", images, targets)]
-    if config.augment.mixup_alpha:
-        rows.append((f"running mixup\nα = {config.augment.mixup_alpha:g}", mixed, mixed_targets))
-    erasing = config.augment.erasing
-    if erasing is not None:
-        erased = RandomErasing(erasing.probability, erasing.area, erasing.aspect, seed).apply(mixed, iteration, 0)
-        rows.append((f"random erasing\np = {erasing.probability:g}", erased, mixed_targets))
+    rows = [(name, step.images, step.labels) for name, step in steps]
     return _draw(f"{config.run.name}: iteration {iteration}, slot 0", dataset, originals, rows)
 
 

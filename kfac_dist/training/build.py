@@ -1,4 +1,4 @@
-"""The optimizer that a configuration names."""
+"""The parts of a run as a configuration names them."""
 
 from collections.abc import Callable
 
@@ -14,11 +14,12 @@ from kfac_dist.curvature.refresh_schedule import (
     eq20_interval,
     eq21_interval,
 )
-from kfac_dist.optim.kfac import KFAC
+from kfac_dist.optim.kfac import KFAC, CommDtypes
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.sgd import SGD
 from kfac_dist.precision import HALF_DTYPES
 from kfac_dist.timing import StageTimer
+from kfac_dist.training.schedules import Schedules
 
 
 def create_optimizer(
@@ -26,7 +27,7 @@ def create_optimizer(
     model: nn.Module,
     communicator: Communicator,
     accumulation_steps: int,
-    epoch_at: Callable[[int], float],
+    schedules: Schedules,
     timer: StageTimer,
     loss_scaler: LossScaler | None = None,
 ) -> KFAC | SGD:
@@ -37,7 +38,7 @@ def create_optimizer(
         model: The network, on its device.
         communicator: Collectives over the ranks.
         accumulation_steps: Backward passes for each step.
-        epoch_at: Fractional epoch at the start of an iteration, for schedules that go by it.
+        schedules: Of the run; a refresh schedule may go by its epochs.
         timer: Charged with the stages' seconds.
         loss_scaler: What losses are scaled with, in fp16.
 
@@ -70,13 +71,12 @@ def create_optimizer(
         weight_rescaling=config.weight_rescaling,
         batchnorm=kfac.batchnorm,
         ema_decay=kfac.ema_decay,
-        refresh=create_refresh(kfac.refresh, epoch_at),
+        refresh=create_refresh(kfac.refresh, schedules.epoch_at),
         accumulation_steps=accumulation_steps,
         skip=kfac.skip,
         track_changes=kfac.monitor.diff,
         loss_scaler=loss_scaler,
-        factor_comm_dtype=HALF_DTYPES.get(config.communication.factor_precision),
-        gradient_comm_dtype=gradient_comm_dtype,
+        comm_dtypes=CommDtypes(HALF_DTYPES.get(config.communication.factor_precision), gradient_comm_dtype),
         timer=timer,
     )
 

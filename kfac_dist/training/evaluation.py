@@ -8,8 +8,8 @@ from torch import nn
 
 from kfac_dist.communicator import Communicator
 from kfac_dist.data.base import Dataset
-from kfac_dist.data.imagenet.image_file import PictureError
-from kfac_dist.data.skipped import DamagedPictures
+from kfac_dist.data.imagenet.image_file import ImageError
+from kfac_dist.data.skipped import SkippedImages
 
 _BATCH = 500
 _PIXELS = 2**22  # of a batch: 83 images of 224x224
@@ -17,14 +17,14 @@ _PIXELS = 2**22  # of a batch: 83 images of 224x224
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Dataset, communicator: Communicator, damaged: DamagedPictures
+    model: nn.Module, dataset: Dataset, communicator: Communicator, skipped_images: SkippedImages
 ) -> tuple[float, float, float]:
     """Mean loss, top-1 and top-5 in percent over all evaluation images; collective.
 
     Every image counts once, however the images divide over the ranks; a rank may have none.
 
     Raises:
-        TrainingFailed: On every rank, if pictures are damaged.
+        TrainingFailed: On every rank, if images are damaged.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
@@ -37,8 +37,8 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             counts = [ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.full_like(loss, len(labels))]
             sums += torch.stack([loss.double(), *(count.double() for count in counts)])
-    except PictureError as error:  # this rank's alone, until the others know
+    except ImageError as error:  # this rank's alone, until the others know
         problem = str(error)
-    damaged.agree(problem)
+    skipped_images.gather_and_check(problem)
     loss_sum, top1, top5, count = communicator.all_reduce_(sums).tolist()
     return loss_sum / count, 100 * top1 / count, 100 * top5 / count

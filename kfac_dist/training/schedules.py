@@ -1,4 +1,4 @@
-"""Learning rate, momentum and damping as pure functions of the epoch or the step (Eq. 13-16).
+"""What changes over a run: learning rate, momentum and damping by epoch or step (Eq. 13-16), and when to evaluate.
 
 An epoch is fractional: iteration t of a run over N samples with a global batch of B is at epoch t*B/N.
 """
@@ -6,15 +6,14 @@ An epoch is fractional: iteration t of a run over N samples with a global batch 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
+from kfac_dist.config.schema import Config, ConstantSchedule, CosineSchedule, PolynomialSchedule
+from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.errors import InputError
-
-if TYPE_CHECKING:
-    from kfac_dist.config.schema import ConstantSchedule, CosineSchedule, PolynomialSchedule
 
 
 def polynomial_decay(epoch: float, initial: float, power: float, start: float, end: float) -> float:
@@ -144,3 +143,68 @@ class LearningRateSchedule:
 def _constant(epoch: float, value: float) -> float:
     del epoch  # every schedule is called with the epoch
     return value
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an optimizer uses in one iteration.
+
+    Attributes:
+        learning_rate: eta of Eq. 15 and 17.
+        momentum: m of Eq. 16 and 17; constant for SGD.
+        damping: gamma of Eq. 12-14; 0 for SGD, which has none.
+    """
+
+    learning_rate: float
+    momentum: float
+    damping: float
+
+    def apply_to(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Set those that a parameter group has."""
+        for group in param_groups:
+            group |= {"lr": self.learning_rate, "momentum": self.momentum}
+            if "damping" in group:
+                group["damping"] = self.damping
+
+
+class Schedules:
+    """A run's settings by iteration.
+
+    Attributes:
+        num_iterations: Length of the run.
+    """
+
+    def __init__(self, config: Config, sampler: SlotSampler) -> None:
+        """Set up.
+
+        Args:
+            config: A validated configuration.
+            sampler: Which samples make an iteration; gives the fractional epoch.
+
+        Raises:
+            InputError: If the damping cannot fall as configured.
+        """
+        self.num_iterations = sampler.num_iterations(config.train.epochs)
+        self.epoch_at = sampler.epoch_at
+        self._config = config
+        self._learning_rate = LearningRateSchedule.from_config(config.schedule, config.optimizer.learning_rate)
+        self.settings(0)  # refuses what no iteration could use
+
+    def settings(self, iteration: int) -> Settings:
+        """Learning rate, momentum and damping of an iteration."""
+        optimizer, kfac = self._config.optimizer, self._config.kfac
+        learning_rate = self._learning_rate.at(self.epoch_at(iteration))
+        if kfac is None:
+            return Settings(learning_rate, optimizer.momentum, 0.0)
+        damping = kfac.damping
+        return Settings(
+            learning_rate,
+            coupled_momentum(learning_rate, optimizer.learning_rate, optimizer.momentum),
+            damping_at(iteration, damping.initial, damping.target, damping.warmup_steps),
+        )
+
+    def evaluation_is_due(self, iteration: int) -> bool:
+        """Whether to evaluate after an iteration: each `train.evaluate_every` epochs, and at the end."""
+        every = self._config.train.evaluate_every
+        before, after = self.epoch_at(iteration) / every, self.epoch_at(iteration + 1) / every
+        return math.floor(after) > math.floor(before) or iteration == self.num_iterations - 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.picture_tree import NUM_TRAIN, write_tree
+from tests.image_tree import NUM_TRAIN, write_tree
 
 pytestmark = pytest.mark.mpi
 
@@ -39,7 +39,7 @@ def make_mean_image(mpirun: Run, num_ranks: int, root: Path, output: Path, side:
 
 @pytest.fixture(scope="module")
 def tree(mpirun: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree of generated pictures, and its mean image in the file `mean`."""
+    """A tree of generated images, and its mean image in the file `mean`."""
     root = write_tree(tmp_path_factory.mktemp("tree"))
     made = make_mean_image(mpirun, 2, root, root / "mean", 16)
     assert made.returncode == 0, made.stderr
@@ -53,7 +53,7 @@ def settings(root: Path, *overrides: str) -> list[str]:
 def test_mean_image_is_the_same_from_any_number_of_ranks(mpirun: Run, tree: Path, tmp_path: Path) -> None:
     made = make_mean_image(mpirun, 3, tree, tmp_path / "mean", 16)
     assert made.returncode == 0, made.stderr
-    assert made.stdout == f"{tmp_path / 'mean'}: mean of {NUM_TRAIN} pictures\n"
+    assert made.stdout == f"{tmp_path / 'mean'}: mean of {NUM_TRAIN} images\n"
     assert (tmp_path / "mean").read_bytes() == (tree / "mean").read_bytes()
 
 
@@ -62,7 +62,7 @@ def test_mean_image_command_names_what_is_wrong_once(mpirun: Run, tmp_path: Path
     assert missing.returncode == 2
     assert missing.stderr.count("error: data.root must contain the folder train") == 1
     root = write_tree(tmp_path)
-    (root / "train/n03/020.JPEG").write_bytes(b"")  # the last one: a picture of rank 1
+    (root / "train/n03/020.JPEG").write_bytes(b"")  # the last one: an image of rank 1
     damaged = make_mean_image(mpirun, 2, root, tmp_path / "mean", 16)
     assert damaged.returncode == 2
     assert damaged.stderr.count("020.JPEG cannot be used (the file is empty)") == 1
@@ -93,7 +93,7 @@ def test_ranks_accumulation_and_loaders_give_the_same_parameters(run_program: Ru
         assert losses[num_ranks] == pytest.approx(losses[1], rel=1e-9)
 
 
-def test_a_damaged_picture_ends_all_ranks(mpirun: Run, tree: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_ends_all_ranks(mpirun: Run, tree: Path, tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
     command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
     path = root / "train/n02/007.JPEG"
@@ -108,7 +108,7 @@ def test_a_damaged_picture_ends_all_ranks(mpirun: Run, tree: Path, tmp_path: Pat
     assert not (tmp_path / "imagenet/DONE").exists()
 
 
-def test_damaged_pictures_can_be_skipped(mpirun: Run, tree: Path, tmp_path: Path) -> None:
+def test_damaged_images_can_be_skipped(mpirun: Run, tree: Path, tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
     command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
     skip = settings(root, f"data.mean_image={tree / 'mean'}", "data.on_error=skip")
@@ -125,7 +125,7 @@ def test_damaged_pictures_can_be_skipped(mpirun: Run, tree: Path, tmp_path: Path
     (root / "val/n02/001.JPEG").write_bytes(b"")  # a second one is more than 1 % of 31
     finished = mpirun(2, [*command, *skip], timeout=90)
     assert finished.returncode == 3, finished.stderr
-    assert "2 of 31 pictures cannot be used, more than the 1 %" in finished.stderr
+    assert "2 of 31 images cannot be used, more than the 1 %" in finished.stderr
 
 
 def test_a_wrong_mean_image_is_refused_once(mpirun: Run, tree: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_wrong_mean_image_is_refused_once(mpirun: Run, tree: Path, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_iterations_of_the_recipe_on_real_pictures(mpirun: Run, data_dir: Path, tmp_path: Path) -> None:
+def test_ten_iterations_of_the_recipe_on_real_images(mpirun: Run, data_dir: Path, tmp_path: Path) -> None:
     """ResNet-50 with every scheme of bs4k.yaml on 2 ranks; only sizes are reduced. The loss falls."""
     root = data_dir / "imagenette-mini"
     if not root.is_dir():

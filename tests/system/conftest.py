@@ -102,7 +102,7 @@ def svhn_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def imagenet_folder(tmp_path: Path) -> Path:
-    """A tree in ImageNet's layout: two classes, 8 pictures for training and 2 for validation of each."""
+    """A tree in ImageNet's layout: two classes, 8 images for training and 2 for validation of each."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 2)):
         for wnid in ("n01440764", "n01443537"):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 import kfac_dist.training.trainer
 from kfac_dist import LossScaler
+from kfac_dist.data.augment import Augmentation
+from kfac_dist.data.base import Batch
 from tests.paths import QUICKSTART
 
 Command = Callable[..., Any]
@@ -63,19 +66,19 @@ def test_an_overflow_in_the_forward_pass_leaves_no_trace(
 ) -> None:
     """It makes BatchNorm's running statistics NaN before anything can be skipped."""
     trainers = []
-    mix = kfac_dist.training.trainer.RunningMixup.mix
+    apply = Augmentation.apply
 
     class Spied(kfac_dist.training.trainer.Trainer):
         def train(self) -> Any:
             trainers.append(self)
             return super().train()
 
-    def huge_once(self: Any, images: Any, labels: Any, iteration: int, slot: int) -> Any:
-        images, labels = mix(self, images, labels, iteration, slot)
-        return (images * 1e6 if iteration == 5 else images), labels
+    def huge_once(self: Augmentation, batch: Batch) -> Batch:
+        batch = apply(self, batch)
+        return replace(batch, images=batch.images * 1e6) if batch.iteration == 5 else batch
 
     monkeypatch.setattr(train_module, "Trainer", Spied)
-    monkeypatch.setattr(kfac_dist.training.trainer.RunningMixup, "mix", huge_once)
+    monkeypatch.setattr(Augmentation, "apply", huge_once)
     finished = command(QUICKSTART, "train.precision=fp16", "train.epochs=2", f"run.output_dir={tmp_path}")
     assert finished.code == 0, finished.err
     overflows = [line for line in records(tmp_path / "quickstart") if line.get("event") == "overflow"]

@@ -1,7 +1,7 @@
 """NVIDIA DALI as the decoder: on the GPU where there is one, on the CPU otherwise.
 
 DALI is fed file contents and crop positions that this program draws, instead of reading a folder by itself:
-samples and crops are then the same on any number of ranks, an epoch has each picture exactly once without
+samples and crops are then the same on any number of ranks, an epoch has each image exactly once without
 any padding or last-batch policy, and a run can go on in the middle of an epoch without DALI's checkpoints.
 
 On a GPU DALI does everything. On a CPU it decodes only, and torch resizes: its antialiased CPU resizing takes
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kfac_dist.data.imagenet.crops import View
+from kfac_dist.data.imagenet.crops import Crop
 from kfac_dist.data.imagenet.decoder import BATCHES_AHEAD, DecodedBatch, Request, fill
-from kfac_dist.data.imagenet.image_file import PictureError, decode, read_picture
+from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
 from kfac_dist.errors import InputError
 from kfac_dist.tensors.host_copy import to_device
 
@@ -37,11 +37,11 @@ _PREFETCHED = 2  # batches inside DALI
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What DALI gets for one picture, or what is wrong with it."""
+    """What DALI gets for one image, or what is wrong with it."""
 
     content: np.ndarray
-    view: View
-    problem: PictureError | None
+    crop: Crop
+    problem: ImageError | None
 
 
 class DaliDecoder:
@@ -130,14 +130,14 @@ class DaliDecoder:
         contents = [item.content for item in prepared]
         if not self.resize_in_dali:
             return (contents,)
-        views = [item.view for item in prepared]
+        crops = [item.crop for item in prepared]
         return (
             contents,
-            [np.array(view.box[:2], dtype=np.int32) for view in views],
-            [np.array(view.box[2:], dtype=np.int32) for view in views],
-            [np.array(view.resized, dtype=np.float32) for view in views],
-            [np.array(view.offset, dtype=np.int32) for view in views],
-            [np.array(view.mirrored, dtype=np.int32) for view in views],
+            [np.array(crop.box[:2], dtype=np.int32) for crop in crops],
+            [np.array(crop.box[2:], dtype=np.int32) for crop in crops],
+            [np.array(crop.resized, dtype=np.float32) for crop in crops],
+            [np.array(crop.offset, dtype=np.int32) for crop in crops],
+            [np.array(crop.mirrored, dtype=np.int32) for crop in crops],
         )
 
     def _images(self, outputs: Any, prepared: list[_Prepared], pool: ThreadPoolExecutor) -> Tensor:
@@ -155,7 +155,7 @@ class DaliDecoder:
         images = torch.empty(len(prepared), 3, self.side, self.side, dtype=torch.uint8)
 
         def cut(place: int) -> None:
-            images[place] = prepared[place].view.apply(np.asarray(outputs.at(place)))
+            images[place] = prepared[place].crop.apply(np.asarray(outputs.at(place)))
 
         list(pool.map(cut, range(len(prepared))))
         return images
@@ -236,15 +236,12 @@ def run_ahead(batches: Iterator[DecodedBatch], depth: int) -> Iterator[DecodedBa
 
 def _prepare(request: Request) -> _Prepared:
     try:
-        picture = read_picture(request.path)
-        if picture.is_plain_jpeg:
-            content = np.frombuffer(picture.content, dtype=np.uint8)
-        else:
-            content = _raw_pixels(decode(picture))
-        return _Prepared(content, request.view(picture.height, picture.width), None)
-    except PictureError as error:
-        side = request.view(1, 1).side
-        stand_in = View((0, 0, 1, 1), (side, side), (0, 0), side, mirrored=False)
+        file = read_image_file(request.path)
+        content = np.frombuffer(file.content, dtype=np.uint8) if file.is_plain_jpeg else _raw_pixels(decode(file))
+        return _Prepared(content, request.crop(file.height, file.width), None)
+    except ImageError as error:
+        side = request.crop(1, 1).side
+        stand_in = Crop((0, 0, 1, 1), (side, side), (0, 0), side, mirrored=False)
         return _Prepared(_raw_pixels(np.zeros((1, 1, 3), dtype=np.uint8)), stand_in, error)
 
 

@@ -1,21 +1,22 @@
 """ImageNet, or any tree of its layout, read from files while training.
 
-Pictures are decoded and cut ahead of the training step as bytes; normalisation happens on the training device.
+Images are decoded and cut ahead of the training step as bytes; normalisation happens on the training device.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kfac_dist.data.base import Original, share
-from kfac_dist.data.imagenet.crops import Views
+from kfac_dist.data.base import Batch, Original, share
+from kfac_dist.data.imagenet.crops import Crops
 from kfac_dist.data.imagenet.decoder import DecodedBatch, Decoder, Request
-from kfac_dist.data.imagenet.folder import PictureFolder
-from kfac_dist.data.imagenet.image_file import decode, read_picture
+from kfac_dist.data.imagenet.folder import ImageList
+from kfac_dist.data.imagenet.image_file import decode, read_image_file
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.tensors.host_copy import to_device
 
@@ -63,16 +64,16 @@ class Normalisation:
 
 
 class FolderDataset:
-    """Training and evaluation pictures in folders.
+    """Training and evaluation images in folders.
 
     Args:
-        train: Training pictures.
-        evaluation: Evaluation pictures, with the training classes' labels.
-        views: What is cut from each.
+        train: Training images.
+        evaluation: Evaluation images, with the training classes' labels.
+        crops: What is cut from each.
         normalisation: How bytes become inputs.
         decoder: What reads and decodes; the batches are the same for each to about one level in 255.
-        skip_damaged: Whether a damaged picture is replaced (training) or left out (evaluation) instead of
-            ending the run. The replacement is the next good picture of its slot, so the batch keeps its size
+        skip_damaged: Whether a damaged image is replaced (training) or left out (evaluation) instead of
+            ending the run. The replacement is the next good image of its slot, so the batch keeps its size
             and no other slot is concerned.
         device: Training device.
         dtype: Floating type of the batches.
@@ -82,9 +83,9 @@ class FolderDataset:
 
     def __init__(
         self,
-        train: PictureFolder,
-        evaluation: PictureFolder,
-        views: Views,
+        train: ImageList,
+        evaluation: ImageList,
+        crops: Crops,
         normalisation: Normalisation,
         decoder: Decoder,
         skip_damaged: bool,
@@ -93,7 +94,7 @@ class FolderDataset:
     ) -> None:
         self.train = train
         self.evaluation = evaluation
-        self.views = views
+        self.crops = crops
         self.normalisation = normalisation.to(device, dtype)
         self.decoder = decoder
         self.skip_damaged = skip_damaged
@@ -113,53 +114,53 @@ class FolderDataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(3, side, side)."""
-        return 3, self.views.side, self.views.side
+        return 3, self.crops.side, self.crops.side
 
     @property
     def num_train(self) -> int:
-        """Number of training pictures."""
+        """Number of training images."""
         return len(self.train)
 
     @property
     def num_eval(self) -> int:
-        """Number of evaluation pictures."""
+        """Number of evaluation images."""
         return len(self.evaluation)
 
     def train_batches(
         self, sampler: SlotSampler, rank: int, num_ranks: int, first_iteration: int, last_iteration: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Batch]:
         """This rank's slots; see `Dataset.train_batches`.
 
         Raises:
-            PictureError: On this rank only, if a picture is damaged and must not be, or all of a slot are.
+            ImageError: On this rank only, if an image is damaged and must not be, or all of a slot are.
         """
+        slots = deque[tuple[int, int]]()  # of the batches that the decoder works on
 
         def requests() -> Iterator[list[Request]]:
-            for iteration in range(first_iteration, last_iteration):
-                for slot in sampler.local_slots(rank, num_ranks):
-                    indices = sampler.indices(iteration, slot)
-                    views = self.views.train(len(indices), iteration, slot)
-                    yield [
-                        Request(self.train.path(index), view, int(self.train.labels[index]))
-                        for index, view in zip(indices, views, strict=True)
-                    ]
+            for iteration, slot, indices in sampler.slots(rank, num_ranks, first_iteration, last_iteration):
+                slots.append((iteration, slot))
+                crops = self.crops.train(len(indices), iteration, slot)
+                yield [
+                    Request(self.train.path(index), crop, int(self.train.labels[index]))
+                    for index, crop in zip(indices, crops, strict=True)
+                ]
 
         for batch in self.decoder.run(requests()):
-            yield self._tensors(batch, self._replaced(batch))
+            yield Batch(*slots.popleft(), *self._tensors(batch, self._replaced(batch)))
 
     def eval_batches(self, rank: int, num_ranks: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the evaluation pictures; see `Dataset.eval_batches`.
+        """This rank's share of the evaluation images; see `Dataset.eval_batches`.
 
         Raises:
-            PictureError: On this rank only, if a picture is damaged and must not be.
+            ImageError: On this rank only, if an image is damaged and must not be.
         """
         mine = share(self.num_eval, rank, num_ranks)
-        view = self.views.evaluation()
+        crop = self.crops.evaluation()
 
         def requests() -> Iterator[list[Request]]:
             for start in range(0, len(mine), batch_size):
                 yield [
-                    Request(self.evaluation.path(index), view, int(self.evaluation.labels[index]))
+                    Request(self.evaluation.path(index), crop, int(self.evaluation.labels[index]))
                     for index in mine[start : start + batch_size]
                 ]
 
@@ -169,17 +170,17 @@ class FolderDataset:
                 yield self._tensors(batch, places)
 
     def take_skipped(self) -> list[str]:
-        """Damaged pictures met since the last call, with what is wrong; see `Dataset.take_skipped`."""
+        """Damaged images met since the last call, with what is wrong; see `Dataset.take_skipped`."""
         skipped, self._skipped = self._skipped, []
         return skipped
 
     def originals(self, sampler: SlotSampler, iteration: int, slot: int, limit: int) -> list[Original]:
-        """Pictures as they are stored, with the outline of their crop; see `Dataset.originals`."""
+        """Images as they are stored, with the outline of their crop; see `Dataset.originals`."""
         indices = sampler.indices(iteration, slot)
         found = []
-        for index, view in list(zip(indices, self.views.train(len(indices), iteration, slot), strict=True))[:limit]:
-            picture = read_picture(self.train.path(index))
-            found.append(Original(decode(picture), view(picture.height, picture.width).outline()))
+        for index, crop in list(zip(indices, self.crops.train(len(indices), iteration, slot), strict=True))[:limit]:
+            file = read_image_file(self.train.path(index))
+            found.append(Original(decode(file), crop(file.height, file.width).outline()))
         return found
 
     def to_pixels(self, images: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class FolderDataset:
         return self.normalisation.undo(images)
 
     def _replaced(self, batch: DecodedBatch) -> list[int]:
-        """Place of the picture that is used in each place of a training batch."""
+        """Place of the image that is used in each place of a training batch."""
         size = len(batch.requests)
         good = [self._is_good(batch, place) for place in range(size)]
         if not any(good):

@@ -1,4 +1,4 @@
-"""Batches of pictures decoded ahead of the training step."""
+"""Batches of images decoded ahead of the training step."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kfac_dist.data.imagenet.crops import ViewOf
-from kfac_dist.data.imagenet.image_file import PictureError, decode, read_picture
+from kfac_dist.data.imagenet.crops import CropFunction
+from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
 
 BATCHES_AHEAD = 3  # beyond the one that the network works on
 
 
 @dataclass(frozen=True)
 class Request:
-    """A picture wanted in a batch: its file, what to cut from it, and its label."""
+    """An image wanted in a batch: its file, what to cut from it, and its label."""
 
     path: Path
-    view: ViewOf
+    crop: CropFunction
     label: int
 
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """A batch of pictures.
+    """A batch of images.
 
     Attributes:
         requests: What was asked for, n >= 1.
         images: (n, 3, side, side) uint8, on the CPU (pinned where there is a GPU) or on the GPU.
-        problems: What is wrong with pictures that could not be used, by place; their pixels are undefined.
+        problems: What is wrong with images that could not be used, by place; their pixels are undefined.
     """
 
     requests: list[Request]
     images: Tensor
-    problems: dict[int, PictureError]
+    problems: dict[int, ImageError]
 
 
 class Decoder(Protocol):
@@ -69,7 +69,7 @@ class ThreadDecoder:
     def run(self, batches: Iterator[list[Request]]) -> Iterator[DecodedBatch]:
         """See `Decoder`."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-        ahead: deque[tuple[list[Request], Tensor, list[Future[PictureError | None]]]] = deque()
+        ahead: deque[tuple[list[Request], Tensor, list[Future[ImageError | None]]]] = deque()
         try:
             for requests in batches:
                 shape = (len(requests), 3, self.side, self.side)
@@ -84,16 +84,16 @@ class ThreadDecoder:
             pool.shutdown(cancel_futures=True)
 
 
-def fill(image: Tensor, request: Request) -> PictureError | None:
-    """Read, decode and cut one picture into its place of a batch; returns what is wrong with it."""
+def fill(image: Tensor, request: Request) -> ImageError | None:
+    """Read, decode and cut one image into its place of a batch; returns what is wrong with it."""
     try:
-        picture = read_picture(request.path)
-        image.copy_(request.view(picture.height, picture.width).apply(decode(picture)))
-    except PictureError as error:
+        file = read_image_file(request.path)
+        image.copy_(request.crop(file.height, file.width).apply(decode(file)))
+    except ImageError as error:
         return error
     return None
 
 
-def _finish(requests: list[Request], images: Tensor, tasks: list[Future[PictureError | None]]) -> DecodedBatch:
+def _finish(requests: list[Request], images: Tensor, tasks: list[Future[ImageError | None]]) -> DecodedBatch:
     results = [task.result() for task in tasks]
     return DecodedBatch(requests, images, {place: e for place, e in enumerate(results) if e is not None})

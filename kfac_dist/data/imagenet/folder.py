@@ -1,4 +1,4 @@
-"""An ImageFolder tree: `train/<class>/<picture>` and `val/<class>/<picture>`."""
+"""An ImageFolder tree: `train/<class>/<image>` and `val/<class>/<image>`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy as np
 from kfac_dist.errors import InputError
 
 _ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".ppm", b".pgm", b".webp", b".tif", b".tiff")
-_LAYOUT = "the layout is train/<class>/<picture> and val/<class>/<picture>"
+_LAYOUT = "the layout is train/<class>/<image> and val/<class>/<image>"
 
 
 @dataclass(frozen=True)
-class PictureFolder:
-    """The pictures of one split, in the order of their classes and names.
+class ImageList:
+    """The images of one split, in the order of their classes and names.
 
     Attributes:
         folder: The split's folder.
         class_names: Names of the classes; a label is an index into them.
-        names: (N,) bytes, `<class>/<picture>`; an array, because a million strings are many times as large.
+        names: (N,) bytes, `<class>/<image>`; an array, because a million strings are many times as large.
         labels: (N,) int64.
     """
 
@@ -35,25 +35,25 @@ class PictureFolder:
         return len(self.labels)
 
     def path(self, index: int) -> Path:
-        """File of a picture."""
+        """File of an image."""
         return self.folder / os.fsdecode(bytes(self.names[index]))
 
-    def evenly(self, limit: int | None) -> PictureFolder:
-        """`limit` pictures evenly over the list, so that each class keeps its share; all for None."""
+    def evenly(self, limit: int | None) -> ImageList:
+        """`limit` images evenly over the list, so that each class keeps its share; all for None."""
         if limit is None:
             return self
         kept = (2 * np.arange(limit) + 1) * len(self) // (2 * limit)  # the middles of equal pieces
         return replace(self, names=self.names[kept], labels=self.labels[kept])
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and sizes of all files: another if a picture was added, removed or resized."""
+        """SHA-256 over names and sizes of all files: another if an image was added, removed or resized."""
         digest = hashlib.sha256()
         for index, name in enumerate(self.names):
             digest.update(b"%s\0%d\0" % (bytes(name), self.path(index).stat().st_size))
         return digest.hexdigest()
 
 
-def list_pictures(root: Path, split: str, known_classes: tuple[str, ...] | None = None) -> PictureFolder:
+def list_images(root: Path, split: str, known_classes: tuple[str, ...] | None = None) -> ImageList:
     """List one split.
 
     Args:
@@ -62,7 +62,7 @@ def list_pictures(root: Path, split: str, known_classes: tuple[str, ...] | None 
         known_classes: The training classes, which give the labels; None where this split defines them.
 
     Raises:
-        InputError: If the folder, its classes or their pictures are missing, or a class is not a known one.
+        InputError: If the folder, its classes or their images are missing, or a class is not a known one.
     """
     folder = root / split
     if not folder.is_dir():
@@ -82,21 +82,21 @@ def list_pictures(root: Path, split: str, known_classes: tuple[str, ...] | None 
     labels: list[int] = []
     empty = []
     for name in found:
-        pictures = _pictures_in(folder / name)
-        names += [os.fsencode(name) + b"/" + picture for picture in pictures]
-        labels += [number[name]] * len(pictures)
-        if not pictures:
+        images = _images_in(folder / name)
+        names += [os.fsencode(name) + b"/" + path for path in images]
+        labels += [number[name]] * len(images)
+        if not images:
             empty.append(name)
     if empty:
         raise InputError(
-            f"{folder}: no pictures in the class folder{'' if len(empty) == 1 else 's'} {_some(empty)}: fill or "
+            f"{folder}: no images in the class folder{'' if len(empty) == 1 else 's'} {_some(empty)}: fill or "
             f"delete {'it' if len(empty) == 1 else 'them'} ({_LAYOUT}; known endings: "
             f"{b' '.join(_ENDINGS).decode()})"
         )
-    return PictureFolder(folder, classes, np.array(names), np.array(labels, dtype=np.int64))
+    return ImageList(folder, classes, np.array(names), np.array(labels, dtype=np.int64))
 
 
-def _pictures_in(folder: Path) -> list[bytes]:
+def _images_in(folder: Path) -> list[bytes]:
     with os.scandir(os.fsencode(folder)) as entries:
         return sorted(entry.name for entry in entries if entry.name.lower().endswith(_ENDINGS))
 

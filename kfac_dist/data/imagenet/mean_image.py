@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from kfac_dist.communicator import Communicator
 from kfac_dist.data.base import share
-from kfac_dist.data.imagenet.crops import upper_left_view
-from kfac_dist.data.imagenet.folder import PictureFolder
-from kfac_dist.data.imagenet.image_file import PictureError, decode, read_picture
+from kfac_dist.data.imagenet.crops import upper_left_crop
+from kfac_dist.data.imagenet.folder import ImageList
+from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
 from kfac_dist.errors import InputError
 
-_CHUNK = 64  # pictures between two looks at the progress bar
+_CHUNK = 64  # images between two looks at the progress bar
 _MOST_SKIPPED = 0.01
 _KEY = "kfac_dist mean image"  # of the metadata; one entry, because safetensors orders several at random
 
@@ -32,20 +32,20 @@ def command_for(root: Path, output: str, side: int) -> str:
     return f"python -m kfac_dist.data.mean_image {root} --output {output} --image-size {side}"
 
 
-def load_mean_image(path: Path, side: int, pictures: PictureFolder, root: Path) -> Tensor:
-    """Read a mean image and check that it belongs to the training pictures.
+def load_mean_image(path: Path, side: int, images: ImageList, root: Path) -> Tensor:
+    """Read a mean image and check that it belongs to the training images.
 
     Args:
         path: File that this module's command wrote.
         side: Height and width that it must have.
-        pictures: All training pictures.
+        images: All training images.
         root: The data set's tree, for the message.
 
     Returns:
         (3, side, side) float64, on the scale of 0 ... 255.
 
     Raises:
-        InputError: If the file is missing, damaged, of another size or of other pictures.
+        InputError: If the file is missing, damaged, of another size or of other images.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -65,15 +65,15 @@ def load_mean_image(path: Path, side: int, pictures: PictureFolder, root: Path) 
         raise InputError(
             f"data.mean_image: {path} is for images of {made_for}x{made_for}, and data.image_size is {side}: {remedy}"
         )
-    if facts["fingerprint"] != pictures.fingerprint():
+    if facts["fingerprint"] != images.fingerprint():
         raise InputError(
-            f"data.mean_image: {path} is of other pictures ({facts['num_images']} of them) than the "
-            f"{len(pictures)} in {pictures.folder} (names and sizes of the files are compared): {remedy}"
+            f"data.mean_image: {path} is of other images ({facts['num_images']} of them) than the "
+            f"{len(images)} in {images.folder} (names and sizes of the files are compared): {remedy}"
         )
     return mean
 
 
-def save_mean_image(path: Path, mean: Tensor, pictures: PictureFolder) -> None:
+def save_mean_image(path: Path, mean: Tensor, images: ImageList) -> None:
     """Write the file, complete or not at all.
 
     Raises:
@@ -81,7 +81,7 @@ def save_mean_image(path: Path, mean: Tensor, pictures: PictureFolder) -> None:
     """
     from safetensors.torch import save
 
-    facts = {"fingerprint": pictures.fingerprint(), "num_images": len(pictures)}
+    facts = {"fingerprint": images.fingerprint(), "num_images": len(images)}
     unfinished = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,34 +92,34 @@ def save_mean_image(path: Path, mean: Tensor, pictures: PictureFolder) -> None:
 
 
 def compute_mean_image(
-    pictures: PictureFolder, side: int, communicator: Communicator, workers: int, skip: bool
+    images: ImageList, side: int, communicator: Communicator, workers: int, skip: bool
 ) -> tuple[Tensor, list[str]]:
-    """Mean over all pictures, shared by the ranks; collective.
+    """Mean over all images, shared by the ranks; collective.
 
     Args:
-        pictures: The training pictures.
+        images: The training images.
         side: Height and width of the result.
         communicator: All its ranks take part.
         workers: Threads a rank.
-        skip: Whether damaged pictures are left out, at most 1 % of all.
+        skip: Whether damaged images are left out, at most 1 % of all.
 
     Returns:
         (3, side, side) float64 on the scale of 0 ... 255, and what was left out.
 
     Raises:
-        AgreedInputError: If a picture is damaged and `skip` is false, or more than 1 % are.
+        AgreedInputError: If an image is damaged and `skip` is false, or more than 1 % are.
     """
     # Sums of whole numbers below 2^53: exact in float64, in whatever order they are added.
     total = torch.zeros(3, side, side, dtype=torch.float64)
     problems: list[str] = []
-    mine = share(len(pictures), communicator.rank, communicator.size)
-    view = upper_left_view(side)
+    mine = share(len(images), communicator.rank, communicator.size)
+    crop = upper_left_crop(side)
 
-    def square(index: int) -> Tensor | PictureError:
+    def square(index: int) -> Tensor | ImageError:
         try:
-            picture = read_picture(pictures.path(index))
-            return view(picture.height, picture.width).apply(decode(picture))
-        except PictureError as error:
+            file = read_image_file(images.path(index))
+            return crop(file.height, file.width).apply(decode(file))
+        except ImageError as error:
             return error
 
     with (
@@ -129,21 +129,21 @@ def compute_mean_image(
     ):
         for start in range(0, len(mine), _CHUNK):
             squares = list(pool.map(square, mine[start : start + _CHUNK]))
-            problems += [str(result) for result in squares if isinstance(result, PictureError)]
+            problems += [str(result) for result in squares if isinstance(result, ImageError)]
             if problems and not skip:
                 raise InputError(problems[0])
             for result in squares:
-                if not isinstance(result, PictureError):
+                if not isinstance(result, ImageError):
                     total += result  # of another type: adding the bytes to each other would overflow
             bar.update(len(squares))
     skipped = _all_lines(communicator, problems)
     with communicator.raise_on_all_ranks():
-        if len(skipped) > _MOST_SKIPPED * len(pictures):
+        if len(skipped) > _MOST_SKIPPED * len(images):
             raise InputError(
-                f"{len(skipped)} of {len(pictures)} pictures cannot be used, more than 1 %; the first: {skipped[0]}"
+                f"{len(skipped)} of {len(images)} images cannot be used, more than 1 %; the first: {skipped[0]}"
             )
     communicator.all_reduce_(total)
-    return total / (len(pictures) - len(skipped)), skipped
+    return total / (len(images) - len(skipped)), skipped
 
 
 def _all_lines(communicator: Communicator, lines: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from torch import nn
 from kfac_dist import KFAC, LossScaler, create_communicator
 from kfac_dist.communicator import Communicator, launch
 from kfac_dist.models import SlotwiseBatchNorm
+from kfac_dist.optim.kfac import CommDtypes
 from kfac_dist.precision import HALF_DTYPES, Precision
 
 NUM_SLOTS, NUM_ITERATIONS, OVERFLOW = 8, 8, 3
@@ -62,7 +63,7 @@ def train(case: str, device: torch.device, communicator: Communicator) -> dict[s
     scaler = LossScaler() if precision.needs_loss_scale else None
     optimizer = KFAC(
         model, communicator, lr=0.05, damping=0.1, ema_decay=0.8, refresh=2, accumulation_steps=len(slots),
-        weight_rescaling="always", loss_scaler=scaler, factor_comm_dtype=comm_dtype, gradient_comm_dtype=comm_dtype,
+        weight_rescaling="always", loss_scaler=scaler, comm_dtypes=CommDtypes(comm_dtype, comm_dtype),
     )  # fmt: skip
     for iteration in range(NUM_ITERATIONS):
         optimizer.zero_grad()

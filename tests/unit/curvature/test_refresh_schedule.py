@@ -178,13 +178,13 @@ def test_tracked_changes_are_diffs_of_successive_statistics():
     net = make_net()
     optimizer = make_kfac(net, lr=0.0, track_changes=True)
     train(net, optimizer, steps=1)
-    assert set(optimizer.changes.values()) == {math.inf}
+    assert set(optimizer.report.changes.values()) == {math.inf}
     before = {key: value.clone() for key, value in optimizer._owned["0"].running.items()}
     train(net, optimizer, steps=1, first=1)
     for matrix in ("A", "G"):
         expected = relative_change(optimizer._owned["0"].running[matrix], before[matrix]).item()
-        assert optimizer.changes["0", matrix] == pytest.approx(expected, rel=1e-12)
-    assert len(optimizer.changes) == 5
+        assert optimizer.report.changes["0", matrix] == pytest.approx(expected, rel=1e-12)
+    assert len(optimizer.report.changes) == 5
 
 
 def test_tracked_changes_of_a_running_average():
@@ -194,7 +194,7 @@ def test_tracked_changes_of_a_running_average():
     before = optimizer._owned["4"].running["G"].clone()
     train(net, optimizer, steps=1, first=3)
     expected = relative_change(optimizer._owned["4"].running["G"], before).item()
-    assert optimizer.changes["4", "G"] == pytest.approx(expected, rel=1e-10)
+    assert optimizer.report.changes["4", "G"] == pytest.approx(expected, rel=1e-10)
 
 
 def test_adaptive_intervals_grow_on_stationary_data_and_shrink_when_the_data_are_switched():

@@ -227,7 +227,9 @@ def test_train_batches_are_the_slots_normalised_and_augmented(arrays: ImageArray
     normalised = torch.from_numpy((arrays.train_images - mean) / deviation)
     batches = list(dataset.train_batches(sampler, rank=1, num_ranks=2, first_iteration=3, last_iteration=5))
     places = [(iteration, slot) for iteration in (3, 4) for slot in (1, 3, 5)]
-    for (images, labels), (iteration, slot) in zip(batches, places, strict=True):
+    for batch, (iteration, slot) in zip(batches, places, strict=True):
+        images, labels = batch.images, batch.labels
+        assert (batch.iteration, batch.slot) == (iteration, slot)
         indices = torch.from_numpy(sampler.indices(iteration, slot))
         expected = crop_flip.apply(normalised[indices], iteration, slot)
         torch.testing.assert_close(images, expected, rtol=1e-13, atol=1e-13)
@@ -273,7 +275,7 @@ def test_create_dataset_digits_and_cifar10(cifar_folder: Path) -> None:
         10,
         (1, 8, 8),
     )
-    images, _ = next(digits.train_batches(SlotSampler(1438, 1438, 1, 0), 0, 1, 0, 1))
+    images = next(digits.train_batches(SlotSampler(1438, 1438, 1, 0), 0, 1, 0, 1)).images
     assert images.mean().item() == pytest.approx(0, abs=1e-12)
     assert images.std(correction=0).item() == pytest.approx(1, rel=1e-12)
     settings = DataConfig(name="cifar10", root=str(cifar_folder))

@@ -34,14 +34,17 @@ def test_an_image_depends_on_its_index_and_the_seed() -> None:
             batches = made.train_batches(sampler, rank, num_ranks, 0, 3)
             for iteration in range(3):
                 for slot in sampler.local_slots(rank, num_ranks):
-                    images, labels = next(batches)
+                    batch = next(batches)
+                    images, labels = batch.images, batch.labels
+                    assert (batch.iteration, batch.slot) == (iteration, slot)
                     assert (images.dtype, images.shape) == (torch.float64, (6, 2, 5, 7))
                     for index, image, label in zip(sampler.indices(iteration, slot), images, labels, strict=True):
                         assert label == index % 4
                         assert torch.equal(image, seen.setdefault(int(index), image))
     assert len(seen) == 30
     assert len(torch.stack(list(seen.values())).flatten(1).unique(dim=0)) == 30
-    assert not torch.equal(next(make(1).train_batches(sampler, 0, 1, 0, 1))[0][0], seen[int(sampler.indices(0, 0)[0])])
+    first = next(make(1).train_batches(sampler, 0, 1, 0, 1)).images[0]
+    assert not torch.equal(first, seen[int(sampler.indices(0, 0)[0])])
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 20])

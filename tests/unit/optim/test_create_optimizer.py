@@ -8,12 +8,20 @@ import torch
 
 from kfac_dist import KFAC, SGD, create_communicator
 from kfac_dist.config.load import load_config
+from kfac_dist.config.schema import Config
 from kfac_dist.curvature.spectrum import spectrum
+from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.errors import InputError
 from kfac_dist.timing import StageTimer
 from kfac_dist.training.build import create_optimizer, create_refresh
+from kfac_dist.training.schedules import Schedules
 from tests.paths import QUICKSTART
 from tests.small_net import make_kfac, make_net, train
+
+
+def schedules(config: Config) -> Schedules:
+    batch = config.batch
+    return Schedules(config, SlotSampler(1438, batch.per_rank, batch.global_size // batch.per_rank, seed=0))
 
 
 def refresh_of(*overrides: str) -> Any:
@@ -60,7 +68,7 @@ def test_settings_reach_the_optimizers():
     config = load_config(QUICKSTART, overrides)
     communicator = create_communicator("reduce")
     net = make_net()
-    kfac = create_optimizer(config, net, communicator, 3, lambda iteration: 0.0, StageTimer())
+    kfac = create_optimizer(config, net, communicator, 3, schedules(config), StageTimer())
     assert isinstance(kfac, KFAC)
     group = kfac.param_groups[0]
     expected = {"lr": 0.07, "momentum": 0.9, "damping": 0.025, "batchnorm_damping_ratio": 16, "weight_decay": 0.01,
@@ -69,12 +77,11 @@ def test_settings_reach_the_optimizers():
     assert [block.form for block in kfac.blocks] == ["kronecker", "unit", "plain"]
     assert kfac.accumulation_steps == 3
     train(net, kfac, steps=1)
-    assert set(kfac.changes) == {("0", "A"), ("0", "G"), ("1", "F")}
+    assert set(kfac.report.changes) == {("0", "A"), ("0", "G"), ("1", "F")}
 
     sgd_overrides = ["optimizer.name=sgd", "kfac=null", "optimizer.weight_decay=0.02"]
-    sgd = create_optimizer(
-        load_config(QUICKSTART, sgd_overrides), make_net(), communicator, 1, lambda iteration: 0.0, StageTimer()
-    )
+    config = load_config(QUICKSTART, sgd_overrides)
+    sgd = create_optimizer(config, make_net(), communicator, 1, schedules(config), StageTimer())
     assert isinstance(sgd, SGD)
     assert (sgd.param_groups[0]["lr"], sgd.param_groups[0]["weight_decay"]) == (0.03, 0.02)
 

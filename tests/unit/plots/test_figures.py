@@ -1,4 +1,4 @@
-"""Figure 3 and the picture of a batch, checked by the data in their axes."""
+"""Figure 3 and the figure of a batch, checked by the data in their axes."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from kfac_dist.data.augment import RandomErasing, RunningMixup, soft_labels
 from kfac_dist.data.create import create_dataset
 from kfac_dist.data.imagenet.dataset import FolderDataset
 from kfac_dist.data.sampling import SlotSampler
+from tests.image_tree import write_tree
 from tests.paths import QUICKSTART
-from tests.picture_tree import write_tree
 
 SCHEMES = [
     "augment={flip: true, mixup_alpha: 0.4, erasing: {probability: 1, area: [0.1, 0.2], aspect: [0.3, 1]}}",
@@ -86,8 +86,9 @@ def test_batch_shows_each_step(tree: list[str]) -> None:
     dataset = create_dataset(config.data, config.augment, torch.device("cpu"), torch.float32, 0)
     assert isinstance(dataset, FolderDataset)
     sampler, mixup = SlotSampler(dataset.num_train, 5, 2, 0), RunningMixup(0.4, 0)
-    for iteration, (images, labels) in enumerate(dataset.train_batches(sampler, 0, 2, 0, 3)):
-        mixed, targets = mixup.mix(images, soft_labels(labels, 3, torch.float32), iteration, 0)
+    for iteration, batch in enumerate(dataset.train_batches(sampler, 0, 2, 0, 3)):
+        images = batch.images
+        mixed, targets = mixup.mix(images, soft_labels(batch.labels, 3, torch.float32), iteration, 0)
     erased = RandomErasing(1, (0.1, 0.2), (0.3, 1), 0).apply(mixed, 2, 0)
     for row, expected in ((1, images), (2, mixed), (3, erased)):
         for column in range(4):
@@ -100,7 +101,7 @@ def test_batch_shows_each_step(tree: list[str]) -> None:
         shown(axes[3, 0])[changed], np.tile([0.485, 0.456, 0.406], (changed.sum(), 1)), atol=1e-6
     )
 
-    names = [dataset.class_names[label] for label in labels[:4]]
+    names = [dataset.class_names[label] for label in batch.labels[:4]]
     assert [axis.get_title() for axis in axes[1]] == names
     share, number = targets[0].max(dim=0)
     assert axes[2, 0].get_title().startswith(f"{share:.2f} n0{int(number) + 1}")

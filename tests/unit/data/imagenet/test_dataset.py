@@ -13,17 +13,17 @@ from kfac_dist import create_communicator
 from kfac_dist.config.schema import AugmentConfig, DataConfig
 from kfac_dist.data.create import create_dataset, describe_dataset
 from kfac_dist.data.imagenet import dali as dali_module
-from kfac_dist.data.imagenet.crops import Views, resized_side
+from kfac_dist.data.imagenet.crops import Crops, resized_side
 from kfac_dist.data.imagenet.dali import DaliDecoder
 from kfac_dist.data.imagenet.dataset import CHANNEL_DEVIATION, CHANNEL_MEAN, FolderDataset
 from kfac_dist.data.imagenet.decoder import DecodedBatch, Request, ThreadDecoder
-from kfac_dist.data.imagenet.folder import list_pictures
-from kfac_dist.data.imagenet.image_file import PictureError, decode, read_picture
+from kfac_dist.data.imagenet.folder import list_images
+from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
 from kfac_dist.data.imagenet.mean_image import compute_mean_image, load_mean_image, save_mean_image
 from kfac_dist.data.sampling import SlotSampler
-from kfac_dist.data.skipped import DamagedPictures
+from kfac_dist.data.skipped import SkippedImages
 from kfac_dist.errors import InputError, TrainingFailed
-from tests.picture_tree import NUM_EVAL, NUM_TRAIN, write_tree
+from tests.image_tree import NUM_EVAL, NUM_TRAIN, write_tree
 
 CPU = torch.device("cpu")
 SIDE = 32
@@ -59,7 +59,7 @@ def dataset(root: Path, loader: str = "torchvision", seed: int = 0, **settings: 
 
 def paper_dataset(root: Path, loader: str = "torchvision", **settings: object) -> FolderDataset:
     path = root / f"mean-{SIDE}"
-    train = list_pictures(root, "train")
+    train = list_images(root, "train")
     save_mean_image(path, torch.full((3, SIDE, SIDE), 100.0, dtype=torch.float64), train)
     return dataset(root, loader, preprocessing="paper", mean_image=str(path), **settings)
 
@@ -87,7 +87,7 @@ def test_evaluation_is_a_direct_computation(clean_root: Path, loader: str) -> No
     assert labels.tolist() == made.evaluation.labels.tolist()
     resized, margin = resized_side(SIDE), (resized_side(SIDE) - SIDE) // 2
     for index, image in enumerate(images):
-        pixels = torch.from_numpy(decode(read_picture(made.evaluation.path(index)))).permute(2, 0, 1)
+        pixels = torch.from_numpy(decode(read_image_file(made.evaluation.path(index)))).permute(2, 0, 1)
         whole = torch.nn.functional.interpolate(pixels[None], size=(resized, resized), mode="bilinear", antialias=True)
         expected = (whole[0, :, margin : margin + SIDE, margin : margin + SIDE].double() - 100) / 255
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-12)
@@ -145,7 +145,9 @@ def slots_of(made: FolderDataset, num_ranks: int, first: int = 0, last: int = 3)
         batches = made.train_batches(sampler, rank, num_ranks, first, last)
         for iteration in range(first, last):
             for slot in sampler.local_slots(rank, num_ranks):
-                images, labels = next(batches)
+                batch = next(batches)
+                images, labels = batch.images, batch.labels
+                assert (batch.iteration, batch.slot) == (iteration, slot)
                 assert labels.tolist() == made.train.labels[sampler.indices(iteration, slot)].tolist()
                 slots[iteration, slot] = images
         assert next(batches, None) is None
@@ -177,7 +179,7 @@ def test_dali_gives_what_torchvision_gives(clean_root: Path, preprocessing: str)
     scale = ours.normalisation.scale
     levels = torch.cat([(images - theirs[place]) / scale for place, images in slots_of(ours, 1).items()]).abs()
     assert levels.mean() < 0.35
-    assert (levels > 1.01).double().mean() < 0.01  # at the border of a picture the filters differ
+    assert (levels > 1.01).double().mean() < 0.01  # at the border of an image the filters differ
     assert levels.max() < 25
 
 
@@ -185,11 +187,11 @@ def test_dali_gives_what_torchvision_gives(clean_root: Path, preprocessing: str)
 
 
 def test_mean_image_is_a_direct_computation(clean_root: Path) -> None:
-    train = list_pictures(clean_root, "train")
+    train = list_images(clean_root, "train")
     mean, skipped = compute_mean_image(train, SIDE, create_communicator("reduce"), workers=2, skip=False)
     squares = []
     for index in range(len(train)):
-        pixels = torch.from_numpy(decode(read_picture(train.path(index)))).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(decode(read_image_file(train.path(index)))).permute(2, 0, 1)[None]
         squares.append(torch.nn.functional.interpolate(pixels, size=(37, 37), mode="bilinear", antialias=True)[0])
     expected = np.mean([square[:, :SIDE, :SIDE].numpy() for square in squares], axis=0, dtype=np.float64)
     np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-14)
@@ -198,7 +200,7 @@ def test_mean_image_is_a_direct_computation(clean_root: Path) -> None:
 
 
 def test_mean_image_of_another_size_or_data_set_is_refused(root: Path) -> None:
-    train = list_pictures(root, "train")
+    train = list_images(root, "train")
     path = root / "mean"
     mean = torch.rand(3, 48, 48, dtype=torch.float64) * 255
     command = rf"make it with: python -m kfac_dist\.data\.mean_image {root} --output {path} --image-size"
@@ -209,20 +211,20 @@ def test_mean_image_of_another_size_or_data_set_is_refused(root: Path) -> None:
     with pytest.raises(InputError, match=rf"is for images of 48x48, and data\.image_size is 32: {command} 32"):
         load_mean_image(path, 32, train, root)
     (root / "train/n01/000.JPEG").unlink()
-    fewer = list_pictures(root, "train")
-    with pytest.raises(InputError, match=rf"is of other pictures \(21 of them\) than the 20 in .*: {command} 48"):
+    fewer = list_images(root, "train")
+    with pytest.raises(InputError, match=rf"is of other images \(21 of them\) than the 20 in .*: {command} 48"):
         load_mean_image(path, 48, fewer, root)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match=r"is not a mean image"):
         load_mean_image(path, 48, train, root)
 
 
-def test_mean_image_of_damaged_pictures(root: Path) -> None:
+def test_mean_image_of_damaged_images(root: Path) -> None:
     (root / "train/n02/001.JPEG").write_bytes(b"")
-    train = list_pictures(root, "train")
+    train = list_images(root, "train")
     with pytest.raises(InputError, match=r"n02/001\.JPEG cannot be used \(the file is empty\)"):
         compute_mean_image(train, SIDE, create_communicator("reduce"), workers=2, skip=False)
-    with pytest.raises(InputError, match=r"1 of 21 pictures cannot be used, more than 1 %"):
+    with pytest.raises(InputError, match=r"1 of 21 images cannot be used, more than 1 %"):
         compute_mean_image(train, SIDE, create_communicator("reduce"), workers=2, skip=True)
 
 
@@ -235,16 +237,16 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "cut", "text"])
-def test_a_damaged_picture_is_named(root: Path, loader: str, how: str) -> None:
+def test_a_damaged_image_is_named(root: Path, loader: str, how: str) -> None:
     damage(root / "train/n02/001.JPEG", how)
-    with pytest.raises(PictureError, match=r"train/n02/001\.JPEG cannot be used"):
+    with pytest.raises(ImageError, match=r"train/n02/001\.JPEG cannot be used"):
         slots_of(dataset(root, loader), 1)
     damage(root / "val/n03/002.JPEG", how)
-    with pytest.raises(PictureError, match=r"val/n03/002\.JPEG cannot be used"):
+    with pytest.raises(ImageError, match=r"val/n03/002\.JPEG cannot be used"):
         eval_images(dataset(root, loader), 1)
 
 
-def test_a_skipped_picture_is_replaced_in_its_own_slot(root: Path, loader: str) -> None:
+def test_a_skipped_image_is_replaced_in_its_own_slot(root: Path, loader: str) -> None:
     whole = slots_of(dataset(root, loader), 1)
     damage(root / "train/n02/001.JPEG", "cut")
     made = dataset(root, loader, on_error="skip")
@@ -254,7 +256,8 @@ def test_a_skipped_picture_is_replaced_in_its_own_slot(root: Path, loader: str) 
     batches = made.train_batches(sampler, 0, 1, 0, 3)
     for place, expected in whole.items():
         indices = sampler.indices(*place)
-        images, labels = next(batches)
+        batch = next(batches)
+        images, labels = batch.images, batch.labels
         for position, index in enumerate(indices):
             source = (position + 1) % 5 if index == bad else position
             found += index == bad
@@ -264,14 +267,14 @@ def test_a_skipped_picture_is_replaced_in_its_own_slot(root: Path, loader: str) 
     assert made.take_skipped() == []
 
 
-def test_a_slot_without_any_good_picture_ends_the_run(root: Path, loader: str) -> None:
+def test_a_slot_without_any_good_image_ends_the_run(root: Path, loader: str) -> None:
     for path in (root / "train").glob("*/*"):
         damage(path, "empty")
-    with pytest.raises(PictureError, match="cannot be used"):
+    with pytest.raises(ImageError, match="cannot be used"):
         slots_of(dataset(root, loader, on_error="skip"), 1)
 
 
-def test_skipped_evaluation_pictures_are_left_out(root: Path, loader: str) -> None:
+def test_skipped_evaluation_images_are_left_out(root: Path, loader: str) -> None:
     whole, whole_labels = eval_images(dataset(root, loader), 1)
     damage(root / "val/n01/000.JPEG", "cut")
     damage(root / "val/n03/002.JPEG", "empty")
@@ -286,17 +289,21 @@ def test_skipped_evaluation_pictures_are_left_out(root: Path, loader: str) -> No
 
 def test_skips_are_counted_once_and_limited(root: Path) -> None:
     made = dataset(root)
-    damaged = DamagedPictures(made, create_communicator("reduce"))
-    damaged.agree("")
-    assert damaged.take_new() == []
+    skipped_images = SkippedImages(made, create_communicator("reduce"))
+    skipped_images.gather_and_check("")
+    assert skipped_images.take_new() == []
     made._skipped = ["a.JPEG", "a.JPEG"]
-    damaged.agree("")
-    assert (damaged.take_new(), damaged.take_new(), damaged.skipped) == (["a.JPEG"], [], ["a.JPEG"])
+    skipped_images.gather_and_check("")
+    assert (skipped_images.take_new(), skipped_images.take_new(), skipped_images.skipped) == (
+        ["a.JPEG"],
+        [],
+        ["a.JPEG"],
+    )
     made._skipped = ["b.JPEG"]
-    with pytest.raises(TrainingFailed, match=r"2 of 31 pictures cannot be used, more than the 1 % .*; the last: b\.JP"):
-        damaged.agree("")
+    with pytest.raises(TrainingFailed, match=r"2 of 31 images cannot be used, more than the 1 % .*; the last: b\.JP"):
+        skipped_images.gather_and_check("")
     with pytest.raises(TrainingFailed, match=r"^c\.JPEG is empty$"):
-        damaged.agree("c.JPEG is empty")
+        skipped_images.gather_and_check("c.JPEG is empty")
 
 
 def test_dali_goes_on_where_its_decoder_fails(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +316,7 @@ def test_dali_goes_on_where_its_decoder_fails(root: Path, monkeypatch: pytest.Mo
         prepared = original(request)
         if request.path.name == "001.JPEG":
             spoiled.append(request.path)
-            return dali_module._Prepared(prepared.content[:200], prepared.view, None)
+            return dali_module._Prepared(prepared.content[:200], prepared.crop, None)
         return prepared
 
     monkeypatch.setattr(dali_module, "_prepare", spoil)
@@ -330,9 +337,9 @@ def test_leaving_in_the_middle_ends_the_work(clean_root: Path, decoder: ThreadDe
     if decoder is None:
         pytest.importorskip("nvidia.dali", reason="DALI is not installed (the extra dali)")
     before = threading.active_count()
-    train = list_pictures(clean_root, "train")
-    views = Views("paper", SIDE, True, 0)
-    requests = ([Request(train.path(0), view, 0) for view in views.train(2, i, 0)] for i in range(1000))
+    train = list_images(clean_root, "train")
+    crops = Crops("paper", SIDE, True, 0)
+    requests = ([Request(train.path(0), crop, 0) for crop in crops.train(2, i, 0)] for i in range(1000))
     batches = (decoder or DaliDecoder(SIDE, 2, CPU)).run(requests)
     next(batches)
     batches.close()  # type: ignore[attr-defined]

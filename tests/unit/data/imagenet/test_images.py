@@ -1,4 +1,4 @@
-"""Single pictures, folders of them, and the geometry of what is cut out."""
+"""Single images, folders of them, and the geometry of what is cut out."""
 
 import io
 import math
@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kfac_dist.data.imagenet import image_file as pictures
-from kfac_dist.data.imagenet.crops import View, Views, resized_side, upper_left_view
-from kfac_dist.data.imagenet.folder import list_pictures
-from kfac_dist.data.imagenet.image_file import PictureError, decode, read_picture
+from kfac_dist.data.imagenet import image_file
+from kfac_dist.data.imagenet.crops import Crop, Crops, resized_side, upper_left_crop
+from kfac_dist.data.imagenet.folder import list_images
+from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
 from kfac_dist.errors import InputError
-from tests.picture_tree import CLASSES, NUM_EVAL, NUM_TRAIN, picture, write_tree
+from tests.image_tree import CLASSES, NUM_EVAL, NUM_TRAIN, make_image, write_tree
 
 ROWS, COLUMNS = np.mgrid[250:0:29j, 0:250:37j]
 SMOOTH = Image.fromarray(np.stack([COLUMNS, ROWS, np.full_like(ROWS, 90)], axis=2).astype(np.uint8))
@@ -38,7 +38,7 @@ def saved(path: Path, image: Image.Image, form: str, **settings: object) -> Path
     ],
 )
 def test_formats_whatever_the_name_says(tmp_path: Path, mode: str, form: str, is_plain: bool, tolerance: int) -> None:
-    found = read_picture(saved(tmp_path / "a.JPEG", SMOOTH.convert(mode), form))
+    found = read_image_file(saved(tmp_path / "a.JPEG", SMOOTH.convert(mode), form))
     assert (found.height, found.width, found.is_plain_jpeg) == (29, 37, is_plain)
     pixels = decode(found)
     assert pixels.shape == (29, 37, 3)
@@ -50,46 +50,46 @@ def test_formats_whatever_the_name_says(tmp_path: Path, mode: str, form: str, is
 def test_orientation_tags_are_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    turned = decode(read_picture(saved(tmp_path / "a.JPEG", SMOOTH, "JPEG", exif=exif)))
-    plain = decode(read_picture(saved(tmp_path / "b.JPEG", SMOOTH, "JPEG")))
+    turned = decode(read_image_file(saved(tmp_path / "a.JPEG", SMOOTH, "JPEG", exif=exif)))
+    plain = decode(read_image_file(saved(tmp_path / "b.JPEG", SMOOTH, "JPEG")))
     np.testing.assert_array_equal(turned, plain)
 
 
 def test_empty_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.JPEG").write_bytes(b"")
-    with pytest.raises(PictureError, match=r"empty\.JPEG cannot be used \(the file is empty\).*data\.on_error=skip"):
-        read_picture(tmp_path / "empty.JPEG")
+    with pytest.raises(ImageError, match=r"empty\.JPEG cannot be used \(the file is empty\).*data\.on_error=skip"):
+        read_image_file(tmp_path / "empty.JPEG")
     (tmp_path / "text.JPEG").write_bytes(b"<html>not found</html>")
-    with pytest.raises(PictureError, match=r"text\.JPEG cannot be used \(no picture in a known format\)"):
-        read_picture(tmp_path / "text.JPEG")
-    with pytest.raises(PictureError, match=r"gone\.JPEG cannot be used"):
-        read_picture(tmp_path / "gone.JPEG")
+    with pytest.raises(ImageError, match=r"text\.JPEG cannot be used \(no image in a known format\)"):
+        read_image_file(tmp_path / "text.JPEG")
+    with pytest.raises(ImageError, match=r"gone\.JPEG cannot be used"):
+        read_image_file(tmp_path / "gone.JPEG")
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
-def test_truncated_pictures_are_named(tmp_path: Path, form: str, kept: float) -> None:
-    path = saved(tmp_path / "cut.JPEG", picture(2, 0).resize((300, 300)), form)
+def test_truncated_images_are_named(tmp_path: Path, form: str, kept: float) -> None:
+    path = saved(tmp_path / "cut.JPEG", make_image(2, 0).resize((300, 300)), form)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(PictureError, match=r"cut\.JPEG cannot be used"):
-        decode(read_picture(path))
+    with pytest.raises(ImageError, match=r"cut\.JPEG cannot be used"):
+        decode(read_image_file(path))
 
 
-def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pictures.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert image_file.MAX_PIXELS == Image.MAX_IMAGE_PIXELS
     path = saved(tmp_path / "a.JPEG", SMOOTH, "JPEG")
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 29 * 37)
-    read_picture(path)
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 29 * 37 - 1)
-    with pytest.raises(PictureError, match=r"37x29 pixels, more than 1,072"):
-        read_picture(path)
+    monkeypatch.setattr(image_file, "MAX_PIXELS", 29 * 37)
+    read_image_file(path)
+    monkeypatch.setattr(image_file, "MAX_PIXELS", 29 * 37 - 1)
+    with pytest.raises(ImageError, match=r"37x29 pixels, more than 1,072"):
+        read_image_file(path)
 
 
-def test_a_large_picture_works(tmp_path: Path) -> None:
+def test_a_large_image_works(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.JPEG", Image.new("RGB", (6000, 4000), (10, 200, 30)), "JPEG")
-    found = read_picture(path)
-    square = upper_left_view(224)(found.height, found.width).apply(decode(found))
+    found = read_image_file(path)
+    square = upper_left_crop(224)(found.height, found.width).apply(decode(found))
     assert square.shape == (3, 224, 224)
     assert (square.float().mean(dim=(1, 2)) - torch.tensor([10.0, 200.0, 30.0])).abs().max() < 2
 
@@ -99,8 +99,8 @@ def test_a_large_picture_works(tmp_path: Path) -> None:
 
 def test_listing(tmp_path: Path) -> None:
     root = write_tree(tmp_path)
-    (root / "train/n01/notes.txt").write_text("no picture")
-    train = list_pictures(root, "train")
+    (root / "train/n01/notes.txt").write_text("no image")
+    train = list_images(root, "train")
     assert (len(train), train.class_names) == (NUM_TRAIN, CLASSES)
     assert train.labels.tolist() == sorted(number % 3 for number in range(NUM_TRAIN))
     assert train.path(8) == root / "train/n02/004.JPEG"
@@ -115,81 +115,81 @@ def test_labels_of_evaluation_are_the_training_classes(tmp_path: Path) -> None:
     for path in (root / "val/n01").iterdir():
         path.unlink()
     (root / "val/n01").rmdir()
-    evaluation = list_pictures(root, "val", CLASSES)
+    evaluation = list_images(root, "val", CLASSES)
     assert set(evaluation.labels) == {1, 2}
-    assert len(list_pictures(root, "val", CLASSES)) == NUM_EVAL - 4
+    assert len(list_images(root, "val", CLASSES)) == NUM_EVAL - 4
 
 
 def test_bad_trees_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.root must contain the folder train, got .*, which does not: the lay"):
-        list_pictures(tmp_path, "train")
+        list_images(tmp_path, "train")
     (tmp_path / "train").mkdir()
     with pytest.raises(InputError, match=r"train holds no class folders"):
-        list_pictures(tmp_path, "train")
+        list_images(tmp_path, "train")
     root = write_tree(tmp_path)
     (root / "train/n09").mkdir()
-    with pytest.raises(InputError, match=r"no pictures in the class folder n09: fill or delete it"):
-        list_pictures(root, "train")
+    with pytest.raises(InputError, match=r"no images in the class folder n09: fill or delete it"):
+        list_images(root, "train")
     (root / "val/n04").mkdir()
     (root / "val/n05").mkdir()
     with pytest.raises(InputError, match=r"n04, n05 are no classes of the training data \(3 classes in"):
-        list_pictures(root, "val", CLASSES)
+        list_images(root, "val", CLASSES)
 
 
 def test_fingerprint_follows_names_and_sizes(tmp_path: Path) -> None:
     root = write_tree(tmp_path)
-    first = list_pictures(root, "train").fingerprint()
-    assert first == list_pictures(root, "train").fingerprint()
+    first = list_images(root, "train").fingerprint()
+    assert first == list_images(root, "train").fingerprint()
     path = root / "train/n01/000.JPEG"
     content = path.read_bytes()
     path.write_bytes(content + b"\0")
-    assert list_pictures(root, "train").fingerprint() != first
+    assert list_images(root, "train").fingerprint() != first
     path.unlink()
-    assert list_pictures(root, "train").fingerprint() != first
+    assert list_images(root, "train").fingerprint() != first
     (root / "train/n01/0000.JPEG").write_bytes(content)
-    assert list_pictures(root, "train").fingerprint() != first
+    assert list_images(root, "train").fingerprint() != first
 
 
-# Views -------------------------------------------------------------------------------------------------------
+# Crops -------------------------------------------------------------------------------------------------------
 
 
 def test_resized_side_is_the_papers() -> None:
     assert [resized_side(side) for side in (224, 112, 64, 32)] == [256, 128, 73, 37]
 
 
-def test_paper_view_is_resize_crop_and_flip(tmp_path: Path) -> None:
-    pixels = decode(read_picture(saved(tmp_path / "a.JPEG", picture(0, 1), "JPEG")))
+def test_paper_crop_is_resize_crop_and_flip(tmp_path: Path) -> None:
+    pixels = decode(read_image_file(saved(tmp_path / "a.JPEG", make_image(0, 1), "JPEG")))
     resized = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(resized, size=(37, 37), mode="bilinear", antialias=True)[0]
-    for view_of in Views("paper", 32, True, seed=1).train(20, iteration=3, slot=2):
-        view = view_of(*pixels.shape[:2])
-        top, left = view.offset
+    for crop_of in Crops("paper", 32, True, seed=1).train(20, iteration=3, slot=2):
+        crop = crop_of(*pixels.shape[:2])
+        top, left = crop.offset
         expected = resized[:, top : top + 32, left : left + 32]
-        assert torch.equal(view.apply(pixels), expected.flip(2) if view.mirrored else expected)
+        assert torch.equal(crop.apply(pixels), expected.flip(2) if crop.mirrored else expected)
 
 
 def test_resizing_is_pillows_to_one_level(tmp_path: Path) -> None:
-    image = picture(2, 0).resize((97, 55))
-    view = View((0, 0, 55, 97), (37, 37), (0, 0), 37, mirrored=False)
-    ours = view.apply(np.array(image)).permute(1, 2, 0).numpy().astype(int)
+    image = make_image(2, 0).resize((97, 55))
+    crop = Crop((0, 0, 55, 97), (37, 37), (0, 0), 37, mirrored=False)
+    ours = crop.apply(np.array(image)).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(ours - np.asarray(image.resize((37, 37), Image.Resampling.BILINEAR)).astype(int)).max() <= 1
 
 
-def test_paper_views_cover_all_places_and_flip_half() -> None:
-    found = [view(100, 200) for slot in range(40) for view in Views("paper", 32, True, seed=0).train(50, 0, slot)]
+def test_paper_crops_cover_all_places_and_flip_half() -> None:
+    found = [crop(100, 200) for slot in range(40) for crop in Crops("paper", 32, True, seed=0).train(50, 0, slot)]
     for axis in (0, 1):
-        counts = np.bincount([view.offset[axis] for view in found])
+        counts = np.bincount([crop.offset[axis] for crop in found])
         assert len(counts) == 37 - 32 + 1
         assert np.abs(counts - 2000 / 6).max() < 5 * math.sqrt(2000 / 6)
-    assert abs(np.mean([view.mirrored for view in found]) - 0.5) < 5 * 0.5 / math.sqrt(2000)
-    unflipped = [view(100, 200) for view in Views("paper", 32, False, seed=0).train(50, 0, 0)]
-    assert not any(view.mirrored for view in unflipped)
-    assert [view.offset for view in unflipped] == [view.offset for view in found[:50]]
+    assert abs(np.mean([crop.mirrored for crop in found]) - 0.5) < 5 * 0.5 / math.sqrt(2000)
+    unflipped = [crop(100, 200) for crop in Crops("paper", 32, False, seed=0).train(50, 0, 0)]
+    assert not any(crop.mirrored for crop in unflipped)
+    assert [crop.offset for crop in unflipped] == [crop.offset for crop in found[:50]]
 
 
-def test_views_are_keyed() -> None:
+def test_crops_are_keyed() -> None:
     def offsets(seed: int, iteration: int, slot: int) -> list[tuple[int, int]]:
-        return [view(50, 60).offset for view in Views("paper", 64, True, seed).train(8, iteration, slot)]
+        return [crop(50, 60).offset for crop in Crops("paper", 64, True, seed).train(8, iteration, slot)]
 
     assert offsets(1, 2, 3) == offsets(1, 2, 3)
     assert len({tuple(offsets(*key)) for key in ((1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0))}) == 4
@@ -199,9 +199,9 @@ def test_random_resized_boxes() -> None:
     height, width = 300, 400
     boxes = np.array(
         [
-            view(height, width).box
+            crop(height, width).box
             for slot in range(40)
-            for view in Views("random_resized_crop", 32, True, seed=0).train(50, 0, slot)
+            for crop in Crops("random_resized_crop", 32, True, seed=0).train(50, 0, slot)
         ]
     )
     top, left, rows, columns = boxes.T
@@ -216,27 +216,27 @@ def test_random_resized_boxes() -> None:
     # Uniform between 0.08 and 1, where no large box was rejected for not fitting.
     small = area[area < 0.5]
     assert abs(np.mean((small - 0.08) / 0.42) - 0.5) < 0.05
-    view = Views("random_resized_crop", 32, True, seed=0).train(1, 0, 0)[0](1, 1000)  # no box fits
-    assert view.box[2:] == (1, 1)
+    crop = Crops("random_resized_crop", 32, True, seed=0).train(1, 0, 0)[0](1, 1000)  # no box fits
+    assert crop.box[2:] == (1, 1)
 
 
-def test_evaluation_views_are_the_middle() -> None:
-    view = Views("paper", 224, True, seed=0).evaluation()(375, 500)
-    assert view == View((0, 0, 375, 500), (256, 256), (16, 16), 224, mirrored=False)
-    view = Views("random_resized_crop", 224, True, seed=0).evaluation()(375, 500)
-    assert view == View((0, 0, 375, 500), (256, 341), (16, 58), 224, mirrored=False)
-    top, left, height, width = view.outline()
+def test_evaluation_crops_are_the_middle() -> None:
+    crop = Crops("paper", 224, True, seed=0).evaluation()(375, 500)
+    assert crop == Crop((0, 0, 375, 500), (256, 256), (16, 16), 224, mirrored=False)
+    crop = Crops("random_resized_crop", 224, True, seed=0).evaluation()(375, 500)
+    assert crop == Crop((0, 0, 375, 500), (256, 341), (16, 58), 224, mirrored=False)
+    top, left, height, width = crop.outline()
     assert (top + height / 2, left + width / 2) == (pytest.approx(187.5), pytest.approx(250, abs=1))
 
 
-def test_mean_image_view_is_the_upper_left() -> None:
-    assert upper_left_view(224)(375, 500) == View((0, 0, 375, 500), (256, 256), (0, 0), 224, mirrored=False)
+def test_mean_image_crop_is_the_upper_left() -> None:
+    assert upper_left_crop(224)(375, 500) == Crop((0, 0, 375, 500), (256, 256), (0, 0), 224, mirrored=False)
 
 
 def test_bytes_after_the_end_marker_do_no_harm(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     SMOOTH.save(buffer, "JPEG")
     (tmp_path / "a.JPEG").write_bytes(buffer.getvalue() + b"\0" * 100)
-    assert read_picture(tmp_path / "a.JPEG").is_plain_jpeg
+    assert read_image_file(tmp_path / "a.JPEG").is_plain_jpeg
     (tmp_path / "b.JPEG").write_bytes(buffer.getvalue() + b"\0" * 5000)  # judged by Pillow, which reads it
-    np.testing.assert_array_equal(*(decode(read_picture(tmp_path / name)) for name in ("a.JPEG", "b.JPEG")))
+    np.testing.assert_array_equal(*(decode(read_image_file(tmp_path / name)) for name in ("a.JPEG", "b.JPEG")))

@@ -1,4 +1,4 @@
-"""An ImageFolder tree of small generated pictures, of many kinds: what the tests of `imagenet` read."""
+"""An ImageFolder tree of small generated images, of many kinds: what the tests of `imagenet` read."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ NUM_TRAIN, NUM_EVAL = 21, 10
 SIZES = ((40, 30), (30, 40), (64, 64), (23, 51))  # width, height
 
 
-def picture(number: int, label: int) -> Image.Image:
+def make_image(number: int, label: int) -> Image.Image:
     """A colour of its class, a gradient and noise, none of it periodic: a shift or a flip changes every pixel."""
     width, height = SIZES[number % len(SIZES)]
     generator = np.random.default_rng(number)
@@ -21,13 +21,13 @@ def picture(number: int, label: int) -> Image.Image:
 
 
 def write_tree(root: Path) -> Path:
-    """Seven training and three or four evaluation pictures a class; greys, CMYK and a PNG among them."""
+    """Seven training and three or four evaluation images a class; greys, CMYK and a PNG among them."""
     for split, count in (("train", NUM_TRAIN), ("val", NUM_EVAL)):
         for number in range(count):
             label = number % len(CLASSES)
             folder = root / split / CLASSES[label]
             folder.mkdir(parents=True, exist_ok=True)
-            image = picture(number + 1000 * (split == "val"), label)
+            image = make_image(number + 1000 * (split == "val"), label)
             path = folder / f"{number:03}.JPEG"
             if number == 4:
                 image.convert("L").save(path, "JPEG", quality=95)

@@ -1,0 +1,102 @@
+"""Stages 4 and 5 for the blocks that one rank owns: running Fisher, damped inverses, preconditioned gradients."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.blocks.base import Block, FactorKey
+from kfac_dist.curvature.inversion import InverseRefresh, InversionTask, RefreshReport
+from kfac_dist.curvature.precondition import Preconditioner
+from kfac_dist.curvature.running import BlockCurvature, update_running_averages
+from kfac_dist.curvature.spectrum import spectrum
+
+
+class OwnedFisher:
+    """The running Fisher and the inverses of some blocks.
+
+    Attributes:
+        blocks: The blocks, in the model's order.
+    """
+
+    def __init__(self, blocks: Sequence[Block], ema_decay: float | None, device: torch.device) -> None:
+        """Start without a Fisher.
+
+        Args:
+            blocks: The blocks.
+            ema_decay: Share of the old Fisher in its running average; None keeps the newest only.
+            device: Of the matrices.
+        """
+        self.blocks = list(blocks)
+        self._curvatures = {block.name: BlockCurvature(block) for block in blocks}
+        self._ema_decay = ema_decay
+        self._inverses = InverseRefresh(deferred=device.type == "cuda")
+        self._preconditioner = Preconditioner()
+
+    def __getitem__(self, name: str) -> BlockCurvature:
+        """What is kept of the block of this name."""
+        return self._curvatures[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._curvatures
+
+    def change(self, key: FactorKey, factor: Tensor) -> Tensor:
+        """Diff (Eq. 19) that taking this factor into the running average will make, a scalar."""
+        name, matrix = key
+        return self._curvatures[name].change(matrix, factor, self._ema_decay)
+
+    def refresh(
+        self,
+        factors: Mapping[FactorKey, Tensor],
+        damping_of: Callable[[Block], float],
+        expected_interval: Callable[[FactorKey], int],
+    ) -> RefreshReport:
+        """Take new factors into the running averages and factorise what changed.
+
+        Args:
+            factors: New factors, (count, n, n) each; they are kept. Without any, what failed last is tried again.
+            damping_of: gamma of a block.
+            expected_interval: Iterations that the inverse of a matrix will serve.
+
+        Raises:
+            ValueError: If a damping is not positive.
+        """
+        update_running_averages(
+            [(self._curvatures[name], matrix, factor) for (name, matrix), factor in factors.items()], self._ema_decay
+        )
+        matrices: dict[str, list[str]] = {}
+        for name, matrix in factors:
+            matrices.setdefault(name, []).append(matrix)
+        tasks = [
+            InversionTask(self._curvatures[name], damping_of(self._curvatures[name].block), of_block)
+            for name, of_block in matrices.items()
+        ]
+        return self._inverses.refresh(tasks, expected_interval)
+
+    def precondition(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """𝒢 of each block, (num_values,), from its gradient; the plain gradient where there is no inverse yet."""
+        return self._preconditioner.apply([self._curvatures[block.name] for block in self.blocks], gradients)
+
+    def spectrum(self, key: FactorKey) -> Tensor | None:
+        """Smallest and largest eigenvalue and effective rank of a running matrix, (3,) float64; None before any."""
+        name, matrix = key
+        running = self._curvatures[name].running
+        return spectrum(running[matrix]).cpu() if matrix in running else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """By block what is kept of it, and what is to be factorised again; nothing is copied."""
+        return {
+            "retries": self._inverses.state_dict(),
+            "blocks": {name: curvature.state_dict() for name, curvature in self._curvatures.items()},
+        }
+
+    def missing_from(self, state: Mapping[str, Any]) -> Collection[str]:
+        """Names of the blocks of which a saved state holds nothing."""
+        return sorted(set(self._curvatures) - set(state["blocks"]))
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+        """Replace everything by copies of what `state_dict` returned."""
+        for name, curvature in self._curvatures.items():
+            curvature.load_state_dict(state["blocks"][name], device, dtype)
+        self._inverses.load_state_dict(state["retries"], self._curvatures)

@@ -1,0 +1,134 @@
+"""What a run tells: metrics, events and the progress display."""
+
+import logging
+import math
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfac_dist.communicator import Communicator, library_version
+from kfac_dist.config.schema import Config
+from kfac_dist.curvature.blocks.base import FactorKey
+from kfac_dist.optim.step_report import StepReport
+from kfac_dist.runs.environment import describe_environment
+from kfac_dist.runs.progress import Progress
+from kfac_dist.runs.writer import RunWriter, choose_run_directory
+from kfac_dist.tensors.host_copy import HostCopy
+from kfac_dist.timing import StageSeconds
+from kfac_dist.training.schedules import Schedules, Settings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IterationResult:
+    """An update that was launched, on a GPU perhaps not done yet.
+
+    Attributes:
+        iteration: Its number.
+        settings: What the optimizer used.
+        loss_scale: What the loss was multiplied with; None where it is not scaled.
+        averages: Loss, share of correct answers, retries and kept inverses over all ranks, on their way to the host.
+        stages: Seconds of each stage.
+        communication_bytes: Payload of the V-collectives.
+        step: What the optimizer reports.
+    """
+
+    iteration: int
+    settings: Settings
+    loss_scale: float | None
+    averages: HostCopy
+    stages: StageSeconds
+    communication_bytes: int
+    step: StepReport
+
+
+class Reporter:
+    """Writes a run's metrics and shows its progress; every rank calls the same methods, rank 0 writes.
+
+    Attributes:
+        directory: The run's folder.
+    """
+
+    def __init__(self, config: Config, communicator: Communicator, schedules: Schedules) -> None:
+        """Open the run's folder, which rank 0 chooses; collective.
+
+        Raises:
+            AgreedInputError: If it cannot be written, or KFAC_DIST_PROGRESS is wrong.
+        """
+        monitor = config.kfac.monitor if config.kfac is not None else None
+        self.wants_spectra = monitor is not None and monitor.spectrum
+        self._wants_changes = monitor is not None and monitor.diff
+        self._schedules = schedules
+        self._batch_size = config.batch.global_size
+        with communicator.raise_on_all_ranks():
+            self._progress = Progress(schedules.num_iterations, communicator.is_main)
+        with communicator.raise_on_all_ranks():
+            chosen = choose_run_directory(config.run.output_dir, config.run.name)
+        self.directory = Path(communicator.gather_bytes(str(chosen).encode())[0].decode())
+        hosts = [name.decode() for name in communicator.gather_bytes(socket.gethostname().encode())]
+        environment = describe_environment(library_version(), hosts)
+        with communicator.raise_on_all_ranks():
+            self._writer = RunWriter(self.directory, communicator.is_main, config.to_yaml(), environment)
+        self._reported_at = time.perf_counter()  # the last iteration, for images per second
+
+    def iteration(self, result: IterationResult) -> float:
+        """Report an iteration; waits for it. Returns the mean loss over the global batch."""
+        loss, correct, retries, kept = result.averages.read().tolist()
+        iteration, top1 = result.iteration, 100 * correct
+        epoch = self._schedules.epoch_at(iteration + 1)
+        now = time.perf_counter()
+        images_per_second, self._reported_at = self._batch_size / (now - self._reported_at), now
+        scale = {} if result.loss_scale is None else {"loss_scale": result.loss_scale}
+        self._writer.write(
+            "train", iteration=iteration, epoch=epoch, loss=loss, top1=top1, **vars(result.settings), **scale,
+            images_per_second=images_per_second, stage_seconds=result.stages.read(),
+            communication_bytes=result.communication_bytes,
+        )  # fmt: skip
+        if retries:
+            self.event(iteration, "retry", retries=int(retries), kept_inverses=int(kept))
+        if self._wants_changes:
+            for (layer, matrix), change in result.step.changes.items():
+                if math.isfinite(change):  # the first refresh of a matrix has no Diff
+                    self._writer.write("fisher", iteration=iteration, layer=layer, matrix=matrix, diff=change)
+        if result.step.skipped:
+            self.event(iteration, "overflow", **scale)
+        self._progress.update(epoch, loss, top1, images_per_second)
+        return float(loss)
+
+    def evaluation(self, iteration: int, loss: float, top1: float, top5: float) -> None:
+        """Report an evaluation after an iteration; accuracies in percent."""
+        epoch = self._schedules.epoch_at(iteration + 1)
+        self._writer.write("eval", iteration=iteration, epoch=epoch, loss=loss, top1=top1, top5=top5)
+        self._progress.say(f"epoch {epoch:.2f}: test loss {loss:.4f}, top-1 {top1:.2f} %")
+        self._reported_at = time.perf_counter()
+
+    def spectra(self, iteration: int, spectra: dict[FactorKey, tuple[float, float, float]]) -> None:
+        """Report smallest and largest eigenvalue and effective rank of each running matrix."""
+        for (layer, matrix), (smallest, largest, rank) in spectra.items():
+            self._writer.write(
+                "fisher", iteration=iteration, layer=layer, matrix=matrix,
+                smallest_eigenvalue=smallest, largest_eigenvalue=largest, effective_rank=rank,
+            )  # fmt: skip
+
+    def skipped_images(self, iteration: int, problems: list[str]) -> None:
+        """Report images that some rank has skipped for the first time."""
+        for problem in problems:
+            self.event(iteration, "skipped_picture", problem=problem)
+            self._progress.say(f"skipped: {problem}")
+
+    def event(self, iteration: int, event: str, **fields: Any) -> None:
+        """Report something out of the ordinary."""
+        self._writer.write("event", iteration=iteration, event=event, **fields)
+
+    def finish(self, **summary: Any) -> None:
+        """Write the summary and mark the run as finished."""
+        self._writer.write("summary", **summary)
+        self._writer.finish()
+
+    def close(self) -> None:
+        """Close the files and the display; the run is not marked as finished by this."""
+        self._writer.close()
+        self._progress.close()
