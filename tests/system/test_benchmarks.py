@@ -54,7 +54,7 @@ def test_help_is_printed_and_nothing_measured(program: Path, run_python: Run) ->
         ("step.py", ["--device", "cuda"], "--device must be cpu or auto where torch sees no CUDA device, got cuda"),
         ("step.py", ["--model", "resnet19"], "model.name must be a known model, got 'resnet19'"),
         ("factors.py", ["--device", "cuda"], "--device must be cpu or auto where torch sees no CUDA device, got cuda"),
-        ("loaders.py", [ROOT / "configs"], "PICTURES must be a folder with files"),
+        ("loaders.py", [ROOT / "configs"], "FOLDER must be a folder with files"),
         ("summarise_runs.py", ["--title", "T", ROOT], f"{ROOT}: no readable metrics.jsonl there"),
     ],
 )
@@ -121,17 +121,17 @@ def test_an_inverse_pays_from_the_interval_at_which_products_have_saved_its_cost
 
 @pytest.mark.slow
 def test_loaders(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    photos = tmp_path / "photos"
+    photos.mkdir()
     generator = np.random.default_rng(0)
     for number in range(3):
         pixels = generator.integers(256, size=(40, 48, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{number}.jpg")
+        Image.fromarray(pixels).save(photos / f"{number}.jpg")
     sizes = ["--images", "64", "--rounds", "1", "--workers", "1"]
-    finished = run_benchmark("loaders.py", pictures, *sizes, "--output", tmp_path / "out" / "loaders")
+    finished = run_benchmark("loaders.py", photos, *sizes, "--output", tmp_path / "out" / "loaders")
     assert finished.returncode == 0, finished.stderr
     record, _ = read_record(tmp_path / "out" / "loaders")
-    assert record["environment"]["command"].startswith("python benchmarks/loaders.py pictures --images")
+    assert record["environment"]["command"].startswith("python benchmarks/loaders.py photos --images")
     assert {"torchvision", "ImageFolder + DataLoader"} <= set(record["results"])
     for rates in record["results"].values():
         assert rates["images_per_second"] > 0

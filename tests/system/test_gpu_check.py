@@ -88,12 +88,23 @@ def test_a_part_out_of_time_is_reported_and_the_rest_goes_on(run_python: Callabl
     assert parts["errors"]["status"].startswith(("not run: no time left", "stopped after"))
 
 
-def test_what_a_stopped_benchmark_wrote_is_kept(gpu_check: ModuleType) -> None:
-    part = gpu_check.Part("inverse.py", "", "--sizes 4 4000 4000 4000 --rounds 900", limit=8)
-    result = gpu_check.run_benchmark(part, "cpu", True, gpu_check.environment_with_wheels(None), 8)
-    assert result["status"] == "stopped after 8 s"
-    assert [row["size"] for row in result["results"]] == [4]
-    assert "| 4 |" in result["text"]
+def test_what_a_stopped_benchmark_had_written_is_kept(gpu_check: ModuleType, tmp_path: Path) -> None:
+    program = tmp_path / "never_ends.py"
+    program.write_text(
+        """
+import json, pathlib, sys, time
+output = sys.argv[-1]
+pathlib.Path(output + ".json").write_text(json.dumps({"environment": {}, "results": [41]}))
+pathlib.Path(output + ".md").write_text("# Title\\n\\n| 41 |\\n")
+time.sleep(60)
+""",
+        encoding="utf-8",
+    )
+    part = gpu_check.Part(str(program), arguments="", small="", limit=60)
+    result = gpu_check.run_benchmark(part, "cpu", True, gpu_check.environment_with_wheels(None), limit=3)
+    assert result["status"] == "stopped after 3 s"
+    assert result["results"] == [41]
+    assert result["text"] == "| 41 |"
 
 
 @pytest.mark.parametrize(
