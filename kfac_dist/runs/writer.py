@@ -6,9 +6,6 @@ Units: ``top1`` and ``top5`` are percentages (0 to 100), times are seconds, ``ep
 import json
 import logging
 import math
-import os
-import sys
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kfac_dist.errors import InputError
 from kfac_dist.runs.reader import METRICS_FILE
@@ -134,10 +130,6 @@ class RunWriter:
             self._tensorboard = None
 
 
-
-
-
-
 def _json_value(value: Any) -> Any:
     """Turn a value into what JSON can hold; see :meth:`RunWriter.write`."""
     if isinstance(value, torch.Tensor | np.generic):
@@ -174,5 +166,3 @@ def _open_tensorboard(directory: Path) -> Any:
 
 def _utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-

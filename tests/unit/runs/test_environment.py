@@ -1,23 +1,13 @@
 """The record of software, machine and launch."""
 
-import io
 import json
-import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
-from kfac_dist.errors import InputError
-from kfac_dist.runs import progress
-from kfac_dist.runs import environment
 from kfac_dist.runs.environment import describe_environment
-from kfac_dist.runs.progress import Progress
-from kfac_dist.runs.writer import RunWriter
-
 
 
 def test_environment_names_versions_machine_and_launch(monkeypatch):
@@ -55,4 +45,3 @@ def test_git_state_is_only_that_of_the_checkout_itself(tmp_path):
     (tmp_path / "new" / "file").touch()
     assert _git_state(tmp_path.resolve())["modified"] is True
     assert _git_state((tmp_path / "new").resolve()) is None
-

@@ -1,23 +1,12 @@
 """Progress in a terminal and in a log."""
 
 import io
-import json
-import math
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from kfac_dist.errors import InputError
 from kfac_dist.runs import progress
-from kfac_dist.runs import environment
-from kfac_dist.runs.environment import describe_environment
 from kfac_dist.runs.progress import Progress
-from kfac_dist.runs.writer import RunWriter
-
 
 
 class Terminal(io.StringIO):

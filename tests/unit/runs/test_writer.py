@@ -1,9 +1,7 @@
 """The run's directory, metrics.jsonl, TensorBoard events."""
 
-import io
 import json
 import math
-import subprocess
 import sys
 
 import numpy as np
@@ -11,9 +9,6 @@ import pytest
 import torch
 
 from kfac_dist.errors import InputError
-from kfac_dist.runs import writer
-from kfac_dist.runs.environment import describe_environment
-from kfac_dist.runs.progress import Progress
 from kfac_dist.runs.reader import read_metrics
 from kfac_dist.runs.writer import KINDS, RunWriter, choose_run_directory
 
