@@ -27,7 +27,7 @@ class Capture:
         """Hook the layers of all blocks that have Fisher matrices."""
         self.captured: set[str] = set()
         self._destinations: Mapping[FactorKey, Tensor] = {}
-        self._num_calls: dict[FactorKey, float] = {}
+        self._weights: dict[FactorKey, float] = {}  # of what each factor has so far: positions for G, else calls
         self._accumulation_steps = 1
         self._loss_scale = 1.0
         self._handles = [
@@ -47,7 +47,7 @@ class Capture:
         """
         self.captured = set()
         self._destinations = destinations
-        self._num_calls = {}
+        self._weights = {}
         self._accumulation_steps = accumulation_steps
         self._loss_scale = loss_scale
 
@@ -89,8 +89,9 @@ class Capture:
         if scale != 1:
             factor *= scale
         destination = self._destinations[key]
-        weight = g.numel() / (g.shape[0] * factor.shape[0] * factor.shape[-1]) if matrix == "G" else 1.0
-        total = self._num_calls[key] = self._num_calls.get(key, 0.0) + weight
+        num_samples, num_features = g.shape[0], factor.shape[0] * factor.shape[-1]
+        weight = g.numel() / (num_samples * num_features) if matrix == "G" else 1.0
+        total = self._weights[key] = self._weights.get(key, 0.0) + weight
         if total == weight:
             pack_symmetric(factor, out=destination)
             return

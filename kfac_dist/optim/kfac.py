@@ -11,14 +11,12 @@ from kfac_dist.communicator import Communicator, Pending, create_communicator
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks.base import Block, FactorKey
-from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks, refresh_costs
-from kfac_dist.curvature.blocks.identity import IdentityBlock
 from kfac_dist.curvature.capture import Capture
 from kfac_dist.curvature.inversion import InverseRefresh, InversionTask
 from kfac_dist.curvature.precondition import Preconditioner
 from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedule
-from kfac_dist.curvature.running import BlockCurvature, update_running_averages
+from kfac_dist.curvature.running import BlockCurvature, RunningAverage, update_running_averages
 from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.optim.buffers import StageBuffers, add_weight_decay, all_factor_keys, read_update, update_shares
 from kfac_dist.optim.loss_scale import LossScaler
@@ -265,7 +263,7 @@ class KFAC(torch.optim.Optimizer):
         """Stage 4: take the new factors into the running Fisher and factorise it."""
         rank, size = self.communicator.rank, self.communicator.size
         refreshed: dict[str, list[str]] = {}
-        news: list[tuple[BlockCurvature, str, Tensor]] = []
+        factors: list[tuple[RunningAverage, Tensor]] = []
         for name, matrix in self._due_keys:
             if name not in self._owned or name not in present:
                 continue
@@ -275,11 +273,11 @@ class KFAC(torch.optim.Optimizer):
             if present[name] < size:  # the average was taken over all ranks, some of which had nothing to give
                 factor *= size / present[name]
             if self._track_changes and self._is_first_owner(name):
-                change = curvature.change(matrix, factor, self._ema_decay)
+                change = curvature.averages[matrix].change(factor, self._ema_decay)
                 self._updates.part((name, matrix), rank).copy_(change)
-            news.append((curvature, matrix, factor))
+            factors.append((curvature.averages[matrix], factor))
             refreshed.setdefault(name, []).append(matrix)
-        update_running_averages(news, self._ema_decay)
+        update_running_averages(factors, self._ema_decay)
         tasks = [
             InversionTask(self._owned[name], self._damping(self._owned[name].block), matrices)
             for name, matrices in refreshed.items()
@@ -370,13 +368,13 @@ class KFAC(torch.optim.Optimizer):
 
     def _damping(self, block: Block) -> float:
         group = self._group_of(block.parameters[0])
-        ratio = group["batchnorm_damping_ratio"] if isinstance(block, BatchNormBlock) else 1.0
+        ratio = group["batchnorm_damping_ratio"] if block.uses_batchnorm_damping else 1.0
         return float(group["damping"] * ratio)
 
     @property
-    def uncovered(self) -> list[IdentityBlock]:
+    def uncovered(self) -> list[Block]:
         """Blocks that get the plain gradient, with the reason."""
-        return [block for block in self.blocks if isinstance(block, IdentityBlock)]
+        return [block for block in self.blocks if not block.is_preconditioned]
 
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
         """Smallest and largest eigenvalue and effective rank of each running matrix; collective, and not fast."""
