@@ -13,9 +13,7 @@ from torch.nn import Parameter
 from kfac_dist.communicator import Communicator, Pending
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks.base import Block, FactorKey
-from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks, refresh_costs
-from kfac_dist.curvature.blocks.identity import IdentityBlock
 from kfac_dist.curvature.capture import Capture
 from kfac_dist.curvature.inversion import RefreshReport
 from kfac_dist.curvature.owned import OwnedFisher
@@ -447,13 +445,13 @@ class KFAC(Guarded):
 
     def _damping(self, block: Block) -> float:
         group = self._group_of(block.parameters[0])
-        ratio = group["batchnorm_damping_ratio"] if isinstance(block, BatchNormBlock) else 1.0
+        ratio = group["batchnorm_damping_ratio"] if block.uses_batchnorm_damping else 1.0
         return float(group["damping"] * ratio)
 
     @property
-    def uncovered(self) -> list[IdentityBlock]:
+    def uncovered(self) -> list[Block]:
         """Blocks that get the plain gradient, with the reason."""
-        return [block for block in self.blocks if isinstance(block, IdentityBlock)]
+        return [block for block in self.blocks if not block.is_preconditioned]
 
     def describe(self) -> list[str]:
         """What is covered and what is not, a line each, for the log."""
