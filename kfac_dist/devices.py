@@ -8,11 +8,11 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
 
 from kfac_dist.errors import InputError
+from kfac_dist.vocabulary import Backend, DeviceChoice
 
 # Lowest compute capability whose Tensor Cores take the type.
 _CAPABILITY = {"bf16": (8, 0), "fp16": (7, 0)}
@@ -46,7 +46,7 @@ class RankDevice:
         return cls(**json.loads(message))
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
+def choose_device(wanted: DeviceChoice, local_rank: int) -> torch.device:
     """The device of a rank: one GPU for each local rank, unless the configuration says otherwise.
 
     The GPU becomes torch's current device. With more ranks than GPUs on a host, ranks share GPUs.
@@ -117,7 +117,7 @@ def each_has_own_gpu(devices: Sequence[RankDevice]) -> bool:
     return all(device.type == "cuda" for device in devices) and not find_shared([device.uuid for device in devices])
 
 
-def check_devices(devices: Sequence[RankDevice], backend: Literal["mpi", "nccl"]) -> list[str]:
+def check_devices(devices: Sequence[RankDevice], backend: Backend) -> list[str]:
     """Refuse devices that do not go together.
 
     Args:

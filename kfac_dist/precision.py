@@ -8,11 +8,10 @@ In fp16 the loss is scaled (`kfac_dist.optim.loss_scale`); bf16 has fp32's range
 
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-Name = Literal["fp32", "fp64", "fp16", "bf16"]
+from kfac_dist.vocabulary import PrecisionName
 
 HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -21,7 +20,7 @@ HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 class Precision:
     """The precision that a configuration names."""
 
-    name: Name
+    name: PrecisionName
 
     @property
     def weights(self) -> torch.dtype:

@@ -1,13 +1,13 @@
 """The only place that knows MPI or NCCL."""
 
 import logging
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 
 from kfac_dist.communicator.base import Communicator, Pending
-from kfac_dist.communicator.mpi import MpiCommunicator, ReduceScatterAlgorithm, library_version
+from kfac_dist.communicator.mpi import MpiCommunicator, library_version
 from kfac_dist.communicator.staging import is_cuda_aware
 from kfac_dist.devices import (
     RankDevice,
@@ -18,6 +18,7 @@ from kfac_dist.devices import (
     each_has_own_gpu,
 )
 from kfac_dist.errors import InputError
+from kfac_dist.vocabulary import BackendChoice, ReduceScatterChoice
 
 __all__ = [
     "Communicator",
@@ -31,12 +32,10 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "mpi", "nccl"]
-
 
 def create_communicator(
-    reduce_scatter: ReduceScatterAlgorithm | Literal["auto"] = "auto",
-    backend: Backend = "auto",
+    reduce_scatter: ReduceScatterChoice = "auto",
+    backend: BackendChoice = "auto",
     device: torch.device | None = None,
 ) -> Communicator:
     """The communicator over all ranks of the job; a plain `python script.py` is world size 1.
@@ -51,8 +50,8 @@ def create_communicator(
         AgreedInputError: If the ranks' devices do not go together (`kfac_dist.devices.check_devices`); on every rank.
         InputError: If NCCL could not connect this rank.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend not in get_args(BackendChoice):
+        raise ValueError(f"backend must be one of {', '.join(get_args(BackendChoice))}, got {backend!r}")
     if device is None or (device.type == "cuda" and device.index is None):
         device = current_device()
     mpi = MpiCommunicator("reduce", device)

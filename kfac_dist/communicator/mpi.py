@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,10 +26,9 @@ from torch import Tensor
 from kfac_dist.communicator.base import Communicator, Completion, ReduceOp, already_complete, own_segment
 from kfac_dist.communicator.staging import NOTHING, WHOLE, Staging
 from kfac_dist.communicator.staging import is_cuda_aware as is_cuda_aware
+from kfac_dist.vocabulary import ReduceScatterAlgorithm, ReduceScatterChoice
 
 logger = logging.getLogger(__name__)
-
-ReduceScatterAlgorithm = Literal["native", "reduce", "ireduce"]
 
 _OPERATIONS = {"sum": MPI.SUM, "mean": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
 _MEASURED_BYTES = 8 << 20
@@ -41,7 +40,7 @@ class MpiCommunicator(Communicator):
 
     def __init__(
         self,
-        reduce_scatter: ReduceScatterAlgorithm | Literal["auto"] = "auto",
+        reduce_scatter: ReduceScatterChoice = "auto",
         device: torch.device | None = None,
     ) -> None:
         """Set up; collective.

@@ -5,7 +5,36 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
-from kfac_dist.config.sections import Patterns, Section
+from kfac_dist.config.sections import KeyProblem, Kind, Patterns, Section
+from kfac_dist.vocabulary import BatchNormForm
+
+
+def damping_decay_rate(initial: float, target: float, warmup_steps: int) -> float:
+    """Share of the way to its target that the damping goes in each iteration (alpha of Eq. 13-14).
+
+    Args:
+        initial: gamma(0), > 0.
+        target: gamma_target, > 0, at most `initial`.
+        warmup_steps: t_warmup in iterations, at least 2 log10(initial / target). Thus 0 goes only with constant
+            damping, `initial` equal to `target`.
+
+    Returns:
+        2 log10(initial / target) / warmup_steps, in [0, 1]. Outside of these bounds the damping would grow without
+        bound or turn negative.
+
+    Raises:
+        KeyProblem: If the settings are outside these ranges.
+    """
+    if target > initial:
+        raise KeyProblem("target", f"must be <= kfac.damping.initial = {initial}", target)
+    least = 2.0 * (math.log10(initial) - math.log10(target))
+    if warmup_steps < least:
+        rule = (
+            f"must be >= {math.ceil(least)} for a damping that goes from {initial} to {target}"
+            " (to keep it constant: 0, and target equal to initial)"
+        )
+        raise KeyProblem("warmup_steps", rule, warmup_steps)
+    return least / warmup_steps if least else 0.0
 
 
 class DampingConfig(Section):
@@ -19,27 +48,11 @@ class DampingConfig(Section):
     warmup_steps: NonNegativeInt
     batchnorm_ratio: Annotated[float, Field(ge=1)]
 
-    @field_validator("target")
-    @classmethod
-    def _check_target(cls, target: float, info: ValidationInfo) -> float:
-        initial = info.data.get("initial")
-        if initial is not None and target > initial:
-            raise ValueError(f"must be <= kfac.damping.initial = {initial}")
-        return target
-
     @field_validator("warmup_steps")
     @classmethod
     def _check_rate(cls, warmup_steps: int, info: ValidationInfo) -> int:
-        initial, target = info.data.get("initial"), info.data.get("target")
-        if initial is None or target is None:
-            return warmup_steps
-        # alpha = total / warmup_steps is the share of the way to the target that one step takes: at most all of it.
-        total = 2 * (math.log10(initial) - math.log10(target))
-        if total > warmup_steps:
-            raise ValueError(
-                f"must be >= {math.ceil(total)} for a damping that goes from {initial} to {target}"
-                " (to keep it constant: 0, and target equal to initial)"
-            )
+        if "initial" in info.data and "target" in info.data:
+            damping_decay_rate(info.data["initial"], info.data["target"], warmup_steps)
         return warmup_steps
 
 
@@ -51,7 +64,11 @@ class IntervalMultiplierConfig(Section):
     batchnorm: PositiveInt = 1
 
 
-class EveryRefresh(Section):
+class Refresh(Kind):
+    """When the Fisher's matrices are refreshed."""
+
+
+class EveryRefresh(Refresh):
     """Refresh every `interval` iterations."""
 
     schedule: Literal["every"]
@@ -59,7 +76,7 @@ class EveryRefresh(Section):
     interval_multiplier: IntervalMultiplierConfig = IntervalMultiplierConfig()
 
 
-class PaperRefresh(Section):
+class PaperRefresh(Refresh):
     """Eq. 20 or 21, by epoch, after so many iterations with a refresh each."""
 
     schedule: Literal["eq20", "eq21"]
@@ -67,7 +84,7 @@ class PaperRefresh(Section):
     interval_multiplier: IntervalMultiplierConfig = IntervalMultiplierConfig()
 
 
-class AdaptiveRefresh(Section):
+class AdaptiveRefresh(Refresh):
     """Each matrix at its own interval, which grows while its relative change stays under a threshold."""
 
     schedule: Literal["adaptive"]
@@ -90,7 +107,7 @@ class KfacConfig(Section):
     """What K-FAC needs beyond the `optimizer` section."""
 
     damping: DampingConfig
-    batchnorm: Literal["full", "unit", "diagonal"] = "diagonal"
+    batchnorm: BatchNormForm = "diagonal"
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     refresh: Annotated[RefreshConfig, Field(discriminator="schedule")] = EveryRefresh(schedule="every")
     skip: Patterns = ()

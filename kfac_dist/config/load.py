@@ -20,7 +20,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: YAML file.
-        overrides: ``dotted.key=value`` each, the value in YAML; absent sections are made.
+        overrides: ``dotted.key=value`` each, the value in YAML; absent sections are made, no key is given twice.
 
     Returns:
         The validated configuration.
@@ -30,9 +30,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     settings = strict_yaml.read_mapping(Path(path))
     problems = []
+    given: dict[str, str] = {}  # dotted key: override
     for override in overrides:
         try:
-            _apply_override_(settings, override)
+            _apply_override_(settings, override, given)
         except InputError as error:
             problems.append(str(error))
     try:
@@ -76,7 +77,7 @@ def batch_slots(config: Config, num_ranks: int) -> int:
         Slots a rank: global_size / (per_rank * num_ranks).
 
     Raises:
-        InputError: If that is not a whole number; names the nearest global sizes for which it is.
+        InputError: If that is not a whole number; names the nearest global sizes and numbers of ranks for which it is.
     """
     batch = config.batch
     unit = batch.per_rank * num_ranks
@@ -85,16 +86,52 @@ def batch_slots(config: Config, num_ranks: int) -> int:
         raise InputError(
             f"batch.global_size must be a multiple of batch.per_rank x ranks = {batch.per_rank} x {num_ranks}"
             f" = {unit}, got {batch.global_size}; nearest sizes that work:"
-            f" {nearest_multiples(batch.global_size, unit)}"
+            f" {nearest_multiples(batch.global_size, unit)}; nearest numbers of ranks that work with"
+            f" {batch.global_size}: {_nearest_divisors(batch.global_size // batch.per_rank, num_ranks)}"
         )
     return slots
 
 
-def _apply_override_(settings: dict[str, object], override: str) -> None:
+def batch_warning(config: Config, num_train: int) -> str | None:
+    """What to tell the user where one global batch holds images more than once.
+
+    Args:
+        config: A validated configuration.
+        num_train: Training images, > 0.
+
+    Returns:
+        A line for the log; None where the batch is no larger than the training set.
+    """
+    size = config.batch.global_size
+    if size <= num_train:
+        return None
+    num_epochs = size / num_train
+    text = (
+        f"batch.global_size = {size:,} is more than the {num_train:,} training images:"
+        f" each iteration sees each of them {num_epochs:,.4g} times on average"
+    )
+    if num_epochs > config.train.epochs:
+        text += f" and is more than train.epochs = {config.train.epochs:g}, so this run is a single iteration"
+    return text
+
+
+def _nearest_divisors(number: int, near: int) -> str:
+    """The divisors of `number` on either side of `near`, which is none; above, only up to 16 times as much."""
+    below = next(divisor for divisor in range(near, 0, -1) if number % divisor == 0)
+    above = next((divisor for divisor in range(near + 1, min(number, 16 * near) + 1) if number % divisor == 0), None)
+    return f"{below} and {above}" if above else f"{below}"
+
+
+def _apply_override_(settings: dict[str, object], override: str, given: dict[str, str]) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise InputError(f"override {override!r} must be dotted.key=value, such as train.epochs=2")
+    dotted = ".".join(keys)
+    for earlier, whole in given.items():
+        if f"{earlier}.".startswith(f"{dotted}."):
+            raise InputError(f"override {override!r} undoes an earlier one, {whole!r}: leave out one of them")
+    given[dotted] = override
     section = settings
     for depth, key in enumerate(keys[:-1], start=1):
         inner = section.get(key)

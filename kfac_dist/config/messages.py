@@ -2,12 +2,15 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+
+from kfac_dist.config.sections import KeyProblem, Kind
 
 _RULES = {
     "greater_than": "must be > {gt:g}",
@@ -28,9 +31,17 @@ _RULES = {
     "model_attributes_type": "must be a section",
     "value_error": "{error}",
 }
-
-
 _NEW_NAMES = {"stretch": "interval_multiplier"}
+_NOT_TEXT = {bool: "the truth value", int: "the number", float: "the number"}
+
+
+class _Place(NamedTuple):
+    """A dotted key, the class of its section, and of a section that comes in several kinds: which it is, of which."""
+
+    key: str
+    section: type[BaseModel]
+    choice: str = ""  # such as "data.name is digits"
+    kinds: Mapping[str, type[BaseModel]] = MappingProxyType({})
 
 
 def describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
@@ -43,35 +54,49 @@ def describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
     Returns:
         The line, without a full stop.
     """
-    key = _dotted(problem["loc"], model)
-    kind, context = problem["type"], problem.get("ctx", {})
+    place = _locate(problem["loc"], model)
+    key, kind, found, context = place.key, problem["type"], problem["input"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{key} is not a known key; {_suggest(key, model)}"
+        return _describe_unknown(place, found, model)
     if kind == "missing" and key.endswith("]"):
         return f"{key} is missing from the list"
     if kind == "missing":
-        return f"{key} is required; it has no default"
+        rule = place.section.model_fields[str(problem["loc"][-1])].description
+        return f"{key} {rule}, got null" if rule else f"{key} is required; it has no default"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = f"{key}.{context['discriminator'].strip(chr(39))}"
         if kind == "union_tag_not_found":
             return f"{tag} is required; it has no default"
         return f"{tag} must be one of {context['expected_tags']}, got {context['tag']!r}"
-    rule = _RULES[kind].format(**context) if kind in _RULES else problem["msg"]
-    return f"{key} {rule}, got {_show(problem['input'])}"
+    if kind == "string_type" and type(found) in _NOT_TEXT:
+        shell = "" if key.endswith("]") else f" (on a command line: \"{key}='...'\")"
+        return f"{key} must be text, got {_NOT_TEXT[type(found)]} {_show(found)}; quotes make it text{shell}"
+    rule, error = _RULES[kind].format(**context) if kind in _RULES else problem["msg"], context.get("error")
+    if isinstance(error, KeyProblem):
+        key, rule, found = _join(key.rpartition(".")[0], error.key), error.rule, error.value
+    return f"{key} {rule}, got {_show(found)}"
 
 
-def _dotted(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
-    """The key as it stands in the file: pydantic's location without the tags that it puts in for unions."""
-    text = ""
-    sections = [model]
+def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> _Place:
+    """Where pydantic's location is, in which a tag follows each key whose section comes in several kinds."""
+    place = inner = _Place("", model)
     parts = iter(location)
     for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}"
-        fields = [section.model_fields[str(part)] for section in sections if str(part) in section.model_fields]
-        sections = [section for field in fields for section in _sections(field)]
-        if fields and fields[0].discriminator:
-            next(parts, None)
-    return text.lstrip(".")
+        key = f"{inner.key}[{part}]" if isinstance(part, int) else _join(inner.key, part)
+        place = inner._replace(key=key)
+        field = inner.section.model_fields.get(str(part))
+        sections = _sections(field) if field is not None else []
+        if field is not None and isinstance(field.discriminator, str):
+            chooser, tag = field.discriminator, str(next(parts, ""))
+            kinds = {tag: kind for kind in sections for tag in get_args(kind.model_fields[chooser].annotation)}
+            inner = _Place(key, kinds.get(tag, model), f"{key}.{chooser} is {tag}", kinds)
+        else:
+            inner = _Place(key, sections[0] if sections else inner.section)
+    return place
+
+
+def _join(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
 
 
 def _sections(field: FieldInfo) -> list[type[BaseModel]]:
@@ -87,20 +112,28 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _known_keys(section, f"{prefix}{name}.")
 
 
-def _suggest(key: str, model: type[BaseModel]) -> str:
-    known = list(dict.fromkeys(_known_keys(model)))
-    section, _, name = key.rpartition(".")
+def _describe_unknown(place: _Place, value: object, model: type[BaseModel]) -> str:
+    """A key that its section does not have: another kind of the section may have it, or it is not known at all."""
+    section, _, name = place.key.rpartition(".")
+    owners = [tag for tag, kind in place.kinds.items() if name in kind.model_fields]
+    if owners:
+        reason = f"it belongs to {', '.join(owners)}"
+        if issubclass(place.section, Kind):
+            reason = place.section.left_out.get(name, reason)
+        return f"{place.key} must be left out ({place.key}=null) when {place.choice}: {reason}, got {_show(value)}"
+    return f"{place.key} is not a known key; {_suggest(section, name, place.section, model)}"
+
+
+def _suggest(section: str, name: str, section_class: type[BaseModel], model: type[BaseModel]) -> str:
     if name in _NEW_NAMES:
-        return f"its name is now {section}.{_NEW_NAMES[name]}"
-    if key in known:
-        return f"it belongs to another kind of {section}"
-    elsewhere = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+        return f"its name is now {_join(section, _NEW_NAMES[name])}"
+    elsewhere = [key for key in _known_keys(model) if key.rpartition(".")[2] == name]
     if elsewhere:
-        return f"did you mean {min(elsewhere, key=lambda candidate: candidate.count('.'))}?"
-    siblings = [candidate.rpartition(".")[2] for candidate in known if candidate.rpartition(".")[0] == section]
+        return f"did you mean {min(elsewhere, key=lambda key: key.count('.'))}?"
+    siblings = list(section_class.model_fields)
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
-        return f"did you mean {section}{'.' if section else ''}{close[0]}?"
+        return f"did you mean {_join(section, close[0])}?"
     return f"known keys of {section or 'a configuration'}: {', '.join(siblings)}"
 
 

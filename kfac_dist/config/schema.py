@@ -19,7 +19,16 @@ from pydantic import (
 from kfac_dist.config import strict_yaml
 from kfac_dist.config.data import DataConfig
 from kfac_dist.config.kfac import KfacConfig
-from kfac_dist.config.sections import FractionRange, PositiveRange, Section, Text
+from kfac_dist.config.sections import FractionRange, KeyProblem, Kind, PathText, PositiveRange, Section, Text
+from kfac_dist.vocabulary import (
+    BackendChoice,
+    BottleneckVariant,
+    DeviceChoice,
+    PrecisionName,
+    ReduceScatterChoice,
+    WeightRescaling,
+    WirePrecision,
+)
 
 
 class RunConfig(Section):
@@ -29,9 +38,9 @@ class RunConfig(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-    output_dir: Text = "runs"
+    output_dir: PathText = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     deterministic: bool = False
 
 
@@ -43,7 +52,7 @@ class ModelConfig(Section):
     """
 
     name: Text
-    variant: Literal["v1", "v1.5"] | None = None
+    variant: BottleneckVariant | None = None
     zero_init_last_gamma: bool = False
 
 
@@ -71,7 +80,7 @@ class TrainConfig(Section):
 
     epochs: PositiveFloat
     evaluate_every: PositiveFloat = 1.0
-    precision: Literal["fp32", "fp64", "fp16", "bf16"] = "fp32"
+    precision: PrecisionName = "fp32"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -84,7 +93,11 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class PolynomialSchedule(Section):
+class Schedule(Kind):
+    """The learning rate over the epochs."""
+
+
+class PolynomialSchedule(Schedule):
     """Eq. 15: constant up to `start_epoch`, then a polynomial that is zero at `end_epoch`."""
 
     kind: Literal["polynomial"]
@@ -102,7 +115,7 @@ class PolynomialSchedule(Section):
         return end_epoch
 
 
-class CosineSchedule(Section):
+class CosineSchedule(Schedule):
     """Half a cosine that is zero at `end_epoch`."""
 
     kind: Literal["cosine"]
@@ -118,7 +131,7 @@ class CosineSchedule(Section):
         return warmup_epochs
 
 
-class ConstantSchedule(Section):
+class ConstantSchedule(Schedule):
     """The initial learning rate throughout."""
 
     kind: Literal["constant"]
@@ -149,10 +162,10 @@ class CommunicationConfig(Section):
     those in which factors and gradients are on the wire; half precision halves the bytes and rounds each value once.
     """
 
-    backend: Literal["auto", "mpi", "nccl"] = "auto"
-    reduce_scatter: Literal["auto", "native", "reduce", "ireduce"] = "auto"
-    factor_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    gradient_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    backend: BackendChoice = "auto"
+    reduce_scatter: ReduceScatterChoice = "auto"
+    factor_precision: WirePrecision = "fp32"
+    gradient_precision: WirePrecision = "fp32"
 
 
 class Config(Section):
@@ -167,17 +180,19 @@ class Config(Section):
     kfac: Annotated[KfacConfig | None, Field(validate_default=True)] = None
     schedule: Annotated[PolynomialSchedule | CosineSchedule | ConstantSchedule, Field(discriminator="kind")]
     augment: AugmentConfig = AugmentConfig()
-    weight_rescaling: Literal["always", "cap", "off"] = "off"
+    weight_rescaling: WeightRescaling = "off"
     communication: CommunicationConfig = CommunicationConfig()
 
     @field_validator("augment")
     @classmethod
     def _check_augment(cls, augment: AugmentConfig, info: ValidationInfo) -> AugmentConfig:
-        data = info.data.get("data")
-        if data is not None and data.name == "imagenet" and augment.pad_crop:
-            raise ValueError("must be without pad_crop for imagenet: data.preprocessing says how it is cropped")
-        if data is not None and data.name == "synthetic" and (augment.pad_crop or augment.flip):
-            raise ValueError("must be without pad_crop and flip for synthetic, which is not augmented")
+        data: DataConfig | None = info.data.get("data")
+        if data is None:
+            return augment
+        for key, reason in data.not_augmented.items():
+            value = getattr(augment, key)
+            if value:
+                raise KeyProblem(f"augment.{key}", f"must be left out when data.name is {data.name}: {reason}", value)
         return augment
 
     @field_validator("kfac")
@@ -192,8 +207,7 @@ class Config(Section):
 
     def shared_yaml(self) -> str:
         """What all ranks must have alike: everything but the places of the data, which may differ between nodes."""
-        data = self.data.model_copy(update={"root": None, "mean_image": None})
-        return self.model_copy(update={"data": data}).to_yaml()
+        return strict_yaml.dump(self.model_dump(mode="json", exclude={"data": {"root", "mean_image"}}))
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults included, as YAML that `load_config` reads back as the same."""

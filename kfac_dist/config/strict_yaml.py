@@ -5,7 +5,7 @@ could expand, hide or run something is refused: aliases, tags, repeated keys, se
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ from kfac_dist.errors import InputError
 MAX_FILE_BYTES = 1_000_000
 MAX_DEPTH = 20
 
-# tag, what a plain scalar must match, the characters that it can start with
-_SCALARS = (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-    ("float", r"[-+]?[0-9]+[eE][-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
-)
+# Kinds of plain scalars: what they match, and how they are read. Every other scalar is text.
+_SCALARS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+", int),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+    ),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,33 +45,6 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
-    def construct_text(self, node: yaml.ScalarNode) -> str:
-        try:
-            node.value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise _refusal("an escape that is half a character (a lone surrogate)", node) from None
-        return str(node.value)
-
-    def construct_strict_mapping(self, node: yaml.MappingNode) -> dict[str, object]:
-        mapping: dict[str, object] = {}
-        for key_node, value_node in node.value:
-            if key_node.tag != "tag:yaml.org,2002:str":
-                raise _refusal("a key must be text", key_node)
-            key = self.construct_text(key_node)
-            if key in mapping:
-                raise _refusal(f"the key {key!r} is given twice", key_node)
-            mapping[key] = self.construct_object(value_node, deep=True)
-        return mapping
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        text = node.value.lower()
-        if node.tag.endswith(":float"):
-            return float(text.replace(".inf", "inf").replace(".nan", "nan"))
-        try:
-            return int(text)
-        except ValueError:  # Python refuses to read integers of thousands of digits
-            raise _refusal(f"an integer of {len(text)} digits", node) from None
-
 
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
@@ -78,21 +52,33 @@ class _Dumper(yaml.SafeDumper):
 
 
 # The dumper gets the scalars of the loader, so that it quotes exactly the text that the loader would misread.
-_Loader.yaml_constructors = {}
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {}
-    for _tag, _pattern, _starts in _SCALARS:
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _starts)
-_Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
-_Loader.add_constructor("tag:yaml.org,2002:bool", lambda loader, node: node.value.lower() == "true")
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
-_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_text)
-_Loader.add_constructor(
-    "tag:yaml.org,2002:seq",
-    lambda loader, node: [loader.construct_object(item, deep=True) for item in node.value],
-)
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_strict_mapping)
+    for _kind, (_pattern, _) in _SCALARS.items():
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"(?:{_pattern})\Z"), None)
+
+
+def _value(node: yaml.Node) -> object:
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            key = _value(key_node)
+            if not isinstance(key, str):
+                raise _refusal("a key must be text", key_node)
+            if key in mapping:
+                raise _refusal(f"the key {key!r} is given twice", key_node)
+            mapping[key] = _value(value_node)
+        return mapping
+    kind, text = node.tag.rpartition(":")[2], str(node.value)
+    try:
+        text.encode("utf-8")
+        return _SCALARS[kind][1](text) if kind in _SCALARS else text
+    except UnicodeEncodeError:
+        raise _refusal("an escape that is half a character (a lone surrogate)", node) from None
+    except ValueError:  # Python refuses to read integers of thousands of digits
+        raise _refusal(f"an integer of {len(text)} digits", node) from None
 
 
 def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
@@ -113,7 +99,8 @@ def parse(text: str, source: str) -> object:
         InputError: If it is not YAML, or uses a feature that is refused; with line and column.
     """
     try:
-        return yaml.load(text, _Loader)
+        node = yaml.compose(text, _Loader)
+        return None if node is None else _value(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -1,7 +1,7 @@
 """Which rank owns which layer: a cost model and a greedy assignment. Plain Python, no tensors, no ranks' state."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 # Share of all bytes that copies for redundant owners may add: a thousand ranks that all joined the largest layers of
@@ -38,7 +38,9 @@ def inversion_flops(sizes: Sequence[tuple[int, int]], num_values: int) -> float:
     return factorise + solve
 
 
-def assign_owners(costs: Sequence[LayerCost], num_ranks: int) -> list[tuple[int, ...]]:
+def assign_owners(
+    costs: Sequence[LayerCost], num_ranks: int, kept: Mapping[int, tuple[int, ...]] | None = None
+) -> list[tuple[int, ...]]:
     """Owners of each layer: largest first onto the least loaded rank.
 
     With more ranks than layers each further rank joins the layer whose operations per owner are the most, and
@@ -48,14 +50,21 @@ def assign_owners(costs: Sequence[LayerCost], num_ranks: int) -> list[tuple[int,
     Args:
         costs: The layers' costs.
         num_ranks: Ranks to share them, ≥ 1.
+        kept: Owners that layers, by number, have already and keep.
 
     Returns:
         For each layer the ranks that own it, ascending; one rank each unless there are more ranks than layers.
     """
     order = sorted(range(len(costs)), key=lambda index: (-costs[index].flops, -costs[index].num_bytes, index))
-    owners: list[list[int]] = [[] for _ in costs]
+    owners: list[list[int]] = [list((kept or {}).get(index, ())) for index in range(len(costs))]
     loads = [(0.0, 0, rank) for rank in range(num_ranks)]
+    for cost, ranks in zip(costs, owners, strict=True):
+        for rank in ranks:
+            loads[rank] = (loads[rank][0] + cost.flops, loads[rank][1] + cost.num_bytes, rank)
+    heapq.heapify(loads)
     for index in order:
+        if owners[index]:
+            continue
         flops, num_bytes, rank = heapq.heappop(loads)
         owners[index].append(rank)
         heapq.heappush(loads, (flops + costs[index].flops, num_bytes + costs[index].num_bytes, rank))

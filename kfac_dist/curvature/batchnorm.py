@@ -11,12 +11,10 @@ Every form is a stack of symmetric matrices, so that the rest of the program nee
     diagonal  (2C, 1, 1)    each value alone
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-BatchNormForm = Literal["full", "unit", "diagonal"]
+from kfac_dist.vocabulary import BatchNormForm
 
 
 def batchnorm_fisher(x: Tensor, g: Tensor, eps: float, form: BatchNormForm) -> Tensor:

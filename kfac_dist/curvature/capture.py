@@ -3,9 +3,13 @@
 A forward hook keeps the layer's input and puts a *tensor* hook on its output; the matrices are built when the
 output's gradient arrives. A tensor hook, unlike a full backward hook, allows in-place activations. Building A in the
 backward, too, means that a forward without a backward (evaluation, a probe, recomputation under activation
-checkpointing) leaves no trace; the input is alive until then anyway, since autograd needs it for the weight's gradient.
+checkpointing) leaves no trace.
+
+The input is kept as autograd keeps what it saves: activation checkpointing frees it until it is recomputed, and a
+change in place is found out. A copied or pickled model carries hooks that do nothing, and hooks go with the `Capture`.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,60 +25,91 @@ class Capture:
 
     Attributes:
         captured: Names of the blocks of which at least one call was captured since `begin`.
+        num_samples: N of each backward pass on this rank, where it is not the size of the first dimension; or None.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        """Hook the layers of all blocks that have Fisher matrices."""
+    def __init__(self) -> None:
+        """Start without layers; see `follow`."""
         self.captured: set[str] = set()
+        self.num_samples: int | None = None
+        self._blocks: dict[str, Block] = {}
         self._destinations: Mapping[FactorKey, Tensor] = {}
-        self._num_calls: dict[FactorKey, float] = {}
-        self._accumulation_steps = 1
-        self._loss_scale = 1.0
-        self._handles = [
-            block.module.register_forward_hook(self._forward_hook(block), with_kwargs=True)
-            for block in blocks
-            if block.factor_shapes
+        self._weights: dict[FactorKey, float] = {}  # of what each factor has so far: positions for G, else calls
+        self._passes: dict[str, set[int]] = {}  # by block the backward passes that reached it
+        self._generation = 0
+        self._handles: list[Any] = []
+        weakref.finalize(self, _remove, self._handles)
+
+    def follow(self, blocks: Sequence[Block]) -> None:
+        """Hook the layers of all blocks that have Fisher matrices, and no others any more."""
+        self.close()
+        self._blocks = {block.name: block for block in blocks if block.factor_shapes}
+        self._handles += [
+            block.module.register_forward_hook(_LayerHook(self, name), with_kwargs=True)
+            for name, block in self._blocks.items()
         ]
 
-    def begin(self, destinations: Mapping[FactorKey, Tensor], accumulation_steps: int, loss_scale: float = 1.0) -> None:
+    def begin(self, destinations: Mapping[FactorKey, Tensor]) -> None:
         """Forget what was captured and start anew.
 
         Args:
             destinations: Where each factor that is wanted goes: a flat view for the packed upper triangles.
                 A factor without a destination costs nothing.
-            accumulation_steps: Micro-batches of one update. Each one's loss is expected divided by this number.
-            loss_scale: What the loss is multiplied with besides (loss scaling); G and F are divided by its square.
         """
         self.captured = set()
         self._destinations = destinations
-        self._num_calls = {}
-        self._accumulation_steps = accumulation_steps
-        self._loss_scale = loss_scale
+        self._weights = {}
+        self._passes = {}
+        self._generation += 1  # a backward through a graph from before is none of this step's
 
-    def remove(self) -> None:
+    @property
+    def num_passes(self) -> int:
+        """Backward passes that were captured since `begin`; 0 if none was.
+
+        A pass is counted where it reaches a layer, as checkpointing may run several for one call of `backward`.
+        """
+        return max(map(len, self._passes.values()), default=0)
+
+    def finish(self, loss_scale: float) -> None:
+        """Give the captured factors their scale: each loss was a mean, divided by the number of backward passes.
+
+        Args:
+            loss_scale: What the losses were multiplied with besides; G and F are divided by its square.
+        """
+        passes = max(1, self.num_passes)
+        gradient_scale = (passes / loss_scale) ** 2
+        scales = {"A": 1 / passes, "G": gradient_scale, "F": gradient_scale / passes}
+        for name, matrix in self._weights:
+            if scales[matrix] != 1:
+                self._destinations[name, matrix].mul_(scales[matrix])
+
+    def close(self) -> None:
         """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
 
-    def _forward_hook(self, block: Block) -> Any:
-        def forward_hook(
-            module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
-        ) -> None:
-            wanted = [matrix for matrix in block.factor_shapes if (block.name, matrix) in self._destinations]
-            is_original = module is block.module  # a deep copy of the model keeps the hooks, and must not count
-            if wanted and is_original and module.training and output.requires_grad and output.numel():
-                x = (inputs[0] if inputs else keywords["input"]).detach()
-                output.register_hook(lambda g: self._accumulate(block, wanted, x, g))
+    def on_forward(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        """Called by the layer's hook: keep the input, and wait for the output's gradient."""
+        wanted = [matrix for matrix in self._blocks[name].factor_shapes if (name, matrix) in self._destinations]
+        if wanted and module.training and output.requires_grad and output.numel():
+            output.register_hook(_GradientHook(self, self._generation, name, wanted, _Saved.of(x)))
 
-        return forward_hook
-
-    @torch.no_grad()
-    def _accumulate(self, block: Block, wanted: Sequence[str], x: Tensor, g: Tensor) -> None:
-        with torch.autocast(x.device.type, enabled=False):
-            for matrix in wanted:
-                dtype = self._destinations[block.name, matrix].dtype
+    def on_gradient(self, hook: "_GradientHook", g: Tensor) -> None:
+        """Called by the output's hook: build the matrices of one call of the layer."""
+        if hook.generation != self._generation:
+            return
+        block = self._blocks[hook.name]
+        if hook.saved is None:
+            raise RuntimeError(
+                f"{hook.name}: a second backward pass went through one forward pass. K-FAC needs the gradient of the "
+                "whole loss at once: add the losses up and call backward once, or leave the layer out with skip"
+            )
+        x = hook.take_input()
+        self._passes.setdefault(hook.name, set()).add(torch._C._current_graph_task_id())
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            for matrix in hook.wanted:
+                dtype = self._destinations[hook.name, matrix].dtype
                 self._add(block, matrix, block.factor(matrix, x, g).to(dtype), g)
-        self.captured.add(block.name)
+        self.captured.add(hook.name)
 
     def _add(self, block: Block, matrix: str, factor: Tensor, g: Tensor) -> None:
         """Add one call's factor to what this update has so far.
@@ -83,14 +118,10 @@ class Capture:
         the micro-batches; G is the mean over all positions.
         """
         key = block.name, matrix
-        scale = 1.0 if matrix == "A" else (self._accumulation_steps / self._loss_scale) ** 2
-        if matrix != "G":
-            scale /= self._accumulation_steps
-        if scale != 1:
-            factor *= scale
         destination = self._destinations[key]
-        weight = g.numel() / (g.shape[0] * factor.shape[0] * factor.shape[-1]) if matrix == "G" else 1.0
-        total = self._num_calls[key] = self._num_calls.get(key, 0.0) + weight
+        num_samples, num_features = g.shape[0], factor.shape[0] * factor.shape[-1]
+        weight = g.numel() / (num_samples * num_features) if matrix == "G" else 1.0
+        total = self._weights[key] = self._weights.get(key, 0.0) + weight
         if total == weight:
             pack_symmetric(factor, out=destination)
             return
@@ -100,3 +131,81 @@ class Capture:
             destination.lerp_(packed, weight / total)
         else:
             destination.add_(packed)
+
+
+class _LayerHook:
+    """A layer's forward hook; holds the capture weakly. A copy of it, as in a copied model, does nothing."""
+
+    def __init__(self, capture: Capture, name: str) -> None:
+        self._capture: weakref.ref[Capture] | None = weakref.ref(capture)
+        self._name = name
+
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
+    ) -> None:
+        capture = self._capture() if self._capture is not None else None
+        if capture is not None:
+            capture.on_forward(self._name, module, inputs[0] if inputs else keywords["input"], output)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_capture": None, "_name": self._name}
+
+
+class _GradientHook:
+    """The hook on a layer's output, with the input that belongs to it."""
+
+    def __init__(self, capture: Capture, generation: int, name: str, wanted: Sequence[str], saved: Tensor) -> None:
+        self._capture = weakref.ref(capture)
+        self.generation = generation
+        self.name = name
+        self.wanted = wanted
+        self.saved: Tensor | None = saved
+
+    def __call__(self, g: Tensor) -> None:
+        capture = self._capture()
+        if capture is not None:
+            capture.on_gradient(self, g)
+
+    def take_input(self) -> Tensor:
+        """The layer's input, once.
+
+        Raises:
+            RuntimeError: If it was changed in place since.
+        """
+        assert self.saved is not None
+        saved, self.saved = self.saved, None
+        try:
+            x: Tensor = saved.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise RuntimeError(
+                f"the input of {self.name} was changed in place after the layer had used it; K-FAC needs it as it was: "
+                "use an operation that is not in place, or leave the layer out with skip"
+            ) from error
+        return x
+
+
+class _Saved(torch.autograd.Function):
+    """Keeps a tensor the way autograd keeps what a layer saves: hooks on saved tensors apply, versions are checked."""
+
+    @staticmethod
+    def of(x: Tensor) -> Tensor:
+        """An empty tensor whose `grad_fn` has saved `x`."""
+        kept: Tensor = _Saved.apply(torch.empty(0, requires_grad=True), x.detach())
+        return kept
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return anchor.view_as(anchor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, None
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -5,7 +5,7 @@ failed is tried again at once. A GPU's is read at the next refresh or step, when
 waits for the device; until then the device itself keeps such a block's previous solvers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,6 +101,12 @@ class InverseRefresh:
             pending, self._again = self._again, []
         report, self._report = self._report, RefreshReport()
         return report
+
+    def forget_all_but(self, curvatures: Iterable[BlockCurvature]) -> None:
+        """Try nothing again of other blocks, which are gone."""
+        self._read_failures()
+        kept = {id(curvature) for curvature in curvatures}
+        self._again = [task for task in self._again if id(task.curvature) in kept]
 
     def state_dict(self) -> dict[str, Any]:
         """What is to be tried again: for each block's name its damping, matrices and failures."""

@@ -20,19 +20,30 @@ class OwnedFisher:
         blocks: The blocks, in the model's order.
     """
 
-    def __init__(self, blocks: Sequence[Block], ema_decay: float | None, device: torch.device) -> None:
-        """Start without a Fisher.
+    def __init__(self, ema_decay: float | None, device: torch.device) -> None:
+        """Start without blocks; see `follow`.
 
         Args:
-            blocks: The blocks.
             ema_decay: Share of the old Fisher in its running average; None keeps the newest only.
             device: Of the matrices.
         """
-        self.blocks = list(blocks)
-        self._curvatures = {block.name: BlockCurvature(block) for block in blocks}
+        self.blocks: list[Block] = []
+        self._curvatures: dict[str, BlockCurvature] = {}
         self._ema_decay = ema_decay
         self._inverses = InverseRefresh(deferred=device.type == "cuda")
         self._preconditioner = Preconditioner()
+
+    def follow(self, blocks: Sequence[Block]) -> None:
+        """Take over these blocks; those that were there already keep what is known of them, others start anew."""
+        before = self._curvatures
+        self.blocks = list(blocks)
+        self._curvatures = {
+            block.name: before[block.name]
+            if block.name in before and before[block.name].block is block
+            else BlockCurvature(block)
+            for block in blocks
+        }
+        self._inverses.forget_all_but(self._curvatures.values())
 
     def __getitem__(self, name: str) -> BlockCurvature:
         """What is kept of the block of this name."""

@@ -70,13 +70,13 @@ class IntervalRefresh(RefreshSchedule):
         """
         self._interval_at = interval_at
         self._interval_multiplier = dict(interval_multiplier or {})
-        self._last: dict[str, int] = {}
+        self._last: dict[FactorKey, int] = {}
 
     def due(self, keys: Sequence[FactorKey], iteration: int) -> list[FactorKey]:
-        return [key for key in keys if self._is_due(key[1], iteration)]
+        return [key for key in keys if self._is_due(key, iteration)]
 
     def record(self, iteration: int, changes: Mapping[FactorKey, float]) -> None:
-        self._last |= dict.fromkeys((matrix for _, matrix in changes), iteration)
+        self._last |= dict.fromkeys(changes, iteration)
 
     def expected_interval(self, key: FactorKey, iteration: int) -> int:
         return self._interval(key[1], iteration)
@@ -87,8 +87,8 @@ class IntervalRefresh(RefreshSchedule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._last = dict(state["last"])
 
-    def _is_due(self, matrix: str, iteration: int) -> bool:
-        return matrix not in self._last or iteration - self._last[matrix] >= self._interval(matrix, iteration)
+    def _is_due(self, key: FactorKey, iteration: int) -> bool:
+        return key not in self._last or iteration - self._last[key] >= self._interval(key[1], iteration)
 
     def _interval(self, matrix: str, iteration: int) -> int:
         return self._interval_at(iteration) * self._interval_multiplier.get(matrix, 1)

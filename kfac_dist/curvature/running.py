@@ -92,7 +92,7 @@ def relative_change(new: Tensor, old: Tensor) -> Tensor:
         old: Its value at the previous refresh; the same shape.
 
     Returns:
-        Scalar; infinite where the old value is all zeros and the new one is not.
+        Scalar; 0 where both are all zeros, infinite where only the old value is.
     """
-    change: Tensor = torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(old)
-    return change
+    difference: Tensor = torch.linalg.vector_norm(new - old)
+    return torch.where(difference == 0, 0.0, difference / torch.linalg.vector_norm(old))

@@ -1,15 +1,17 @@
-"""Training data: readers, the order of samples, and batches."""
+"""The data set that a configuration names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kfac_dist.data.augment import CropFlip
-from kfac_dist.data.base import Dataset, Original
+from kfac_dist.data.base import Dataset
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.digits import read_digits
 from kfac_dist.data.imagenet.crops import Crops
@@ -19,27 +21,22 @@ from kfac_dist.data.imagenet.decoder import Decoder, ThreadDecoder
 from kfac_dist.data.imagenet.folder import list_images
 from kfac_dist.data.imagenet.mean_image import load_mean_image
 from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset
-from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.svhn import read_svhn
 from kfac_dist.data.synthetic import SyntheticDataset
 from kfac_dist.errors import InputError
 
 if TYPE_CHECKING:
-    from kfac_dist.config.data import DataConfig
+    from kfac_dist.config.data import (
+        Cifar10Config,
+        DataConfig,
+        DigitsConfig,
+        ImagenetConfig,
+        SvhnConfig,
+        SyntheticConfig,
+    )
     from kfac_dist.config.schema import AugmentConfig
 
-__all__ = [
-    "Dataset",
-    "FolderDataset",
-    "ImageArrays",
-    "InMemoryDataset",
-    "Original",
-    "SlotSampler",
-    "create_dataset",
-    "describe_dataset",
-]
-
-_READERS_OF_FOLDERS = {"cifar10": read_cifar10, "svhn": read_svhn}
+    InMemoryConfig = DigitsConfig | Cifar10Config | SvhnConfig
 
 
 @dataclass(frozen=True)
@@ -51,32 +48,12 @@ class DatasetDescription:
     image_shape: tuple[int, int, int]
 
 
-_DESCRIPTIONS = {
-    "digits": DatasetDescription(1438, 10, (1, 8, 8)),
-    "cifar10": DatasetDescription(50_000, 10, (3, 32, 32)),
-    "svhn": DatasetDescription(73_257, 10, (3, 32, 32)),
-}
-_NUM_IMAGENET, _NUM_IMAGENET_CLASSES = 1_281_167, 1000
-
-
 def describe_dataset(data: DataConfig) -> DatasetDescription:
     """Sizes of the data set that a configuration names, as published; opens no images.
 
     For `imagenet` the folder is listed where there is one, since any tree of the layout may stand for it.
     """
-    if data.synthetic is not None:
-        made = data.synthetic
-        return DatasetDescription(made.num_train, made.num_classes, made.shape)
-    if data.name == "imagenet":
-        assert data.image_size is not None  # the configuration's default
-        shape = (3, data.image_size, data.image_size)
-        description = DatasetDescription(_NUM_IMAGENET, _NUM_IMAGENET_CLASSES, shape)
-        if _root(data).is_dir():
-            train = list_images(_root(data), "train")
-            description = DatasetDescription(len(train), len(train.class_names), shape)
-    else:
-        description = _DESCRIPTIONS[data.name]
-    return replace(description, num_train=min(description.num_train, data.train_limit or description.num_train))
+    return _DATA_SETS[data.name].describe(data)
 
 
 def create_dataset(
@@ -92,29 +69,48 @@ def create_dataset(
         seed: The run's seed, >= 0.
 
     Raises:
-        InputError: If files are missing or damaged, a limit exceeds the images there are, or the loader is
-            not installed.
+        InputError: If files are missing or damaged, a limit exceeds the images there are, the padding leaves nothing of
+            an image, or the loader is not installed.
     """
-    if data.synthetic is not None:
-        made = data.synthetic
-        return SyntheticDataset(made.shape, made.num_classes, made.num_train, made.num_eval, device, dtype, seed)
-    if data.name == "imagenet":
-        return _create_imagenet(data, augment, device, dtype, seed)
-    arrays = read_digits() if data.name == "digits" else _READERS_OF_FOLDERS[data.name](_root(data))
-    arrays = _first(arrays, data.train_limit, data.eval_limit)
-    return InMemoryDataset(arrays, CropFlip(augment.pad_crop, augment.flip, seed), device, dtype)
+    return _DATA_SETS[data.name].create(data, augment, device, dtype, seed)
+
+
+# Data sets held in memory ------------------------------------------------------------------------------
+
+
+def _create_in_memory(
+    read: Callable[[Any], ImageArrays],
+    data: InMemoryConfig,
+    augment: AugmentConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> InMemoryDataset:
+    arrays = read(data)
+    side = min(arrays.train_images.shape[2:])
+    if augment.pad_crop >= side:
+        raise InputError(f"augment.pad_crop must be < {side}, the side of an image, got {augment.pad_crop}")
+    _check_limits(data, len(arrays.train_labels), len(arrays.eval_labels))
+    first = replace(
+        arrays,
+        train_images=arrays.train_images[: data.train_limit],
+        train_labels=arrays.train_labels[: data.train_limit],
+        eval_images=arrays.eval_images[: data.eval_limit],
+        eval_labels=arrays.eval_labels[: data.eval_limit],
+    )
+    return InMemoryDataset(first, CropFlip(augment.pad_crop, augment.flip, seed), device, dtype)
+
+
+# ImageNet ----------------------------------------------------------------------------------------------
 
 
 def _create_imagenet(
-    data: DataConfig, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, seed: int
+    data: ImagenetConfig, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, seed: int
 ) -> FolderDataset:
-    # Defaults of the configuration, and what it refuses to leave out.
-    assert data.image_size is not None
-    assert data.preprocessing is not None
-    root = _root(data)
+    root = Path(data.root).expanduser()
     train = list_images(root, "train")
     evaluation = list_images(root, "val", train.class_names)
-    _check_limits(data.train_limit, data.eval_limit, len(train), len(evaluation))
+    _check_limits(data, len(train), len(evaluation))
     normalisation = Normalisation.by_channel()
     if data.mean_image is not None:
         path = Path(data.mean_image).expanduser()
@@ -131,34 +127,79 @@ def _create_imagenet(
     )
 
 
-def _create_decoder(data: DataConfig, device: torch.device) -> Decoder:
-    assert data.image_size is not None
-    assert data.workers is not None
+def _create_decoder(data: ImagenetConfig, device: torch.device) -> Decoder:
     if data.loader == "dali":
         return DaliDecoder(data.image_size, data.workers, device)
     return ThreadDecoder(data.image_size, data.workers, pin_memory=device.type == "cuda")
 
 
-def _root(data: DataConfig) -> Path:
-    assert data.root is not None  # refused by the configuration
-    return Path(data.root).expanduser()
+def _describe_imagenet(data: ImagenetConfig) -> DatasetDescription:
+    root = Path(data.root).expanduser()
+    num_train, num_classes = 1_281_167, 1000
+    if root.is_dir():
+        train = list_images(root, "train")
+        num_train, num_classes = len(train), len(train.class_names)
+    return _cut(DatasetDescription(num_train, num_classes, (3, data.image_size, data.image_size)), data)
 
 
-def _first(arrays: ImageArrays, train_limit: int | None, eval_limit: int | None) -> ImageArrays:
-    _check_limits(train_limit, eval_limit, len(arrays.train_labels), len(arrays.eval_labels))
-    return replace(
-        arrays,
-        train_images=arrays.train_images[:train_limit],
-        train_labels=arrays.train_labels[:train_limit],
-        eval_images=arrays.eval_images[:eval_limit],
-        eval_labels=arrays.eval_labels[:eval_limit],
-    )
+# Images that are made up -------------------------------------------------------------------------------
 
 
-def _check_limits(train_limit: int | None, eval_limit: int | None, num_train: int, num_eval: int) -> None:
+def _create_synthetic(
+    data: SyntheticConfig, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, seed: int
+) -> SyntheticDataset:
+    del augment  # the configuration refuses what would change the images
+    made = data.synthetic
+    return SyntheticDataset(made.shape, made.num_classes, made.num_train, made.num_eval, device, dtype, seed)
+
+
+def _describe_synthetic(data: SyntheticConfig) -> DatasetDescription:
+    made = data.synthetic
+    return DatasetDescription(made.num_train, made.num_classes, made.shape)
+
+
+# Limits ------------------------------------------------------------------------------------------------
+
+
+def _check_limits(data: InMemoryConfig | ImagenetConfig, num_train: int, num_eval: int) -> None:
     for key, limit, available in (
-        ("train_limit", train_limit, num_train),
-        ("eval_limit", eval_limit, num_eval),
+        ("train_limit", data.train_limit, num_train),
+        ("eval_limit", data.eval_limit, num_eval),
     ):
         if limit is not None and limit > available:
             raise InputError(f"data.{key} must be <= {available}, the images there are, got {limit}")
+
+
+def _cut(description: DatasetDescription, data: InMemoryConfig | ImagenetConfig) -> DatasetDescription:
+    return replace(description, num_train=min(description.num_train, data.train_limit or description.num_train))
+
+
+# All of them -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _DataSet:
+    """How a data set is made, and what is known of it before; each takes its own section of the configuration."""
+
+    create: Callable[[Any, AugmentConfig, torch.device, torch.dtype, int], Dataset]
+    describe: Callable[[Any], DatasetDescription]
+
+
+def _in_memory(
+    read: Callable[[Any], ImageArrays], num_train: int, num_classes: int, image_shape: tuple[int, int, int]
+) -> _DataSet:
+    published = DatasetDescription(num_train, num_classes, image_shape)
+    return _DataSet(partial(_create_in_memory, read), partial(_cut, published))
+
+
+def _from_root(read: Callable[[Path], ImageArrays]) -> Callable[[Any], ImageArrays]:
+    return lambda data: read(Path(data.root).expanduser())
+
+
+_DATA_SETS = {
+    "digits": _in_memory(lambda data: read_digits(), 1438, 10, (1, 8, 8)),
+    "cifar10": _in_memory(_from_root(read_cifar10), 50_000, 10, (3, 32, 32)),
+    "svhn": _in_memory(_from_root(read_svhn), 73_257, 10, (3, 32, 32)),
+    "imagenet": _DataSet(_create_imagenet, _describe_imagenet),
+    "synthetic": _DataSet(_create_synthetic, _describe_synthetic),
+}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from kfac_dist.models.batchnorm import SlotwiseBatchNorm
 from kfac_dist.models.cifar_resnet import CifarResNet
 from kfac_dist.models.residual import set_variant_, zero_last_gammas_
 from kfac_dist.models.small import alexnet32, digits_cnn
+from kfac_dist.vocabulary import BottleneckVariant
 
 __all__ = ["SlotwiseBatchNorm", "available_models", "create_model"]
 
@@ -35,7 +35,7 @@ def create_model(
     num_classes: int,
     image_shape: tuple[int, int, int],
     seed: int,
-    variant: Literal["v1", "v1.5"] | None = None,
+    variant: BottleneckVariant | None = None,
     zero_init_last_gamma: bool = False,
 ) -> nn.Module:
     """Build and initialise a network; the same weights for the same arguments, in float32 on the CPU.
@@ -68,7 +68,7 @@ def create_model(
     return model
 
 
-def _build_variant(build: Callable[[], nn.Module], name: str, variant: Literal["v1", "v1.5"]) -> nn.Module:
+def _build_variant(build: Callable[[], nn.Module], name: str, variant: BottleneckVariant) -> nn.Module:
     model = build()
     set_variant_(model, name, variant)
     return model

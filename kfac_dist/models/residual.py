@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 
 from kfac_dist.errors import InputError
 from kfac_dist.models.cifar_resnet import ResidualBlock
+from kfac_dist.vocabulary import BottleneckVariant
 
 
-def set_variant_(model: nn.Module, name: str, variant: Literal["v1", "v1.5"]) -> None:
+def set_variant_(model: nn.Module, name: str, variant: BottleneckVariant) -> None:
     """Choose where torchvision's bottleneck ResNets reduce the image, in place.
 
     v1, as He et al. 2015 describe it: in the first 1x1 convolution of a stage. v1.5, which torchvision builds:

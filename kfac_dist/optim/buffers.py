@@ -17,8 +17,6 @@ class StageBuffers:
     gradients, which travel while the matrices are factorised; stage 6 the preconditioned gradients. Where several
     ranks own a block each of them contributes an equal share of stage 6.
 
-    Where Diff is asked for, its owner adds one value for each refreshed matrix to stage 6.
-
     Attributes:
         gradients: Stage 3's buffer of the gradients; keys are block names.
     """
@@ -38,7 +36,7 @@ class StageBuffers:
             return torch.zeros(sum(part.numel for part in parts), dtype=dtype, device=device)
 
         self._factors_storage = storage(self._factors_parts(all_factor_keys(blocks)))
-        self._updates_storage = storage(self._updates_parts(all_factor_keys(blocks)))
+        self._updates_storage = storage(self._updates_parts())
         parts = [Part(block.name, rank, block.num_values) for block, ranks in self._blocks for rank in ranks]
         self.gradients = FlatBuffer(parts, num_ranks, storage(parts))
         self._gradient_views = [
@@ -56,9 +54,9 @@ class StageBuffers:
         """Stage 3's buffer of the factors when these are due; they are the keys."""
         return FlatBuffer(self._factors_parts(due), self._num_ranks, self._factors_storage)
 
-    def updates(self, with_change: Sequence[FactorKey] = ()) -> FlatBuffer:
-        """The buffer of stage 6; keys are block names, and the factors whose Diff travels along."""
-        return FlatBuffer(self._updates_parts(with_change), self._num_ranks, self._updates_storage)
+    def updates(self) -> FlatBuffer:
+        """The buffer of stage 6; keys are block names."""
+        return FlatBuffer(self._updates_parts(), self._num_ranks, self._updates_storage)
 
     def _factors_parts(self, due: Iterable[FactorKey]) -> list[Part]:
         due = set(due)
@@ -72,16 +70,12 @@ class StageBuffers:
             parts += [Part(key, rank, numel) for rank in ranks for key, numel in numels.items()]
         return parts
 
-    def _updates_parts(self, with_change: Iterable[FactorKey]) -> list[Part]:
-        with_change = set(with_change)
-        parts = []
-        for block, ranks in self._blocks:
-            parts += [
-                Part(block.name, rank, end - begin) for rank, begin, end in _equal_shares(ranks, block.num_values)
-            ]
-            keys = all_factor_keys([block])
-            parts += [Part(key, ranks[0], 1) for key in keys if key in with_change]
-        return parts
+    def _updates_parts(self) -> list[Part]:
+        return [
+            Part(block.name, rank, end - begin)
+            for block, ranks in self._blocks
+            for rank, begin, end in _equal_shares(ranks, block.num_values)
+        ]
 
 
 def update_shares(

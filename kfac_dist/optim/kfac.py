@@ -1,16 +1,17 @@
 """Distributed K-FAC as a `torch.optim.Optimizer`: stages 3 to 6 of Algorithm 1 (CVPR 2019)."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from kfac_dist.communicator import Communicator, Pending, create_communicator
+from kfac_dist.communicator import Communicator, Pending
 from kfac_dist.curvature.assignment import assign_owners
-from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks, refresh_costs
@@ -20,15 +21,19 @@ from kfac_dist.curvature.inversion import RefreshReport
 from kfac_dist.curvature.owned import OwnedFisher
 from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedule
 from kfac_dist.optim.buffers import StageBuffers, add_weight_decay, all_factor_keys, read_update, update_shares
+from kfac_dist.optim.guards import Guarded, broadcast_model, check_arguments, clip_, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
-from kfac_dist.optim.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
-from kfac_dist.optim.validation import check, check_choice, check_count, check_kfac_group
+from kfac_dist.optim.update import momentum_update_, rescale_weights_, rescaled_weights
+from kfac_dist.optim.validation import check, check_choice, check_kfac_group, check_max_norm, check_parameters, is_count
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.tensors.packing import unpack_symmetric
 from kfac_dist.timing import StageTimer
+from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
 
 _STATE_KEY = "kfac"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class CommDtypes:
     gradients: torch.dtype | None = None
 
 
-class KFAC(torch.optim.Optimizer):
+class KFAC(Guarded):
     """K-FAC whose layers are shared out over the ranks; one rank takes the same path as many.
 
     Each rank calls `backward` on its own part of the batch; `step` averages gradients and Fisher factors over the
@@ -75,7 +80,9 @@ class KFAC(torch.optim.Optimizer):
         batchnorm: BatchNormForm = "diagonal",
         ema_decay: float | None = None,
         refresh: RefreshSchedule | int = 1,
-        accumulation_steps: int = 1,
+        accumulation_steps: int | None = None,
+        num_samples: int | None = None,
+        max_grad_norm: float | None = None,
         skip: Sequence[str] = (),
         track_changes: bool = False,
         loss_scaler: LossScaler | None = None,
@@ -99,7 +106,13 @@ class KFAC(torch.optim.Optimizer):
             ema_decay: Share of the old Fisher in its running average; None (the paper) keeps the newest only.
             refresh: Iterations from one refresh of the Fisher to the next, or a schedule from
                 `kfac_dist.curvature.refresh_schedule`.
-            accumulation_steps: Backward passes for each `step`; divide each loss by this number, as usual.
+            accumulation_steps: Backward passes for each `step`; each loss is to be divided by their number, as usual.
+                They are counted; a number given here is only checked against the count.
+            num_samples: N, samples of each backward pass on this rank, for layers whose first dimension is something
+                else (sequence first, or the tokens of all sequences in one dimension); the size of the first
+                dimension if None. The attribute of this name may be set before each forward.
+            max_grad_norm: Norm that the *averaged*, unscaled gradient is clipped to before preconditioning; None does
+                not clip.
             skip: Shell-style patterns of module names that get the plain gradient.
             track_changes: Put Diff (Eq. 19) of each refreshed matrix into `report`; an adaptive schedule always does.
             loss_scaler: For fp16, what each loss is scaled with before its backward; `step` unscales by itself, and
@@ -108,10 +121,16 @@ class KFAC(torch.optim.Optimizer):
             timer: Charged with the stages' seconds.
 
         Raises:
+            TypeError: If something else than a model or a communicator is given for one.
             ValueError: If a setting is out of range, or nothing is to be trained.
         """
-        if params is None:
-            params = model.named_parameters()
+        self.communicator = check_arguments("KFAC", model, communicator)
+        check_choice("batchnorm", batchnorm, get_args(BatchNormForm))
+        check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
+        check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
+        check_max_norm(max_grad_norm)
+        for name, value in (("accumulation_steps", accumulation_steps), ("num_samples", num_samples)):
+            check(name, value is None or is_count(value), value, "an integer ≥ 1, or None")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -120,43 +139,61 @@ class KFAC(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "weight_rescaling": weight_rescaling,
         }
-        super().__init__(params, defaults)
-        check_choice("batchnorm", batchnorm, get_args(BatchNormForm))
-        check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
-        check_count("accumulation_steps", accumulation_steps)
-        check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
-        self.communicator = communicator if communicator is not None else create_communicator()
-        self.accumulation_steps = accumulation_steps
+        super().__init__(model.named_parameters() if params is None else params, defaults)
+        self.accumulation_steps, self.num_samples = accumulation_steps, num_samples
         self.report = StepReport()
         self._refresh = _refresh_schedule(refresh)
         self._track_changes = track_changes or self._refresh.needs_changes
+        self._max_grad_norm = max_grad_norm
         self._loss_scaler = loss_scaler
-        self._loss_scale = 1.0  # of the losses behind the gradients of this step
         self._comm_dtypes = comm_dtypes
         self._timer = timer or StageTimer.off()
         self._iteration = 0
-        trained = [parameter for group in self.param_groups for parameter in group["params"]]
-        self._device = trained[0].device
-        self._dtype = torch.float64 if trained[0].dtype == torch.float64 else torch.float32
+        self._warned = False
+        given = self._parameters()
+        self._device = given[0].device
+        self._dtype = torch.float64 if given[0].dtype == torch.float64 else torch.float32
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._rescaled = {id(weight) for weight in rescaled_weights(model)}
+        self._create_blocks = partial(create_blocks, model, form=batchnorm, skip=tuple(skip))
+        self._owned = OwnedFisher(ema_decay, self._device)
+        self._capture = Capture()
+        self.blocks: list[Block] = []
+        self.owners: list[tuple[int, ...]] = []
         self._index_groups()
-        self.blocks = create_blocks(model, trained, batchnorm, skip)
-        _check_parameters(trained, self.blocks)
-        self._share_blocks(ema_decay)
-        self._capture = Capture(self.blocks)
-        self._begin_iteration()
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.communicator.broadcast_(tensor.data)
+        self._share_blocks()
+        check_parameters(given, self.blocks)
+        broadcast_model(model, self.communicator)
 
-    def _share_blocks(self, ema_decay: float | None) -> None:
-        """Decide who owns which block, as every rank does alike, and lay out the buffers."""
+    def _share_blocks(self) -> None:
+        """Give each layer its block and owners, as every rank does alike, and lay out the buffers.
+
+        Called again when parameters were frozen or unfrozen: blocks that stay keep owners and Fisher.
+        """
         rank, size = self.communicator.rank, self.communicator.size
-        self.owners = assign_owners([block_cost(block) for block in self.blocks], size)
+        before = {block.name: (block, ranks) for block, ranks in zip(self.blocks, self.owners, strict=True)}
+        made = self._create_blocks(trained=self._parameters())
+        kept = {n: before[b.name] for n, b in enumerate(made) if b.name in before and b.is_like(before[b.name][0])}
+        self.blocks = [kept[number][0] if number in kept else block for number, block in enumerate(made)]
+        self.owners = assign_owners(
+            [block_cost(block) for block in self.blocks], size, {number: ranks for number, (_, ranks) in kept.items()}
+        )
+        self._trainable = [parameter.requires_grad for parameter in self._parameters()]
         self._ranks_of = {block.name: ranks for block, ranks in zip(self.blocks, self.owners, strict=True)}
-        owned = [block for block in self.blocks if rank in self._ranks_of[block.name]]
-        self._owned = OwnedFisher(owned, ema_decay, self._device)
+        self._owned.follow([block for block in self.blocks if rank in self._ranks_of[block.name]])
         self._buffers = StageBuffers(self.blocks, self.owners, size, self._dtype, self._device)
+        self._updates = self._buffers.updates()
         self._refresh.plan_for(refresh_costs(self.blocks))
+        self._capture.follow(self.blocks)
+        trained = {id(parameter) for block in self.blocks for parameter in block.parameters}
+        for parameter in [parameter for parameter in self.state if id(parameter) not in trained]:
+            del self.state[parameter]  # what is frozen does not move: its velocity is gone
+        self._begin_iteration()
+
+    def _follow_freezing(self) -> None:
+        """Share the blocks anew if parameters were frozen or unfrozen since."""
+        if self._trainable != [parameter.requires_grad for parameter in self._parameters()]:
+            self._share_blocks()
 
     # One step -----------------------------------------------------------------------------------------
 
@@ -170,39 +207,49 @@ class KFAC(torch.optim.Optimizer):
         Returns:
             The closure's result, or None.
         """
+        self.refuse_grad_scaler()
+        for group in self.param_groups:  # a scheduler may have set anything; every rank refuses alike
+            check_kfac_group(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # In a user's autocast block products with inverses would overflow half precision.
+        with torch.autocast(self._device.type, enabled=False):
+            self.report = self._step()
+        return loss
+
+    def _step(self) -> StepReport:
+        self._follow_freezing()
         present = self._agree_on_captured()
         if self._due_keys and not present and not self._agree_on_any_gradient():
             self._create_state()
-            self.report = StepReport()
-            return loss
+            return StepReport()
+        self._warn_of_absent(present)
+        loss_scale = self._loss_scaler.scale if self._loss_scaler is not None else 1.0
         with self._timer.stage("reduce_scatter"):
-            self._collect()
+            self._collect(loss_scale)
             if self._overflowed():
-                self.report = StepReport(skipped=True)
                 self._begin_capture()
-                return loss
+                return StepReport(skipped=True)
             gradients = self._start_reducing()
         with self._timer.stage("inverse"):
-            inversion = self._refresh_inverses(present)
+            inversion, changes = self._refresh_inverses(present)
         with self._timer.stage("reduce_scatter"):
-            self._finish_gradients(gradients)
+            self._finish_gradients(gradients, loss_scale)
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
             self.communicator.all_gather_v(self._updates.data, self._updates.counts, self._comm_dtypes.gradients)
+            all_changes = self._gather_changes(present, changes)
         with self._timer.stage("update"):
             self._update_parameters()
-        changes = self._read_changes(present)
-        self.report = StepReport(False, inversion.num_retries, inversion.num_kept, changes)
-        if present or not self._due_keys:  # factors that are due but that no rank captured stay due
-            self._refresh.record(self._iteration, dict.fromkeys(self._due_keys, float("inf")) | changes)
-            self._iteration += 1
+        # Factors that are due but that no rank captured stay due.
+        refreshed = [key for key in self._due_keys if key[0] in present]
+        self._refresh.record(self._iteration, dict.fromkeys(refreshed, float("inf")) | all_changes)
+        self._iteration += 1
         self._begin_iteration()
-        return loss
+        return StepReport(False, inversion.num_retries, inversion.num_kept, all_changes)
 
     def _agree_on_captured(self) -> dict[str, int]:
         """How many ranks captured factors of each block; blocks that none did are left out."""
@@ -225,9 +272,31 @@ class KFAC(torch.optim.Optimizer):
             for parameter in block.parameters:
                 self._velocity(parameter)
 
-    def _collect(self) -> None:
+    def _warn_of_absent(self, present: Mapping[str, int]) -> None:
+        """Say once, on rank 0, which layers gave nothing although their factors are due."""
+        absent = list(dict.fromkeys(name for name, _ in self._due_keys if name not in present))
+        if absent and not self._warned:
+            self._warned = True
+            if self.communicator.is_main:
+                logger.warning(
+                    "K-FAC got no factors from %s: in eval mode, unused in this step, or its weights used without "
+                    "calling it? Until it gives some it takes the plain gradient; skip=[…] leaves it to that for good",
+                    ", ".join(absent),
+                )
+
+    def _collect(self, loss_scale: float) -> None:
         """Complete this rank's buffers of stage 3."""
+        for parameter in (parameter for block in self.blocks for parameter in block.parameters):
+            if parameter.grad is not None:
+                refuse_sparse(self._names[id(parameter)], parameter.grad)
+        passes, promised = self._capture.num_passes, self.accumulation_steps
+        if promised is not None and passes not in (0, promised):
+            raise ValueError(
+                f"accumulation_steps is {promised}, but {passes} backward passes came since the last step: each loss "
+                "is to be divided by the number that there are; leave accumulation_steps out to have them counted"
+            )
         self._buffers.fill_gradients()
+        self._capture.finish(loss_scale)
         for key in self._due_keys:
             first, *others = self._factors.copies(key)
             if key[0] not in self._capture.captured:
@@ -237,10 +306,8 @@ class KFAC(torch.optim.Optimizer):
 
     def _overflowed(self) -> bool:
         """Whether anything overflowed on any rank; nothing that lasts has been changed yet."""
-        if self._loss_scaler is None:
-            return False
-        self._loss_scale = self._loss_scaler.scale
-        return self._loss_scaler.overflowed([self._factors.data, self._buffers.gradients.data], self.communicator)
+        buffers = [self._factors.data, self._buffers.gradients.data]
+        return self._loss_scaler is not None and self._loss_scaler.overflowed(buffers, self.communicator)
 
     def _start_reducing(self) -> Pending[Tensor]:
         """Stage 3: each rank is left with the averages of what it owns.
@@ -257,16 +324,28 @@ class KFAC(torch.optim.Optimizer):
             pending.wait()
         return last
 
-    def _finish_gradients(self, pending: Pending[Tensor]) -> None:
-        """Stage 3, the rest: wait for the gradients and undo the loss scale."""
+    def _finish_gradients(self, pending: Pending[Tensor], loss_scale: float) -> None:
+        """Stage 3, the rest: wait for the gradients, undo the loss scale, clip."""
         gradients = pending.wait()
-        if self._loss_scaler is not None:
-            gradients.mul_(1.0 / self._loss_scale)
+        if loss_scale != 1:
+            gradients.mul_(1.0 / loss_scale)
+        if self._max_grad_norm is not None:
+            rank = self.communicator.rank
+            own = [
+                self._buffers.gradients.part(b.name, rank) for b in self._owned.blocks if self._is_first_owner(b.name)
+            ]
+            squared = sum((part.double().square().sum() for part in own), gradients.new_zeros((), dtype=torch.float64))
+            clip_([gradients], squared, self._max_grad_norm, self.communicator)
 
-    def _refresh_inverses(self, present: Mapping[str, int]) -> RefreshReport:
-        """Stage 4: take the new factors into the running Fisher and factorise it."""
+    def _refresh_inverses(self, present: Mapping[str, int]) -> tuple[RefreshReport, dict[FactorKey, Tensor]]:
+        """Stage 4: take the new factors into the running Fisher and factorise it.
+
+        Returns:
+            What went wrong, and Diff of the matrices of which this rank is the first owner, if it is tracked.
+        """
         rank, size = self.communicator.rank, self.communicator.size
         factors: dict[FactorKey, Tensor] = {}
+        changes: dict[FactorKey, Tensor] = {}
         for key in self._due_keys:
             name, matrix = key
             if name not in self._owned or name not in present:
@@ -276,10 +355,20 @@ class KFAC(torch.optim.Optimizer):
             if present[name] < size:  # the average was taken over all ranks, some of which had nothing to give
                 factor *= size / present[name]
             if self._track_changes and self._is_first_owner(name):
-                self._updates.part(key, rank).copy_(self._owned.change(key, factor))
-        return self._owned.refresh(
+                changes[key] = self._owned.change(key, factor)
+        report = self._owned.refresh(
             factors, self._damping, lambda key: self._refresh.expected_interval(key, self._iteration)
         )
+        return report, changes
+
+    def _gather_changes(self, present: Mapping[str, int], own: Mapping[FactorKey, Tensor]) -> dict[FactorKey, float]:
+        """Diff of all that was refreshed, the same on every rank; empty if it is not tracked."""
+        keys = [key for key in self._due_keys if key[0] in present] if self._track_changes else []
+        if not keys:
+            return {}
+        zero = torch.zeros((), dtype=self._dtype, device=self._device)
+        values = self.communicator.all_reduce_(torch.stack([own.get(key, zero) for key in keys]))
+        return dict(zip(keys, values.tolist(), strict=True))  # one copy from the device
 
     def _precondition(self) -> None:
         """Stage 5: 𝒢 of the owned blocks, into this rank's segment of the buffer that is gathered."""
@@ -313,17 +402,6 @@ class KFAC(torch.optim.Optimizer):
                 [velocities[number] for number in rescaled],
             )
 
-    def _read_changes(self, present: Mapping[str, int]) -> dict[FactorKey, float]:
-        """Diff of what was refreshed, the same on every rank; empty if it is not tracked."""
-        if not self._track_changes:
-            return {}
-        changes = dict.fromkeys(self._due_keys, float("inf"))
-        known = [key for key in self._due_keys if key[0] in present]
-        if known:
-            values = torch.cat([self._updates.copies(key)[0] for key in known]).tolist()  # one copy from the device
-            changes |= dict(zip(known, values, strict=True))
-        return changes
-
     def _is_first_owner(self, name: str) -> bool:
         return self._ranks_of[name][0] == self.communicator.rank
 
@@ -339,21 +417,27 @@ class KFAC(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, and with them the Fisher factors captured since the last step."""
         super().zero_grad(set_to_none)
+        self._follow_freezing()
         self._begin_capture()
 
     def _begin_iteration(self) -> None:
         """Decide from the iteration alone, as every rank does alike, which factors the next step refreshes."""
         self._due_keys = self._refresh.due(all_factor_keys(self.blocks), self._iteration)
         self._factors = self._buffers.factors(self._due_keys)
-        self._updates = self._buffers.updates(self._due_keys if self._track_changes else ())
         self._begin_capture()
 
     def _begin_capture(self) -> None:
-        destinations = {key: self._factors.copies(key)[0] for key in self._due_keys}
-        loss_scale = self._loss_scaler.scale if self._loss_scaler is not None else 1.0
-        self._capture.begin(destinations, self.accumulation_steps, loss_scale)
+        self._capture.num_samples = self.num_samples
+        self._capture.begin({key: self._factors.copies(key)[0] for key in self._due_keys})
+
+    def close(self) -> None:
+        """Take the hooks off the model; the optimizer cannot be used any more. Hooks also go with the optimizer."""
+        self._capture.close()
 
     # Settings -----------------------------------------------------------------------------------------
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _index_groups(self) -> None:
         self._group_by_id = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
@@ -440,13 +524,5 @@ class KFAC(torch.optim.Optimizer):
 def _refresh_schedule(refresh: RefreshSchedule | int) -> RefreshSchedule:
     if isinstance(refresh, RefreshSchedule):
         return refresh
-    check_count("refresh", refresh, "an integer ≥ 1 or a RefreshSchedule")
+    check("refresh", is_count(refresh), refresh, "an integer ≥ 1 or a RefreshSchedule")
     return IntervalRefresh(lambda iteration: refresh)
-
-
-def _check_parameters(trained: Sequence[Parameter], blocks: Sequence[Block]) -> None:
-    """Refuse parameters that are not the model's, or none at all."""
-    check("params", bool(blocks), f"{len(trained)} parameters", "trainable parameters of the model")
-    covered = {id(parameter) for block in blocks for parameter in block.parameters}
-    foreign = [tuple(p.shape) for p in trained if p.requires_grad and id(p) not in covered]
-    check("params", not foreign, f"others too, of shapes {foreign}", "parameters of the model")

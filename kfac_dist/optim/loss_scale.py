@@ -77,7 +77,7 @@ class LossScaler:
             return
         self.is_exhausted = False
         self._num_good += 1
-        if self._num_good == self._growth_interval:
+        if self._num_good >= self._growth_interval:  # a loaded state may have counted further
             self._num_good = 0
             self.scale = min(_LARGEST_SCALE, self.scale * 2)
 

@@ -1,22 +1,26 @@
 """SGD over the same communicator as K-FAC: the baseline."""
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.nn import Parameter
 
-from kfac_dist.communicator import Communicator, create_communicator
+from kfac_dist.communicator import Communicator
 from kfac_dist.curvature.blocks.base import FactorKey
+from kfac_dist.optim.guards import Guarded, broadcast_model, check_arguments, clip_, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
-from kfac_dist.optim.update import WeightRescaling, rescale_weights_, rescaled_weights
-from kfac_dist.optim.validation import check, check_choice
+from kfac_dist.optim.update import rescale_weights_, rescaled_weights
+from kfac_dist.optim.validation import check, check_choice, check_max_norm
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.timing import StageTimer
+from kfac_dist.vocabulary import WeightRescaling
 
 
-class SGD(torch.optim.SGD):
+class SGD(Guarded, torch.optim.SGD):
     """`torch.optim.SGD` that averages gradients over the ranks first; its settings mean what they mean there.
 
     At construction every rank takes rank 0's weights.
@@ -35,6 +39,7 @@ class SGD(torch.optim.SGD):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         weight_rescaling: WeightRescaling = "off",
+        max_grad_norm: float | None = None,
         loss_scaler: LossScaler | None = None,
         gradient_comm_dtype: torch.dtype | None = None,
         timer: StageTimer | None = None,
@@ -48,34 +53,61 @@ class SGD(torch.optim.SGD):
             lr: As in `torch.optim.SGD`, and so the next two.
             momentum: Of the gradient.
             weight_decay: L2 penalty.
-            weight_rescaling: Eq. 18, as in `KFAC`, and so the next two.
+            weight_rescaling: Eq. 18, as in `KFAC`.
+            max_grad_norm: Norm that the *averaged*, unscaled gradient is clipped to; None does not clip.
             loss_scaler: For fp16, what each loss is scaled with before its backward.
-            gradient_comm_dtype: Half precision that gradients travel in between ranks.
+            gradient_comm_dtype: Half precision in which gradients are sent; None sends them as they are.
             timer: Charged with the stages' seconds.
 
         Raises:
             ValueError: If a setting is out of range, or nothing is to be trained.
         """
-        check_choice("weight_rescaling", weight_rescaling, get_args(WeightRescaling))
+        self.communicator = check_arguments("SGD", model, communicator)
         parameters = model.parameters() if params is None else params
+        check_choice("weight_rescaling", weight_rescaling, get_args(WeightRescaling))
+        check_max_norm(max_grad_norm)
         super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-        self.communicator = communicator if communicator is not None else create_communicator()
+        self.report = StepReport()
         self._timer = timer or StageTimer.off()
         self._weight_rescaling: WeightRescaling = weight_rescaling
+        self._max_grad_norm = max_grad_norm
         self._loss_scaler = loss_scaler
         self._gradient_comm_dtype = gradient_comm_dtype
-        self._trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._rescalable = list(rescaled_weights(model))
+        self._trained: list[Parameter] = []
+        self._follow_freezing()
         check("params", bool(self._trained), "none", "parameters that are not frozen")
-        self.report = StepReport()
-        trained = {id(parameter) for parameter in self._trained}
-        self._rescaled = [weight for weight in rescaled_weights(model) if id(weight) in trained]
-        self._gradients = torch.cat([torch.zeros_like(parameter).flatten() for parameter in self._trained])
-        parts = self._gradients.split([parameter.numel() for parameter in self._trained])
-        self._views = [part.view(parameter.shape) for part, parameter in zip(parts, self._trained, strict=True)]
+        broadcast_model(model, self.communicator)
+
+    def _follow_freezing(self) -> None:
+        """Lay out the buffer for the parameters that are trained now; users freeze, unfreeze and add."""
+        given = [parameter for group in self.param_groups for parameter in group["params"]]
+        trained = [parameter for parameter in given if parameter.requires_grad]
+        for parameter in given:
+            if not parameter.requires_grad:
+                parameter.grad = None  # or torch's SGD would go on with what is left of it
+        if len(trained) == len(self._trained) and all(map(operator.is_, trained, self._trained)):
+            return
+        self._trained = trained
+        known = {id(parameter) for parameter in trained}
+        self._rescaled = [weight for weight in self._rescalable if id(weight) in known]
+        double = any(parameter.dtype == torch.float64 for parameter in trained)
+        numels = [parameter.numel() for parameter in trained]
+        # Never half precision: MPI cannot add it, and sums over ranks would round.
+        dtype, device = torch.float64 if double else torch.float32, given[0].device
+        self._gradients = torch.zeros(sum(numels), dtype=dtype, device=device)
+        parts = self._gradients.split(numels) if numels else ()
+        self._views = [part.view(parameter.shape) for part, parameter in zip(parts, trained, strict=True)]
         total, size = self._gradients.numel(), self.communicator.size
         self._counts = [total * (rank + 1) // size - total * rank // size for rank in range(size)]
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.communicator.broadcast_(tensor.data)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters; collective once the optimizer is made: they take rank 0's values."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_trained"):
+            for parameter in self.param_groups[-1]["params"]:
+                self.communicator.broadcast_(parameter.data)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -86,28 +118,38 @@ class SGD(torch.optim.SGD):
 
         Returns:
             The closure's result, or None.
+
+        Raises:
+            TypeError: If a `torch.amp.GradScaler` drives it.
+            ValueError: If a gradient is sparse.
         """
+        self.refuse_grad_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_freezing()
         with self._timer.stage("reduce_scatter"):
+            for parameter in self._trained:
+                if parameter.grad is not None:
+                    refuse_sparse(self._names.get(id(parameter), "a parameter"), parameter.grad)
             copy_all_(self._views, [parameter.grad for parameter in self._trained])
-            if self._loss_scaler is not None:
-                loss_scale = self._loss_scaler.scale
-                if self._loss_scaler.overflowed([self._gradients], self.communicator):
-                    self.report = StepReport(skipped=True)
-                    return loss
+            loss_scale = self._loss_scaler.scale if self._loss_scaler is not None else 1.0
+            if self._loss_scaler is not None and self._loss_scaler.overflowed([self._gradients], self.communicator):
+                self.report = StepReport(skipped=True)
+                return loss
             own = self.communicator.reduce_scatter_v(self._gradients, self._counts, self._gradient_comm_dtype)
-            if self._loss_scaler is not None:
+            if loss_scale != 1:
                 own.mul_(1.0 / loss_scale)
+            if self._max_grad_norm is not None:
+                clip_([own], own.double().square().sum(), self._max_grad_norm, self.communicator)
         with self._timer.stage("all_gather"):
             self.communicator.all_gather_v(self._gradients, self._counts, self._gradient_comm_dtype)
         with self._timer.stage("update"):
             for parameter in self._trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            copy_all_([parameter.grad for parameter in self._trained], self._views)
+            copy_all_([p.grad for p in self._trained if p.grad is not None], self._views)
             super().step()
             rescale_weights_(self._rescaled, self._weight_rescaling)
         self.report = StepReport()

@@ -4,12 +4,11 @@ The velocity is w(t) − w(t−1), the difference of the weights as they were af
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-WeightRescaling = Literal["always", "cap", "off"]
+from kfac_dist.vocabulary import WeightRescaling
 
 
 def momentum_update_(
@@ -59,6 +58,8 @@ def rescale_weights_(weights: list[Tensor], mode: WeightRescaling, velocities: S
 
 def rescaled_weights(model: nn.Module) -> Iterator[Tensor]:
     """The weights that Eq. 18 applies to: those of Linear and convolution layers, not biases or BatchNorm."""
+    seen: set[int] = set()
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) and id(module.weight) not in seen:
+            seen.add(id(module.weight))  # layers may share it
             yield module.weight

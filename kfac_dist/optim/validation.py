@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from kfac_dist.optim.update import WeightRescaling
+from torch.nn import Parameter
+
+from kfac_dist.curvature.blocks.base import Block
+from kfac_dist.vocabulary import WeightRescaling
 
 
 def check(name: str, allowed: bool, value: object, rule: str) -> None:
@@ -21,9 +24,22 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     check(name, value in choices, repr(value), "one of " + ", ".join(choices))
 
 
-def check_count(name: str, value: object, rule: str = "an integer ≥ 1") -> None:
-    """Refuse what is no positive integer."""
-    check(name, isinstance(value, int) and value >= 1, value, rule)
+def is_count(value: object) -> bool:
+    """Whether it is a positive integer."""
+    return isinstance(value, int) and value >= 1
+
+
+def check_parameters(given: Sequence[Parameter], blocks: Sequence[Block]) -> None:
+    """Refuse parameters that are not the model's, or none that are trained."""
+    check("params", bool(blocks), f"{len(given)} parameters", "trainable parameters of the model")
+    covered = {id(parameter) for block in blocks for parameter in block.parameters}
+    foreign = [tuple(p.shape) for p in given if p.requires_grad and id(p) not in covered]
+    check("params", not foreign, f"others too, of shapes {foreign}", "parameters of the model")
+
+
+def check_max_norm(max_grad_norm: float | None) -> None:
+    """Refuse a norm to clip to that is not positive."""
+    check("max_grad_norm", max_grad_norm is None or max_grad_norm > 0, max_grad_norm, "> 0, or None not to clip")
 
 
 def check_kfac_group(group: Mapping[str, Any]) -> None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from kfac_dist.curvature.assignment import assign_owners
-from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks.base import Block
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks
@@ -15,9 +15,10 @@ from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
 from kfac_dist.curvature.factors import UNFOLD_NUMEL
 from kfac_dist.models import create_model
 from kfac_dist.tensors.packing import triangle_numel
+from kfac_dist.vocabulary import BatchNormForm
 
 _BYTES = 4  # factors, inverses and buffers are kept in fp32
-_FORMS: tuple[BatchNormForm, ...] = ("full", "unit", "diagonal")
+_FORMS: tuple[BatchNormForm, ...] = get_args(BatchNormForm)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def describe_environment(mpi_library: str, hostnames: Sequence[str]) -> dict[str
         },
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "git": _git_state(Path(__file__).resolve().parent.parent),
+        "git": _git_state(Path(__file__).resolve().parents[2]),
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 

@@ -6,9 +6,6 @@ Units: ``top1`` and ``top5`` are percentages (0 to 100), times are seconds, ``ep
 import json
 import logging
 import math
-import os
-import sys
-import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kfac_dist.errors import InputError
 from kfac_dist.runs.reader import METRICS_FILE
@@ -37,12 +33,13 @@ def choose_run_directory(output_dir: str | Path, name: str) -> Path:
     Raises:
         InputError: If one cannot look there.
     """
-    candidate = Path(output_dir) / name
+    folder = Path(output_dir).expanduser()
+    candidate = folder / name
     number = 1
     try:
         while (candidate / METRICS_FILE).exists():
             number += 1
-            candidate = Path(output_dir) / f"{name}-{number}"
+            candidate = folder / f"{name}-{number}"
     except OSError as error:  # no permission, or a name that the file system finds too long
         raise InputError(
             f"run.output_dir, run.name: cannot use {candidate} ({error.strerror}); choose another folder or name"
@@ -133,10 +130,6 @@ class RunWriter:
             self._tensorboard = None
 
 
-
-
-
-
 def _json_value(value: Any) -> Any:
     """Turn a value into what JSON can hold; see :meth:`RunWriter.write`."""
     if isinstance(value, torch.Tensor | np.generic):
@@ -173,5 +166,3 @@ def _open_tensorboard(directory: Path) -> Any:
 
 def _utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-

@@ -12,14 +12,15 @@ from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.models import create_model
-from kfac_dist.precision import Name, Precision
+from kfac_dist.precision import Precision
 from kfac_dist.training.schedules import damping_at, polynomial_decay
+from kfac_dist.vocabulary import PrecisionName
 
 BATCH, EPOCHS, LEARNING_RATE = 512, 4, 0.03
-PRECISIONS: tuple[Name, ...] = ("fp32", "fp16", "bf16")
+PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "fp16", "bf16")
 
 
-def train(name: Name, folder: Path, device: torch.device, num_train: int, num_eval: int, epochs: int) -> float:
+def train(name: PrecisionName, folder: Path, device: torch.device, num_train: int, num_eval: int, epochs: int) -> float:
     """Test accuracy in percent after training as configs/cifar10/kfac_resnet20.yaml does, without the trainer."""
     precision, arrays = Precision(name), read_cifar10(folder)
     images = torch.from_numpy(arrays.train_images[:num_train]).to(device)

@@ -14,6 +14,7 @@ from kfac_dist.communicator import MpiCommunicator, create_communicator, nccl, p
 from kfac_dist.communicator import create as package
 from kfac_dist.devices import RankDevice
 from kfac_dist.errors import InputError
+from kfac_dist.vocabulary import BackendChoice
 
 pytestmark = pytest.mark.mpi
 
@@ -132,7 +133,7 @@ def test_address(local_size: int, resolved: str | None, expected: str | None, mo
     ],
 )
 def test_choice_of_backend(
-    wanted: package.Backend, device: str, has_nccl: bool, taken: str, monkeypatch: pytest.MonkeyPatch
+    wanted: BackendChoice, device: str, has_nccl: bool, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = RankDevice("alpha", device, "GPU-1" if device == "cuda" else "", "A100", 1)
     monkeypatch.setattr(package, "describe_device", lambda device: said)

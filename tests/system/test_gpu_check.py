@@ -1,14 +1,18 @@
 """scripts/gpu_check.py on the CPU with a tiny network, on a machine that lacks what a GPU machine may lack."""
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.paths import ROOT
 
+GPU_CHECK = ROOT / "scripts/gpu_check.py"
 NOT_NEEDED = ("pydantic", "sklearn", "scipy", "matplotlib", "tensorboard", "nvidia.dali", "pytest")
 
 
@@ -33,10 +37,22 @@ PathFinder.find_spec = find_others
     return lambda args, timeout=200: run_python(args, env={"PYTHONPATH": str(folder)}, timeout=timeout)
 
 
+@pytest.fixture
+def gpu_check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_check", GPU_CHECK)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.slow
 def test_every_part_on_a_bare_machine(bare_python: Callable[..., Any], tmp_path: Path) -> None:
     output = tmp_path / "out" / "2026-01-01-gpu"
-    finished = bare_python([ROOT / "scripts/gpu_check.py", "--device", "cpu", "--small", "--output", output])
+    finished = bare_python([GPU_CHECK, "--device", "cpu", "--small", "--output", output])
     report = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
     statuses = {part: result["status"] for part, result in report["parts"].items()}
     assert statuses == {
@@ -50,12 +66,13 @@ def test_every_part_on_a_bare_machine(bare_python: Callable[..., Any], tmp_path:
     (steps,) = report["parts"]["steps"]["results"].values()
     assert set(steps["seconds"]) == {"torch", "sgd", "kfac1", "kfac10", "kfac20"}
     assert all(value > 0 for value in steps["seconds"].values())
-    assert min(steps["ratio_to_sgd"].values()) == pytest.approx(1.0)
+    assert min(steps["ratio_to_baseline"].values()) == pytest.approx(1.0)
     assert steps["stage_seconds"]["kfac1"]["inverse"] > 0
     (errors,) = report["parts"]["errors"]["results"].values()
     assert 0 < errors["sums"]["median"] < 1e-5 < errors["rounding"]["median"] < 1e-2
     (factors,) = report["parts"]["factors"]["results"].values()
     assert min(factors["tflops"].values()) > 0
+    assert [row["size"] for row in report["parts"]["inverses"]["results"]] == [8, 16]
     text = output.with_suffix(".md").read_text(encoding="utf-8")
     for heading in ("## steps", "## factors", "## errors", "## inverses"):
         assert heading in text
@@ -64,15 +81,46 @@ def test_every_part_on_a_bare_machine(bare_python: Callable[..., Any], tmp_path:
 
 def test_a_part_out_of_time_is_reported_and_the_rest_goes_on(run_python: Callable[..., Any], tmp_path: Path) -> None:
     output = tmp_path / "short"
-    command = [ROOT / "scripts/gpu_check.py", "--device", "cpu", "--small", "--parts", "inverses", "errors"]
+    command = [GPU_CHECK, "--device", "cpu", "--small", "--parts", "inverses", "errors"]
     finished = run_python([*command, "--limit", "5.5", "--output", output], timeout=100)
     assert finished.returncode == 1
     parts = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["parts"]
     assert parts["errors"]["status"].startswith(("not run: no time left", "stopped after"))
 
 
-def test_a_folder_without_wheels_is_refused(run_python: Callable[..., Any], tmp_path: Path) -> None:
-    command = [ROOT / "scripts/gpu_check.py", "--wheels", tmp_path, "--output", tmp_path / "x"]
-    finished = run_python(command)
-    assert finished.returncode == 1
-    assert "--wheels must name a folder with *.whl files" in finished.stderr
+def test_what_a_stopped_benchmark_had_written_is_kept(gpu_check: ModuleType, tmp_path: Path) -> None:
+    program = tmp_path / "never_ends.py"
+    program.write_text(
+        """
+import json, pathlib, sys, time
+output = sys.argv[-1]
+pathlib.Path(output + ".json").write_text(json.dumps({"environment": {}, "results": [41]}))
+pathlib.Path(output + ".md").write_text("# Title\\n\\n| 41 |\\n")
+time.sleep(60)
+""",
+        encoding="utf-8",
+    )
+    part = gpu_check.Part(str(program), arguments="", small="", limit=60)
+    result = gpu_check.run_benchmark(part, "cpu", True, gpu_check.environment_with_wheels(None), limit=3)
+    assert result["status"] == "stopped after 3 s"
+    assert result["results"] == [41]
+    assert result["text"] == "| 41 |"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--device must be cpu where torch sees no GPU, got cuda"),
+        (["--device", "cpu", "--wheels", "EMPTY"], "--wheels must name a folder with *.whl files, got EMPTY"),
+    ],
+)
+def test_what_the_user_can_fix_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, run_python: Callable[..., Any], tmp_path: Path
+) -> None:
+    command = [GPU_CHECK, *arguments, "--output", tmp_path / "out" / "x"]
+    finished = run_python(command, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: {message}")
+    assert finished.stderr.count("\n") == 1
+    assert finished.stdout == ""
+    assert not (tmp_path / "out").exists()

@@ -47,7 +47,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 def is_user_code(file: str) -> bool:
     """Whether a file is one that ought to use the configuration rather than define it."""
     path = Path(file)
-    return path.name == "train.py" or (path.is_relative_to(PACKAGE) and not path.name.startswith("config"))
+    return path.name == "train.py" or (path.is_relative_to(PACKAGE) and not path.is_relative_to(PACKAGE / "config"))
 
 
 @pytest.fixture

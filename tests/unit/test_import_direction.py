@@ -14,6 +14,7 @@ PACKAGE = ROOT / "kfac_dist"
 # Top to bottom: a room imports only from rooms above it, and from itself.
 ROOMS = (
     "errors",
+    "vocabulary",
     "timing",
     "devices",
     "precision",

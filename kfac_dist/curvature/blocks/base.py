@@ -5,6 +5,7 @@ A block knows its layer's parameters and shapes, and nothing of ranks, buffers o
 Gradients travel flat: the parameters' gradients one behind the other.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -38,6 +39,15 @@ class Block(ABC):
         self.parameters = list(parameters)
         self.factor_shapes = factor_shapes
         self.num_values = sum(parameter.numel() for parameter in self.parameters)
+
+    def is_like(self, other: "Block") -> bool:
+        """Whether both are the same kind of block of the same parameters, so that one may go on for the other."""
+        return (
+            type(self) is type(other)
+            and self.module is other.module
+            and len(self.parameters) == len(other.parameters)
+            and all(map(operator.is_, self.parameters, other.parameters))
+        )
 
     @abstractmethod
     def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfac_dist.curvature import batchnorm
-from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks.base import Block, Matrices
 from kfac_dist.curvature.solvers import Solver, precondition_vectors
+from kfac_dist.vocabulary import BatchNormForm
 
 
 class BatchNormBlock(Block):

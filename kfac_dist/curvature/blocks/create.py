@@ -7,13 +7,13 @@ from torch import nn
 from torch.nn import Parameter
 
 from kfac_dist.curvature.assignment import LayerCost, inversion_flops
-from kfac_dist.curvature.batchnorm import BatchNormForm
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.identity import IdentityBlock
 from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
 from kfac_dist.errors import InputError
 from kfac_dist.tensors.packing import triangle_numel
+from kfac_dist.vocabulary import BatchNormForm
 
 
 def create_blocks(

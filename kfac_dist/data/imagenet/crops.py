@@ -16,15 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kfac_dist.random_streams import RandomStream, keyed_generator
-
-Preprocessing = Literal["paper", "random_resized_crop"]
+from kfac_dist.vocabulary import Preprocessing
 
 _AREA = (0.08, 1.0)
 _LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))

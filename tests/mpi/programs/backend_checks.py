@@ -20,6 +20,7 @@ from kfac_dist.communicator.nccl import NcclCommunicator
 from kfac_dist.communicator.staging import WHOLE
 from kfac_dist.devices import choose_device
 from kfac_dist.tensors.encoding import decode, encode, encoded_bytes
+from kfac_dist.vocabulary import ReduceScatterAlgorithm
 
 COMM_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -33,7 +34,7 @@ class StagedCommunicator(MpiCommunicator):
             yield host
 
 
-def create(backend: str, algorithm: mpi.ReduceScatterAlgorithm) -> Communicator:
+def create(backend: str, algorithm: ReduceScatterAlgorithm) -> Communicator:
     if backend == "staged":
         return StagedCommunicator(algorithm)
     if backend == "dlpack":
@@ -168,7 +169,7 @@ def check_bad_wire(communicator: Communicator) -> None:
 
 def main() -> int:
     backend = sys.argv[2]
-    algorithms: list[mpi.ReduceScatterAlgorithm] = ["reduce"]
+    algorithms: list[ReduceScatterAlgorithm] = ["reduce"]
     if backend in ("staged", "dlpack", "mpi-gpu"):
         algorithms += ["native", "ireduce"]
     communicators = [create(backend, algorithm) for algorithm in algorithms]

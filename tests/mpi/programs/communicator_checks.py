@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kfac_dist.communicator import Communicator, create_communicator, launch
 from kfac_dist.communicator.base import ReduceOp
-from kfac_dist.communicator.mpi import ReduceScatterAlgorithm
 from kfac_dist.errors import InputError
+from kfac_dist.vocabulary import ReduceScatterAlgorithm
 
 DTYPES = (torch.float32, torch.float64)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_dist.config import strict_yaml
-from kfac_dist.config.load import batch_slots, check_same, load_config
+from kfac_dist.config.load import batch_slots, batch_warning, check_same, load_config
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import InputError
 from tests.paths import CONFIGS
@@ -56,7 +56,7 @@ def test_values_and_defaults(valid_file: Path) -> None:
     assert config.train.epochs == 6.0
     # every default that there is
     assert (config.run.output_dir, config.run.seed, config.run.device) == ("runs", 0, "auto")
-    assert (config.data.root, config.data.train_limit, config.data.eval_limit) == (None, None, None)
+    assert config.data.model_dump() == {"name": "digits", "train_limit": None, "eval_limit": None}
     assert (config.train.evaluate_every, config.train.precision) == (1.0, "fp32")
     assert config.optimizer.weight_decay == 0.0
     assert (config.kfac.batchnorm, config.kfac.ema_decay, config.kfac.skip) == ("diagonal", None, ())
@@ -124,12 +124,25 @@ def test_overrides(valid_file: Path, override: str, key: str, value: object) -> 
     assert type(found) is type(value)
 
 
-def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
+def test_overrides_make_sections_and_build_on_one_another(valid_file: Path) -> None:
     erasing = [f"augment.erasing.{item}" for item in ("probability=0.5", "area=[0.02, 0.25]", "aspect=[0.3, 1]")]
-    config = load_config(valid_file, ["run.seed=1", "run.seed=2", *erasing])
-    assert config.run.seed == 2
+    config = load_config(valid_file, [*erasing, "schedule={kind: cosine, end_epoch: 9}", "schedule.warmup_epochs=2"])
     assert config.augment.erasing is not None
     assert config.augment.erasing.aspect == (0.3, 1.0)
+    assert (config.schedule.kind, config.schedule.warmup_epochs) == ("cosine", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("train.epochs=2", "train.epochs=3"),
+        ("train.epochs=2", " train.epochs=2"),
+        ("schedule.warmup_epochs=2", "schedule={kind: cosine, end_epoch: 9}"),
+    ],
+)
+def test_an_override_that_undoes_another_is_refused(valid_file: Path, first: str, second: str) -> None:
+    (line,) = problems(valid_file, first, second)
+    assert line == f"override {second!r} undoes an earlier one, {first!r}: leave out one of them"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +161,21 @@ def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
             "optimizer.xyz is not a known key; known keys of optimizer: name, learning_rate, momentum, weight_decay",
         ),
         ("model.xyz=1", "model.xyz is not a known key; known keys of model: name, variant, zero_init_last_gamma"),
-        ("schedule.kind=constant", "schedule.power is not a known key; it belongs to another kind of schedule"),
+        (
+            "schedule.kind=constant",
+            "schedule.end_epoch must be left out (schedule.end_epoch=null) when schedule.kind is constant:"
+            " it belongs to polynomial, cosine, got 6",
+        ),
+        (
+            "kfac.refresh={schedule: every, threshold: 0.1}",
+            "kfac.refresh.threshold must be left out (kfac.refresh.threshold=null) when kfac.refresh.schedule is every:"
+            " it belongs to adaptive, got 0.1",
+        ),
+        ("kfac.refresh.stretch=2", "kfac.refresh.schedule is required; it has no default"),
+        (
+            "kfac.refresh={schedule: every, stretch: 2}",
+            "kfac.refresh.stretch is not a known key; its name is now kfac.refresh.interval_multiplier",
+        ),
         # types
         ("train.epochs=true", "train.epochs must be a number, got true"),
         ("train.epochs='6'", "train.epochs must be a number, got '6'"),
@@ -159,11 +186,24 @@ def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
         ("run.seed=true", "run.seed must be an integer, got true"),
         ("augment.flip=yes", "augment.flip must be true or false, got 'yes'"),
         ("augment.flip=1", "augment.flip must be true or false, got 1"),
-        ("model.name=3", "model.name must be text, got 3"),
+        (
+            "model.name=3",
+            "model.name must be text, got the number 3; quotes make it text (on a command line: \"model.name='...'\")",
+        ),
+        (
+            "run.name=1e3",
+            "run.name must be text, got the number 1000.0; quotes make it text (on a command line: \"run.name='...'\")",
+        ),
+        (
+            "run.output_dir=true",
+            "run.output_dir must be text, got the truth value true; quotes make it text"
+            " (on a command line: \"run.output_dir='...'\")",
+        ),
+        ("run.name=null", "run.name must be text, got null"),
         ("model=3", "model must be a section, got 3"),
         ("schedule=3", "schedule must be a section, got 3"),
         ("kfac.skip=fc", "kfac.skip must be a list, got 'fc'"),
-        ("kfac.skip=[1]", "kfac.skip[0] must be text, got 1"),
+        ("kfac.skip=[1]", "kfac.skip[0] must be text, got the number 1; quotes make it text"),
         # ranges
         ("kfac.damping.target=-0.1", "kfac.damping.target must be > 0, got -0.1"),
         ("batch.per_rank=0", "batch.per_rank must be > 0, got 0"),
@@ -183,8 +223,20 @@ def test_a_later_override_wins_and_makes_sections(valid_file: Path) -> None:
         ("schedule.kind=1", "schedule.kind must be one of 'polynomial', 'cosine', 'constant', got '1'"),
         # one key against another
         ("kfac=null", "kfac must be given when optimizer.name is kfac, got null"),
-        ("data.name=svhn", "data.root must name the folder that holds svhn, got null"),
-        ("data.root=/x", "data.root must be left out for digits, which come with scikit-learn, got '/x'"),
+        (
+            "run.output_dir=~nobody-of-this-name/x",
+            "run.output_dir must not start with the home folder of a user whom this machine does not know,"
+            " got '~nobody-of-this-name/x'",
+        ),
+        (
+            "data.name=svhn",
+            "data.root must name the folder that holds svhn (train_32x32.mat, test_32x32.mat), got null",
+        ),
+        (
+            "data.root=/x",
+            "data.root must be left out (data.root=null) when data.name is digits: the digits come with scikit-learn,"
+            " got '/x'",
+        ),
         (
             "batch.per_rank=50",
             "batch.per_rank must divide batch.global_size = 128 (nearest that work: 100 and 150), got 50",
@@ -308,15 +360,39 @@ def test_batch_slots(valid_file: Path, num_ranks: int, slots: int) -> None:
     assert batch_slots(config, num_ranks) == slots
 
 
-@pytest.mark.parametrize(("num_ranks", "nearest"), [(5, "80 and 120"), (7, "56 and 112"), (13, "104")])
-def test_batch_slots_names_the_sizes_that_work(valid_file: Path, num_ranks: int, nearest: str) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "nearest", "ranks"),
+    [(5, "80 and 120", "4 and 6"), (7, "56 and 112", "6 and 12"), (13, "104", "12"), (64, "512", "12")],
+)
+def test_batch_slots_names_what_works(valid_file: Path, num_ranks: int, nearest: str, ranks: str) -> None:
     config = load_config(valid_file, ["batch.global_size=96", "batch.per_rank=8"])
     with pytest.raises(InputError) as caught:
         batch_slots(config, num_ranks)
     unit = 8 * num_ranks
-    assert f"8 x {num_ranks} = {unit}, got 96; nearest sizes that work: {nearest}" in str(caught.value)
+    assert f"8 x {num_ranks} = {unit}, got 96; nearest sizes that work: {nearest}; " in str(caught.value)
+    assert str(caught.value).endswith(f"nearest numbers of ranks that work with 96: {ranks}")
     for size in nearest.split(" and "):
         assert int(size) % unit == 0
+    for number in ranks.split(" and "):
+        assert batch_slots(config, int(number)) == 12 // int(number)
+
+
+def test_batch_slots_answers_at_once_for_any_batch(valid_file: Path) -> None:
+    config = load_config(valid_file, [f"batch.global_size={2 * (2**61 - 1)}", "batch.per_rank=1"])  # twice a prime
+    with pytest.raises(InputError, match=f"ranks that work with {2 * (2**61 - 1)}: 2$"):
+        batch_slots(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("num_train", "times"), [(129, None), (128, None), (127, "1.008 times"), (64, "2 times"), (1, "128 times")]
+)
+def test_a_batch_beyond_the_training_set_is_told(valid_file: Path, num_train: int, times: str | None) -> None:
+    text = batch_warning(load_config(valid_file), num_train)
+    assert (text is None) == (times is None)
+    if times:
+        assert f"batch.global_size = 128 is more than the {num_train} training images" in str(text)
+        assert f"sees each of them {times} on average" in str(text)
+        assert ("train.epochs = 6, so this run is a single iteration" in str(text)) == (num_train == 1)
 
 
 WORDS = st.text(st.characters(codec="utf-8").filter(str.isprintable), max_size=8)

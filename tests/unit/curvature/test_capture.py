@@ -55,23 +55,34 @@ def batch(num_samples=6, seed=0):
 class Recorder:
     """Captures a model's factors into one tensor each, as `KFAC` does into its buffer."""
 
-    def __init__(self, model, form="full", accumulation_steps=1, loss_scale=1.0, only=None):
+    def __init__(self, model, form="full", loss_scale=1.0, only=None):
         self.blocks = create_blocks(model, list(model.parameters()), form)
-        self.capture = Capture(self.blocks)
-        self.packed = {
+        self.capture = Capture()
+        self.capture.follow(self.blocks)
+        self.loss_scale = loss_scale
+        self.unfinished = True
+        self.raw = {
             (block.name, matrix): torch.full((count * size * (size + 1) // 2,), torch.nan, dtype=torch.float64)
             for block in self.blocks
             for matrix, (count, size) in block.factor_shapes.items()
             if only is None or matrix in only
         }
-        self.capture.begin(self.packed, accumulation_steps, loss_scale)
+        self.capture.begin(self.raw)
+
+    @property
+    def packed(self):
+        """What was captured, with its scale."""
+        if self.unfinished:
+            self.unfinished = False
+            self.capture.finish(self.loss_scale)
+        return self.raw
 
     def matrix(self, name, matrix):
         block = next(block for block in self.blocks if block.name == name)
         return unpack_symmetric(self.packed[name, matrix], *block.factor_shapes[matrix])
 
     def is_untouched(self):
-        return not self.capture.captured and all(value.isnan().all() for value in self.packed.values())
+        return not self.capture.captured and all(value.isnan().all() for value in self.raw.values())
 
 
 def assert_same(recorder, other):
@@ -111,10 +122,10 @@ def test_statistics_agree_with_curvlinops(num_batches):
     model = small_cnn(inplace=False)
     batches = [batch(4, seed) for seed in range(num_batches)]
     positions = positions_of_layers(model, batches[0][0])
-    recorder = Recorder(model, accumulation_steps=num_batches)
+    recorder = Recorder(model)
     for x, y in batches:
         (F.cross_entropy(model(x), y) / num_batches).backward()
-    recorder.capture.remove()
+    recorder.capture.close()
 
     operator = KFACLinearOperator(
         model,
@@ -214,11 +225,12 @@ def test_in_place_activations_change_nothing():
 def test_capture_leaves_the_gradients_as_they_are():
     x, y = batch()
     plain, hooked = seeded(Network(inplace=True)), seeded(Network(inplace=True))
-    Recorder(hooked)
+    recorder = Recorder(hooked)  # hooks go with it
     for model in (plain, hooked):
         F.cross_entropy(model(x), y).backward()
     for one, other in zip(plain.parameters(), hooked.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
+    assert recorder.capture.captured
 
 
 def test_channels_last_gives_the_same_statistics():
@@ -244,7 +256,7 @@ def test_nothing_is_captured_without_training_or_a_backward():
     assert recorder.is_untouched()
 
     F.cross_entropy(model(x), y).backward()
-    recorder.capture.remove()
+    recorder.capture.close()
     fresh = Recorder(model)
     F.cross_entropy(model(x), y).backward()
     assert_same(recorder, fresh)
@@ -269,7 +281,7 @@ def test_only_wanted_matrices_are_built_and_none_after_removal():
     assert not any(value.isnan().any() for value in recorder.packed.values())
 
     recorder = Recorder(model)
-    recorder.capture.remove()
+    recorder.capture.close()
     F.cross_entropy(model(x), y).backward()
     assert recorder.is_untouched()
 
@@ -281,7 +293,7 @@ def test_activation_checkpointing_counts_once(use_reentrant):
     model = small_cnn()
     plain = Recorder(model)
     F.cross_entropy(model(x), y).backward()
-    plain.capture.remove()
+    plain.capture.close()
     again = Recorder(model)
     hidden = checkpoint(model[:5], x, use_reentrant=use_reentrant)
     F.cross_entropy(model[5:](hidden), y).backward()
@@ -297,8 +309,8 @@ def test_micro_batches_equal_one_batch(num_batches):
     model = small_cnn()
     whole = Recorder(model)
     F.cross_entropy(model(x), y).backward()
-    whole.capture.remove()
-    parts = Recorder(model, accumulation_steps=num_batches)
+    whole.capture.close()
+    parts = Recorder(model)
     for part_x, part_y in zip(x.chunk(num_batches), y.chunk(num_batches), strict=True):
         (F.cross_entropy(model(part_x), part_y) / num_batches).backward()
     assert_same(parts, whole)
@@ -312,9 +324,9 @@ def test_micro_batches_average_the_batchnorm_fisher():
         recorder = Recorder(model)
         x, y = batch(4, seed)
         F.cross_entropy(model(x), y).backward()
-        recorder.capture.remove()
+        recorder.capture.close()
         single.append(recorder)
-    both = Recorder(model, accumulation_steps=2)
+    both = Recorder(model)
     for seed in (1, 2):
         x, y = batch(4, seed)
         (F.cross_entropy(model(x), y) / 2).backward()
@@ -327,11 +339,11 @@ def test_begin_starts_anew():
     model = small_cnn()
     recorder = Recorder(model)
     for seed in (1, 2):
-        recorder.capture.begin(recorder.packed, 1)
+        recorder.capture.begin(recorder.raw)
         assert recorder.capture.captured == set()
         x, y = batch(4, seed)
         F.cross_entropy(model(x), y).backward()
-    recorder.capture.remove()
+    recorder.capture.close()
     fresh = Recorder(model)
     F.cross_entropy(model(x), y).backward()
     assert_same(recorder, fresh)
@@ -368,7 +380,7 @@ def test_a_linear_layer_used_twice_sees_both_calls_as_positions():
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_a_convolution_used_at_two_sizes_weights_its_positions_alike(accumulation_steps):
     model = seeded(nn.Sequential(nn.Conv2d(2, 2, 3)))
-    recorder = Recorder(model, accumulation_steps=accumulation_steps)
+    recorder = Recorder(model)
     total = {"A": 0, "G": 0}
     num_samples = 4
     for step in range(accumulation_steps):

@@ -13,11 +13,12 @@ import scipy.io
 import torch
 from sklearn.datasets import load_digits
 
-from kfac_dist.config.schema import AugmentConfig, DataConfig
+from kfac_dist.config.data import Cifar10Config, DigitsConfig, SvhnConfig
+from kfac_dist.config.schema import AugmentConfig
 from kfac_dist.data import cifar10 as cifar10_module
 from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.cifar10 import read_cifar10
-from kfac_dist.data.create import create_dataset
+from kfac_dist.data.create import create_dataset, describe_dataset
 from kfac_dist.data.digits import read_digits
 from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset, channel_statistics
 from kfac_dist.data.sampling import SlotSampler
@@ -252,7 +253,7 @@ def test_eval_batches_have_every_image_once(arrays: ImageArrays, num_ranks: int,
 
 
 def test_create_dataset_takes_the_first_images(svhn_folder: Path) -> None:
-    settings = DataConfig(name="svhn", root=str(svhn_folder), train_limit=5, eval_limit=3)
+    settings = SvhnConfig(name="svhn", root=str(svhn_folder), train_limit=5, eval_limit=3)
     augment = AugmentConfig(pad_crop=2, flip=True)
     dataset = create_dataset(settings, augment, CPU, torch.float32, seed=4)
     assert (dataset.num_train, dataset.num_eval) == (5, 3)
@@ -268,7 +269,7 @@ def test_create_dataset_takes_the_first_images(svhn_folder: Path) -> None:
 
 
 def test_create_dataset_digits_and_cifar10(cifar_folder: Path) -> None:
-    digits = create_dataset(DataConfig(name="digits"), AugmentConfig(), CPU, torch.float64, seed=0)
+    digits = create_dataset(DigitsConfig(name="digits"), AugmentConfig(), CPU, torch.float64, seed=0)
     assert (digits.num_train, digits.num_eval, digits.num_classes, digits.image_shape) == (
         1438,
         359,
@@ -278,13 +279,34 @@ def test_create_dataset_digits_and_cifar10(cifar_folder: Path) -> None:
     images = next(digits.train_batches(SlotSampler(1438, 1438, 1, 0), 0, 1, 0, 1)).images
     assert images.mean().item() == pytest.approx(0, abs=1e-12)
     assert images.std(correction=0).item() == pytest.approx(1, rel=1e-12)
-    settings = DataConfig(name="cifar10", root=str(cifar_folder))
+    settings = Cifar10Config(name="cifar10", root=str(cifar_folder))
     cifar = create_dataset(settings, AugmentConfig(), CPU, torch.float32, seed=0)
     assert (cifar.num_train, cifar.image_shape) == (15, (3, 32, 32))
 
 
 @pytest.mark.parametrize(("key", "available"), [("train_limit", 1438), ("eval_limit", 359)])
 def test_limit_above_the_images_there_are(key: str, available: int) -> None:
-    settings = DataConfig.model_validate({"name": "digits", key: 5000})
+    settings = DigitsConfig.model_validate({"name": "digits", key: 5000})
     with pytest.raises(InputError, match=rf"data\.{key} must be <= {available}, .*got 5000"):
         create_dataset(settings, AugmentConfig(), CPU, torch.float32, seed=0)
+
+
+def test_padding_must_leave_something_of_an_image() -> None:
+    digits = DigitsConfig(name="digits")
+    create_dataset(digits, AugmentConfig(pad_crop=7), CPU, torch.float32, seed=0)
+    for padding in (8, 100):
+        with pytest.raises(InputError, match=rf"augment\.pad_crop must be < 8, the side of an image, got {padding}"):
+            create_dataset(digits, AugmentConfig(pad_crop=padding), CPU, torch.float32, seed=0)
+
+
+def test_descriptions_are_what_the_readers_read(cifar_folder: Path, svhn_folder: Path) -> None:
+    digits = DigitsConfig(name="digits")
+    made = create_dataset(digits, AugmentConfig(), CPU, torch.float32, seed=0)
+    described = describe_dataset(digits)
+    assert (described.num_train, described.num_classes) == (made.num_train, made.num_classes)
+    svhn = SvhnConfig(name="svhn", root=str(svhn_folder))
+    for settings in (digits, Cifar10Config(name="cifar10", root=str(cifar_folder)), svhn):
+        made = create_dataset(settings, AugmentConfig(), CPU, torch.float32, seed=0)
+        assert describe_dataset(settings).image_shape == made.image_shape
+    assert describe_dataset(svhn).num_train == 73_257
+    assert describe_dataset(SvhnConfig(name="svhn", root="none", train_limit=9)).num_train == 9

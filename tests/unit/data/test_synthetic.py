@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from kfac_dist.config.schema import AugmentConfig, DataConfig
+from kfac_dist.config.data import SyntheticConfig
+from kfac_dist.config.schema import AugmentConfig
 from kfac_dist.data.create import create_dataset, describe_dataset
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.synthetic import SyntheticDataset
 
-CONFIG = DataConfig.model_validate(
+CONFIG = SyntheticConfig.model_validate(
     {"name": "synthetic", "synthetic": {"shape": [2, 5, 7], "num_classes": 4, "num_train": 30, "num_eval": 11}}
 )
 

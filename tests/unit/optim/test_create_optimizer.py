@@ -76,6 +76,7 @@ def test_settings_reach_the_optimizers():
     assert {name: group[name] for name in expected} == expected
     assert [block.form for block in kfac.blocks] == ["kronecker", "unit", "plain"]
     assert kfac.accumulation_steps == 3
+    kfac.accumulation_steps = None
     train(net, kfac, steps=1)
     assert set(kfac.report.changes) == {("0", "A"), ("0", "G"), ("1", "F")}
 

@@ -178,7 +178,7 @@ def test_parameters_not_given_do_not_move() -> None:
         ("ema_decay", 0.0, r"in \(0, 1\) or None"),
         ("refresh", 0, "an integer ≥ 1 or a RefreshSchedule"),
         ("refresh", 1.5, "an integer ≥ 1 or a RefreshSchedule"),
-        ("accumulation_steps", 0, "an integer ≥ 1"),
+        ("accumulation_steps", 0, "an integer ≥ 1, or None"),
         ("skip", "head*", "a list of patterns"),
     ],
 )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.optim.update import WeightRescaling, momentum_update_, rescale_weights_, rescaled_weights
+from kfac_dist.optim.update import momentum_update_, rescale_weights_, rescaled_weights
+from kfac_dist.vocabulary import WeightRescaling
 
 
 def random_tensors(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:

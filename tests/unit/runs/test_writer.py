@@ -1,9 +1,7 @@
 """The run's directory, metrics.jsonl, TensorBoard events."""
 
-import io
 import json
 import math
-import subprocess
 import sys
 
 import numpy as np
@@ -11,9 +9,6 @@ import pytest
 import torch
 
 from kfac_dist.errors import InputError
-from kfac_dist.runs import writer
-from kfac_dist.runs.environment import describe_environment
-from kfac_dist.runs.progress import Progress
 from kfac_dist.runs.reader import read_metrics
 from kfac_dist.runs.writer import KINDS, RunWriter, choose_run_directory
 
@@ -65,6 +60,13 @@ def test_folder_names_count_up_past_folders_that_hold_a_run(tmp_path):
     assert choose_run_directory(tmp_path, "a") == tmp_path / "a-3"
     assert choose_run_directory(tmp_path, "b") == tmp_path / "b"
     assert not (tmp_path / "b").exists()
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "metrics.jsonl").touch()
+    assert choose_run_directory("~/runs", "a") == tmp_path / "runs" / "a-2"
 
 
 def test_a_run_leaves_every_file_of_the_contract(tmp_path, make_writer):

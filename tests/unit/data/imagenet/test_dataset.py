@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kfac_dist import create_communicator
-from kfac_dist.config.schema import AugmentConfig, DataConfig
+from kfac_dist.config.data import ImagenetConfig
+from kfac_dist.config.schema import AugmentConfig
 from kfac_dist.data.create import create_dataset, describe_dataset
 from kfac_dist.data.imagenet import dali as dali_module
 from kfac_dist.data.imagenet.crops import Crops, resized_side
@@ -51,7 +52,7 @@ def root(tmp_path: Path) -> Path:
 def dataset(root: Path, loader: str = "torchvision", seed: int = 0, **settings: object) -> FolderDataset:
     """With per-channel normalisation unless told otherwise, so that no mean image is needed."""
     given = {"preprocessing": "random_resized_crop", "workers": 2, "image_size": SIDE, **settings}
-    config = DataConfig.model_validate({"name": "imagenet", "root": str(root), "loader": loader, **given})
+    config = ImagenetConfig.model_validate({"name": "imagenet", "root": str(root), "loader": loader, **given})
     made = create_dataset(config, AugmentConfig(flip=True), CPU, torch.float64, seed)
     assert isinstance(made, FolderDataset)
     return made
@@ -349,7 +350,7 @@ def test_leaving_in_the_middle_ends_the_work(clean_root: Path, decoder: ThreadDe
 
 def test_description_lists_the_folder_where_there_is_one(clean_root: Path, tmp_path: Path) -> None:
     config = {"name": "imagenet", "preprocessing": "random_resized_crop"}
-    here = describe_dataset(DataConfig.model_validate({**config, "root": str(clean_root), "train_limit": 9}))
+    here = describe_dataset(ImagenetConfig.model_validate({**config, "root": str(clean_root), "train_limit": 9}))
     assert (here.num_train, here.num_classes, here.image_shape) == (9, 3, (3, 224, 224))
-    published = describe_dataset(DataConfig.model_validate({**config, "root": str(tmp_path / "none")}))
+    published = describe_dataset(ImagenetConfig.model_validate({**config, "root": str(tmp_path / "none")}))
     assert (published.num_train, published.num_classes) == (1_281_167, 1000)

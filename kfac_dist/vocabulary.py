@@ -1,0 +1,33 @@
+"""Names that a user chooses from, in a configuration or in a call: each list of them stands here, once.
+
+This module imports nothing, so that the configuration need not load torch, nor the library the configuration.
+"""
+
+from typing import Literal
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+PrecisionName = Literal["fp32", "fp64", "fp16", "bf16"]
+"""What a run computes in; see `kfac_dist.precision`."""
+
+WirePrecision = Literal["fp32", "fp16", "bf16"]
+"""What buffers are sent in."""
+
+Backend = Literal["mpi", "nccl"]
+BackendChoice = Literal["auto", Backend]
+
+ReduceScatterAlgorithm = Literal["native", "reduce", "ireduce"]
+"""ReduceScatterV over MPI; see `kfac_dist.communicator.mpi`."""
+ReduceScatterChoice = Literal["auto", ReduceScatterAlgorithm]
+
+BatchNormForm = Literal["full", "unit", "diagonal"]
+"""Which entries of BatchNorm's Fisher are kept; see `kfac_dist.curvature.batchnorm`."""
+
+WeightRescaling = Literal["always", "cap", "off"]
+"""When Eq. 18 is applied; see `kfac_dist.optim.update`."""
+
+BottleneckVariant = Literal["v1", "v1.5"]
+"""Where a bottleneck ResNet reduces the image; see `kfac_dist.models.residual`."""
+
+Preprocessing = Literal["paper", "random_resized_crop"]
+"""How ImageNet's images are cut out; see `kfac_dist.data.imagenet.crops`."""

@@ -1,0 +1,138 @@
+"""The programs of benchmarks/ at the smallest sizes: their command lines, and what they write."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.paths import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+PROGRAMS = sorted(path.name for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+HELPED = [*(BENCHMARKS / name for name in PROGRAMS), ROOT / "scripts/gpu_check.py"]
+
+Run = Callable[..., CompletedProcess[str]]
+
+
+@pytest.fixture
+def run_benchmark(run_python: Run) -> Callable[..., CompletedProcess[str]]:
+    """``run_benchmark(name, *arguments)`` runs a program of benchmarks/."""
+    return lambda name, *arguments: run_python([BENCHMARKS / name, *arguments], env={"PYTHONPATH": str(ROOT)})
+
+
+def read_record(output: Path) -> tuple[dict[str, Any], str]:
+    record = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    text = output.with_suffix(".md").read_text(encoding="utf-8")
+    for place in (output.parent, ROOT):
+        assert str(place) not in text + json.dumps(record), "no path of the machine belongs in a record"
+    return record, text
+
+
+def test_the_readme_names_every_program() -> None:
+    named = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert len(PROGRAMS) >= 5
+    assert [name for name in PROGRAMS if f"`{name}`" not in named] == []
+
+
+@pytest.mark.parametrize("program", HELPED, ids=lambda path: path.name)
+def test_help_is_printed_and_nothing_measured(program: Path, run_python: Run) -> None:
+    finished = run_python([program, "--help"], env={"PYTHONPATH": str(ROOT)})
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith(f"usage: {program.name}")
+    assert "--output" in finished.stdout
+    assert "| " not in finished.stdout, "a table"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("step.py", ["--device", "cuda"], "--device must be cpu or auto where torch sees no CUDA device, got cuda"),
+        ("step.py", ["--model", "resnet19"], "model.name must be a known model, got 'resnet19'"),
+        ("factors.py", ["--device", "cuda"], "--device must be cpu or auto where torch sees no CUDA device, got cuda"),
+        ("loaders.py", [ROOT / "configs"], "FOLDER must be a folder with files"),
+        ("summarise_runs.py", ["--title", "T", ROOT], f"{ROOT}: no readable metrics.jsonl there"),
+    ],
+)
+def test_what_the_user_can_fix_is_one_line_and_exit_code_2(
+    name: str, arguments: list[str | Path], message: str, run_python: Run
+) -> None:
+    command = [BENCHMARKS / name, *arguments]
+    finished = run_python(command, env={"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: {message}"), finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_step_on_one_rank_and_on_two(mpirun: Run, tmp_path: Path) -> None:
+    sizes = ["--model", "digits_cnn", "--image-size", "8", "--batch", "2", "3", "--device", "cpu"]
+    turns = ["--intervals", "1", "3", "--rounds", "2", "--steps", "2"]
+    baselines = {1: ["torch", "sgd"], 2: ["sgd"]}
+    for num_ranks, names in baselines.items():
+        output = tmp_path / f"{num_ranks}.step"  # not a suffix
+        command = [BENCHMARKS / "step.py", *sizes, *turns, "--output", output]
+        finished = mpirun(num_ranks, command, env={"PYTHONPATH": str(ROOT)}, timeout=120)
+        assert finished.returncode == 0, finished.stderr
+        record = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))
+        assert record["environment"]["num_ranks"] == num_ranks
+        assert list(record["results"]) == ["digits_cnn 8 px, batch 2, fp32", "digits_cnn 8 px, batch 3, fp32"]
+        for figures in record["results"].values():
+            assert list(figures["seconds"]) == [*names, "kfac1", "kfac3"]
+            for name, rounds in figures["rounds"].items():
+                assert len(rounds) == 2
+                assert min(rounds) <= figures["seconds"][name] <= max(rounds)
+                stages = figures["stage_seconds"][name]
+                assert sum(stages.values()) < 2 * max(rounds)
+                assert (stages["inverse"] > 0) == name.startswith("kfac")
+            baseline = min(figures["seconds"][name] for name in names)
+            assert figures["ratio_to_baseline"]["kfac3"] == pytest.approx(figures["seconds"]["kfac3"] / baseline)
+        assert finished.stdout.strip() in Path(f"{output}.md").read_text(encoding="utf-8")
+        assert f"ranks: {num_ranks}" in Path(f"{output}.md").read_text(encoding="utf-8")
+
+
+def test_factors_and_their_errors(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = ["--model", "digits_cnn", "--image-size", "8", "--batch", "4", "--precision", "fp16", "bf16"]
+    finished = run_benchmark("factors.py", *sizes, "--measure", "errors", "--output", tmp_path / "errors")
+    assert finished.returncode == 0, finished.stderr
+    record, text = read_record(tmp_path / "errors")
+    fp16, bf16 = record["results"].values()
+    assert fp16["rounding"]["median"] < bf16["rounding"]["median"] < 1e-2
+    assert max(fp16["sums"]["largest"], bf16["sums"]["largest"]) < 1e-5
+    assert record["environment"]["command"] == f"python benchmarks/factors.py {' '.join(sizes)} --measure errors"
+    assert f"{bf16['rounding']['largest']:.1e}" in text
+
+
+def test_an_inverse_pays_from_the_interval_at_which_products_have_saved_its_cost(
+    run_benchmark: Callable[..., Any], tmp_path: Path
+) -> None:
+    finished = run_benchmark("inverse.py", "--sizes", "9", "90", "--matrices", "3", "--output", tmp_path / "inverse")
+    assert finished.returncode == 0, finished.stderr
+    record, _ = read_record(tmp_path / "inverse")
+    assert [(row["size"], row["matrices"], row["columns"]) for row in record["results"]] == [(9, 3, 1), (90, 3, 10)]
+    for row in record["results"]:
+        saved = row["solve"] - row["multiply"]
+        assert row["pays_from"] == (pytest.approx(row["invert"] / saved) if saved > 0 else None)
+
+
+@pytest.mark.slow
+def test_loaders(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(3):
+        pixels = generator.integers(256, size=(40, 48, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.jpg")
+    sizes = ["--images", "64", "--rounds", "1", "--workers", "1"]
+    finished = run_benchmark("loaders.py", photos, *sizes, "--output", tmp_path / "out" / "loaders")
+    assert finished.returncode == 0, finished.stderr
+    record, _ = read_record(tmp_path / "out" / "loaders")
+    assert record["environment"]["command"].startswith("python benchmarks/loaders.py photos --images")
+    assert {"torchvision", "ImageFolder + DataLoader"} <= set(record["results"])
+    for rates in record["results"].values():
+        assert rates["images_per_second"] > 0
+        assert rates["images_per_processor_second"] == rates["rounds"][0]["images_per_processor_second"] > 0
