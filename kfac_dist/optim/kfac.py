@@ -138,7 +138,7 @@ class KFAC(Guarded):
             "weight_rescaling": weight_rescaling,
         }
         super().__init__(model.named_parameters() if params is None else params, defaults)
-        self.accumulation_steps, self.num_samples = accumulation_steps, num_samples
+        self.accumulation_steps = accumulation_steps
         self.report = StepReport()
         self._refresh = _refresh_schedule(refresh)
         self._track_changes = track_changes or self._refresh.needs_changes
@@ -156,6 +156,7 @@ class KFAC(Guarded):
         self._create_blocks = partial(create_blocks, model, form=batchnorm, skip=tuple(skip))
         self._owned = OwnedFisher(ema_decay, self._device)
         self._capture = Capture()
+        self._capture.num_samples = num_samples
         self.blocks: list[Block] = []
         self.owners: list[tuple[int, ...]] = []
         self._index_groups()
@@ -425,7 +426,6 @@ class KFAC(Guarded):
         self._begin_capture()
 
     def _begin_capture(self) -> None:
-        self._capture.num_samples = self.num_samples
         self._capture.begin({key: self._factors.copies(key)[0] for key in self._due_keys})
 
     def close(self) -> None:
@@ -447,6 +447,16 @@ class KFAC(Guarded):
         group = self._group_of(block.parameters[0])
         ratio = group["batchnorm_damping_ratio"] if block.uses_batchnorm_damping else 1.0
         return float(group["damping"] * ratio)
+
+    @property
+    def num_samples(self) -> int | None:
+        """N of each backward pass on this rank; may be set before each forward."""
+        return self._capture.num_samples
+
+    @num_samples.setter
+    def num_samples(self, value: int | None) -> None:
+        check("num_samples", value is None or is_count(value), value, "an integer ≥ 1, or None")
+        self._capture.num_samples = value
 
     @property
     def uncovered(self) -> list[Block]:

@@ -80,13 +80,14 @@ class Block(ABC):
         return not self.reason
 
     @abstractmethod
-    def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+    def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         """The matrix as one call of the layer in training mode gives it.
 
         Args:
             matrix: A key of `factor_shapes`.
             x: The call's input.
             g: Gradient of the mean loss at the call's output, in the precision that the layer ran in.
+            num_samples: N where it is not the size of the first dimension; BatchNorm's always is.
 
         Returns:
             (count, n, n), in fp32 where the layer ran in half precision.

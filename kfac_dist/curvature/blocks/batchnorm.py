@@ -39,7 +39,7 @@ class BatchNormBlock(Block):
     def why_not(cls, module: nn.Module, trained: Sequence[Parameter]) -> str:
         return "" if len(trained) == 2 else "scale or shift is frozen or not given to the optimizer"
 
-    def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+    def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         return batchnorm_fisher(x, g, self.eps, self.form)
 
     @staticmethod

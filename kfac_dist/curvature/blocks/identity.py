@@ -19,7 +19,7 @@ class IdentityBlock(Block):
         self.reason = reason
         self.factor_shapes = {}
 
-    def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+    def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         raise AssertionError(f"{self.name} has no Fisher matrices")
 
     @staticmethod

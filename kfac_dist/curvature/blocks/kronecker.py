@@ -52,10 +52,10 @@ class KroneckerBlock(Block):
         """Σ_n Σ_t a aᵀ of the layer's input, (groups, n, n)."""
         return second_moment(self.feature_rows(x), self.has_bias)
 
-    def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+    def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         if x.dim() == self.sample_dims:
             x, g = x[None], g[None]
-        num_samples = g.shape[0]
+        num_samples = num_samples or g.shape[0]
         if matrix == "A":
             # Autocast casts the layer's input, too, to the precision that it runs in.
             return input_factor(self.input_moment(x.to(g.dtype)), num_samples)

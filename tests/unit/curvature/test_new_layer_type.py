@@ -33,7 +33,7 @@ class ScaleBlock(Block):
         super().__init__(name, module, parameters)
         self.factor_shapes = {"F": (self.num_values, 1)}
 
-    def factor(self, matrix, x, g):
+    def factor(self, matrix, x, g, num_samples=None):
         return (len(x) * g * x).square().mean(dim=0)[:, None, None]
 
     @staticmethod
