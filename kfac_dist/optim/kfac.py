@@ -15,9 +15,10 @@ from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.create import create_blocks
 from kfac_dist.curvature.owned import OwnedFisher
 from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedule
+from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.buffers import add_weight_decay, read_update, update_shares
 from kfac_dist.optim.distributed_fisher import DistributedFisher
-from kfac_dist.optim.guards import Guarded, broadcast_model, check_arguments, clip_, refuse_sparse
+from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.optim.step_report import StepReport
@@ -45,7 +46,7 @@ class CommDtypes:
     gradients: torch.dtype | None = None
 
 
-class KFAC(Guarded):
+class KFAC(DistributedOptimizer):
     """K-FAC whose layers are shared out over the ranks; one rank takes the same path as many.
 
     Each rank calls `backward` on its own part of the batch; `step` averages gradients and Fisher factors over the
