@@ -52,17 +52,21 @@ class Capture:
         ]
 
     def begin(self, destinations: Mapping[FactorKey, Tensor]) -> None:
-        """Forget what was captured and start anew.
+        """Forget what was captured and start anew; forwards until now count no more.
 
         Args:
             destinations: Where each factor that is wanted goes: a flat view for the packed upper triangles.
                 A factor without a destination costs nothing.
         """
-        self.captured = set()
         self._destinations = destinations
+        self._generation += 1  # a backward through a graph from before is none of this step's
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was captured; a forward whose backward is still to come counts."""
+        self.captured = set()
         self._weights = {}
         self._passes = {}
-        self._generation += 1  # a backward through a graph from before is none of this step's
 
     @property
     def num_passes(self) -> int:

@@ -61,7 +61,7 @@ def train(way: str) -> tuple[list[float], list[int]]:
         optimizer.zero_grad()
         loss = F.cross_entropy(forward(x), labels)
         loss.backward()
-        captured.append(len(optimizer._capture.captured))
+        captured.append(len(optimizer._fisher.capture.captured))
         optimizer.step()
         losses.append(loss.item())
     return losses, captured
