@@ -25,7 +25,7 @@ model.requires_grad_(False)
 model.fc.requires_grad_(True)
 # Given all parameters, KFAC trains those that are not frozen, and follows when that changes.
 optimizer = KFAC(model, communicator, lr=0.1, momentum=0.9, damping=0.3, refresh=3)
-communicator.print_once(*optimizer.describe())
+communicator.print_once("\n".join(optimizer.describe()))
 
 
 def train(num_steps: int) -> None:
@@ -46,4 +46,4 @@ train(5)  # the last layer
 model.requires_grad_(True)
 optimizer.param_groups[0]["lr"] = 0.003  # as a scheduler would; read at every step
 train(6)  # all of it
-communicator.print_once(*optimizer.describe())
+communicator.print_once("\n".join(optimizer.describe()))

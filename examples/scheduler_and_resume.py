@@ -5,6 +5,7 @@ scheduler_and_resume.py FILE STEPS    trains up to this number of steps; goes on
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ model = nn.Sequential(
 )
 optimizer = KFAC(model, communicator, lr=0.03, damping=0.03, ema_decay=0.9, refresh=3)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
-parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 first = 0
 
 if file.exists():

@@ -22,7 +22,8 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, 10) of images (N, 1, 8, 8)."""
         patches = F.unfold(images, 2, stride=2).permute(2, 0, 1)  # (16, N, 4), sequence first
-        return self.classify(self.encoder(self.embed(patches) + self.position).mean(dim=0))
+        logits: Tensor = self.classify(self.encoder(self.embed(patches) + self.position).mean(dim=0))
+        return logits
 
 
 communicator = create_communicator()
@@ -34,8 +35,7 @@ images, labels = (part[communicator.rank :: communicator.size] for part in (imag
 
 model = VisionTransformer()
 optimizer = KFAC(model, communicator, lr=0.05, momentum=0.9, damping=0.3, ema_decay=0.9)
-for line in optimizer.describe():
-    communicator.print_once(line)
+communicator.print_once("\n".join(optimizer.describe()))
 
 for epoch in range(5):
     total = 0.0
