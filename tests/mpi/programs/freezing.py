@@ -49,7 +49,7 @@ def train(case: str, communicator: Communicator) -> dict[str, Tensor]:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(not name.startswith(PHASES[iteration] or ("none",)))
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # what is left of a gradient must not move what was frozen since
         for slot in slots:
             images, labels = make_slot(iteration, slot)
             (F.cross_entropy(model(images.to(dtype)), labels) / len(slots)).backward()
