@@ -21,9 +21,7 @@ _PATIENCE_SECONDS = 3.0  # the launcher ends all when the first process ends wit
 watchdog = Watchdog(launcher_rank(os.environ))
 watchdog.watch("loading torch and starting MPI", limit_seconds=180)
 try:
-    import torch
-
-    from kfac_dist.communicator import create_communicator, launch
+    from kfac_dist.communicator import MpiCommunicator, launch
     from kfac_dist.doctor.examine import examine
 except Exception as error:  # torch or MPI cannot be loaded: say what is missing, not where Python stumbled over it
     reason = f"{type(error).__name__}: {error}"
@@ -59,7 +57,7 @@ def main() -> int:
     """Run one rank; returns the exit code, which is the same on every rank."""
     start = time.perf_counter()
     # Over MPI and the CPU, whatever GPUs there are: the checks must run where they do not go together.
-    communicator = create_communicator("reduce", "mpi", torch.device("cpu"))
+    communicator = MpiCommunicator("reduce")
     # Where every process became a job of its own, the launcher's first still speaks for all.
     speaks = communicator.is_main and (communicator.size > 1 or launcher_rank(os.environ) == 0)
     try:

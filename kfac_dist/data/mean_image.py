@@ -22,7 +22,7 @@ from kfac_dist.errors import AgreedInputError, InputError
 
 def main(options: argparse.Namespace) -> int:
     """Run one rank; returns the exit code, which is the same on every rank."""
-    communicator = create_communicator("reduce", "mpi", torch.device("cpu"))
+    communicator = create_communicator("reduce", device=torch.device("cpu"))
     logging.basicConfig(level=logging.WARNING if communicator.is_main else logging.ERROR, format="%(message)s")
     try:
         with communicator.raise_on_all_ranks():

@@ -240,7 +240,8 @@ class KFAC(Guarded):
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
-            self.communicator.all_gather_v(self._updates.data, self._updates.counts, self._comm_dtypes.gradients)
+            updates, comm_dtype = self._updates, self._comm_dtypes.gradients
+            self.communicator.all_gather_v(updates.data, updates.counts, comm_dtype, updates.part_numels)
             all_changes = self._gather_changes(present, changes)
         with self._timer.stage("update"):
             self._update_parameters()
@@ -316,7 +317,7 @@ class KFAC(Guarded):
         """
         communicator, factors, gradients = self.communicator, self._factors, self._buffers.gradients
         *earlier, last = [
-            communicator.start_reduce_scatter_v(buffer.data, buffer.counts, comm_dtype)
+            communicator.start_reduce_scatter_v(buffer.data, buffer.counts, comm_dtype, buffer.part_numels)
             for buffer, comm_dtype in ((factors, self._comm_dtypes.factors), (gradients, self._comm_dtypes.gradients))
             if buffer.data.numel()
         ]
