@@ -116,7 +116,7 @@ def measure_errors(workload: Workload) -> Errors:
         rounded = x.to(half), g.to(half)
         for matrix in block.factor_shapes:
             factor = block.factor(matrix, *rounded).double()
-            sums.append(_relative_error(factor, block.factor(matrix, *(tensor.double() for tensor in rounded))))
+            sums.append(_relative_error(factor, block.factor(matrix, rounded[0].double(), rounded[1].double())))
             rounding.append(_relative_error(factor, block.factor(matrix, x.double(), g.double())))
     return Errors(*({"median": statistics.median(found), "largest": max(found)} for found in (sums, rounding)))
 

@@ -51,16 +51,16 @@ class Rate:
     images_per_processor_second: float
 
 
-def link_tree(images: Path, root: Path, num_images: int) -> None:
+def link_tree(source_folder: Path, root: Path, num_images: int) -> None:
     """An ImageFolder tree of two classes, of links to the images, in turn.
 
     Raises:
         InputError: If there is no such folder, or no image in it.
     """
-    found = images.iterdir() if images.is_dir() else ()
+    found = source_folder.iterdir() if source_folder.is_dir() else ()
     files = sorted(path.resolve() for path in found if path.suffix.lower() in ENDINGS)
     if not files:
-        raise InputError(f"IMAGES must be a folder with files {' '.join(ENDINGS)}, got {images}, which has none")
+        raise InputError(f"FOLDER must be a folder with files {' '.join(ENDINGS)}, got {source_folder}, which has none")
     for split in ("train", "val"):
         for number in range(num_images):
             folder = root / split / f"class{number % 2}"
@@ -142,7 +142,7 @@ def package_version(name: str) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = create_parser(__doc__)
-    parser.add_argument("images", type=Path, metavar="IMAGES")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="its images are read")
     parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="default: one per core")
     parser.add_argument("--images", type=count, default=512, help="of an epoch, at least 64; default: 512")
     parser.add_argument("--rounds", type=count, default=5, help="rounds that count; default: 5")
@@ -160,7 +160,7 @@ def main() -> None:
     environment["packages"] |= {name: package_version(name) for name in PACKAGES}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        link_tree(arguments.images, root, arguments.images)
+        link_tree(arguments.folder, root, arguments.images)
         loaders = create_loaders(root, arguments.workers)
         rounds: dict[str, list[Rate]] = {loader: [] for loader in loaders}
         for number in range(arguments.rounds + 1):

@@ -10,86 +10,51 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
-from kfac_dist.doctor.findings import Finding, Watchdog, exit_code, format_report, report_as_json
+from kfac_dist.doctor import findings
 from kfac_dist.doctor.software import launcher_rank, software_findings
-from kfac_dist.errors import AgreedInputError, InputError
-
-_PATIENCE_SECONDS = 3.0  # the launcher ends all when the first process ends with an error: let rank 0 print before
-
-watchdog = Watchdog(launcher_rank(os.environ))
-watchdog.watch("loading torch and starting MPI", limit_seconds=180)
-try:
-    from kfac_dist.communicator import MpiCommunicator, launch
-    from kfac_dist.doctor.examine import examine
-except Exception as error:  # torch or MPI cannot be loaded: say what is missing, not where Python stumbled over it
-    reason = f"{type(error).__name__}: {error}"
-    remedy = "scripts/setup.sh; on a cluster load the MPI module that mpi4py was built with"
-    findings = [*software_findings(), Finding("loading", "error", f"torch or MPI cannot be loaded: {reason}", remedy)]
-    if launcher_rank(os.environ) == 0:
-        print(format_report(findings), flush=True)
-    else:
-        print(f"error: rank {launcher_rank(os.environ)}: {findings[-1].found}", file=sys.stderr, flush=True)
-        time.sleep(_PATIENCE_SECONDS)
-    sys.exit(exit_code(findings))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}\n{self.format_usage().strip()}")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; all ranks have the same."""
     description, _, explanation = __doc__.partition("\n\n")
-    parser = _Parser(description=description, epilog=explanation, add_help=False)
+    parser = argparse.ArgumentParser(description=description, epilog=explanation)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder that holds the data set (data.root)")
     parser.add_argument("--output", type=Path, metavar="DIR", default=Path("runs"), help="default: runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
-    parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
-    arguments = parser.parse_args()
-    arguments.help_text = parser.format_help()
-    return arguments
+    return parser.parse_args()
 
 
-def main() -> int:
-    """Run one rank; returns the exit code, which is the same on every rank."""
-    start = time.perf_counter()
+def main(arguments: argparse.Namespace, rank: int, guard: findings.HangGuard) -> int:
+    """Run one rank, by the launcher's number; returns the exit code, the same on all but where --json fails."""
     # Over MPI and the CPU, whatever GPUs there are: the checks must run where they do not go together.
     communicator = MpiCommunicator("reduce")
+    found = examine(communicator, arguments.output, arguments.data, guard)
     # Where every process became a job of its own, the launcher's first still speaks for all.
-    speaks = communicator.is_main and (communicator.size > 1 or launcher_rank(os.environ) == 0)
-    try:
-        with communicator.raise_on_all_ranks():
-            arguments = parse_arguments()
-        if arguments.help:
-            communicator.print_once(arguments.help_text)
-            return 0
-        findings = examine(communicator, arguments.output, arguments.data, watchdog)
-        seconds = time.perf_counter() - start
-        if speaks:
-            print(format_report(findings), flush=True)
-        with communicator.raise_on_all_ranks():
-            if speaks and arguments.json:
-                write_json(arguments.json, report_as_json(findings, communicator.size, seconds))
-        if communicator.is_main and not speaks:
-            time.sleep(_PATIENCE_SECONDS)
-        return exit_code(findings)
-    except AgreedInputError as error:
-        communicator.print_once(f"error: {error}", sys.stderr)
-        return launch.EXIT_BAD_INPUT
-    finally:
-        watchdog.stop()
-
-
-def write_json(path: Path, report: dict[str, object]) -> None:
-    """Write the report for programs."""
-    try:
-        path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--json {path} cannot be written: {error.strerror}; choose another path") from error
+    if communicator.is_main and (communicator.size > 1 or rank == 0):
+        print(findings.format_report(found), flush=True)
+        if arguments.json:
+            try:
+                report = findings.report_as_json(found, communicator.size)
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                message = f"error: --json {arguments.json} cannot be written: {error.strerror}; choose another path"
+                print(message, file=sys.stderr)
+                return findings.EXIT_ERRORS
+    elif communicator.is_main:
+        time.sleep(findings.PATIENCE_SECONDS)
+    return findings.exit_code(found)
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    arguments, rank = parse_arguments(), launcher_rank(os.environ)
+    guard = findings.HangGuard(rank)
+    try:
+        from kfac_dist.communicator import MpiCommunicator, launch
+        from kfac_dist.doctor.examine import examine
+    except Exception as error:  # say what is missing, not where Python stumbled over it
+        found = f"torch or MPI cannot be loaded: {type(error).__name__}: {error}"
+        remedy = "scripts/setup.sh; on a cluster load the MPI module that mpi4py was built with"
+        findings.report_end(rank, [*software_findings(), findings.Finding("loading", "error", found, remedy, (rank,))])
+        sys.exit(findings.EXIT_ERRORS)
+    launch.run(lambda: main(arguments, rank, guard))

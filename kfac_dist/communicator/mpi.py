@@ -67,7 +67,7 @@ class MpiCommunicator(Communicator):
         if reduce_scatter != "auto":
             self.reduce_scatter_algorithm = reduce_scatter
         elif self.size > 1:
-            self.reduce_scatter_seconds = measure_algorithms(self, {**self._algorithms()})
+            self.reduce_scatter_seconds = measure_algorithms(self, dict(self._algorithms().items()))
             if self.reduce_scatter_seconds:
                 self.reduce_scatter_algorithm = min(self._algorithms(), key=self._measured)
 

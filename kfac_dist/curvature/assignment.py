@@ -70,12 +70,12 @@ def assign_owners(
         heapq.heappush(loads, (flops + costs[index].flops, num_bytes + costs[index].num_bytes, rank))
     idle = sorted(set(range(num_ranks)) - {rank for ranks in owners for rank in ranks})
     budget = _LARGEST_REDUNDANCY * sum(cost.num_bytes for cost in costs)
-    shares = [(-costs[index].flops, place, index) for place, index in enumerate(order)]
+    shares = [(-costs[index].flops, position, index) for position, index in enumerate(order)]
     while idle and shares:
-        _, place, index = heapq.heappop(shares)
+        _, position, index = heapq.heappop(shares)
         if costs[index].num_bytes > budget:
             continue  # nor will it fit later
         budget -= costs[index].num_bytes
         owners[index].append(idle.pop(0))
-        heapq.heappush(shares, (-costs[index].flops / len(owners[index]), place, index))
+        heapq.heappush(shares, (-costs[index].flops / len(owners[index]), position, index))
     return [tuple(sorted(ranks)) for ranks in owners]

@@ -108,7 +108,7 @@ class Capture:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             for matrix in hook.wanted:
                 dtype = self._destinations[hook.name, matrix].dtype
-                self._add(block, matrix, block.factor(matrix, x, g).to(dtype), g)
+                self._add(block, matrix, block.factor(matrix, x, g, self.num_samples).to(dtype), g)
         self.captured.add(hook.name)
 
     def _add(self, block: Block, matrix: str, factor: Tensor, g: Tensor) -> None:
@@ -119,7 +119,7 @@ class Capture:
         """
         key = block.name, matrix
         destination = self._destinations[key]
-        num_samples, num_features = g.shape[0], factor.shape[0] * factor.shape[-1]
+        num_samples, num_features = self.num_samples or g.shape[0], factor.shape[0] * factor.shape[-1]
         weight = g.numel() / (num_samples * num_features) if matrix == "G" else 1.0
         total = self._weights[key] = self._weights.get(key, 0.0) + weight
         if total == weight:

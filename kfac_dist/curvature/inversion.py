@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_dist.curvature.blocks.base import Block, FactorKey
+from kfac_dist.curvature.blocks.base import FactorKey, Matrices
 from kfac_dist.curvature.running import BlockCurvature
 from kfac_dist.curvature.solvers import Solver, StackBatches, mean_diagonals
 from kfac_dist.tensors.host_copy import HostCopy, to_device
@@ -126,15 +126,15 @@ class InverseRefresh:
         batches.add_to_diagonals([shifts[key] for key in keys])
         solvers, stack_failed = batches.factorise()
         # A block has one matrix or two, next to each other; its first and its last between them are all.
-        first = {number: place for place, (number, _) in reversed(list(enumerate(keys)))}
-        last = {number: place for place, (number, _) in enumerate(keys)}
+        first = {number: index for index, (number, _) in reversed(list(enumerate(keys)))}
+        last = {number: index for index, (number, _) in enumerate(keys)}
         flags = stack_failed.unbind()
         failed = torch.stack([flags[first[number]] for number in range(len(tasks))]) | torch.stack(
             [flags[last[number]] for number in range(len(tasks))]
         )
         self._tried, self._failed = list(tasks), HostCopy(failed)
         known = None if self._deferred else self._failed.read().tolist()
-        failed_by_job = failed.unbind()
+        failed_by_task = failed.unbind()
         for (number, matrix), solver in zip(keys, solvers, strict=True):
             if known is not None and known[number]:
                 continue
@@ -143,7 +143,7 @@ class InverseRefresh:
                 solver = solver.inverted()
             if known is None:
                 previous = current.get(matrix) or Solver.identity(solver.matrix)
-                solver = solver.unless(failed_by_job[number], previous)
+                solver = solver.unless(failed_by_task[number], previous)
             current[matrix] = solver
 
     def _read_failures(self) -> None:
@@ -175,18 +175,18 @@ def _merge(again: Sequence[InversionTask], new: Sequence[InversionTask]) -> list
 def _shifts(
     tasks: Sequence[InversionTask], known_means: Mapping[tuple[int, str], Tensor]
 ) -> dict[tuple[int, str], Tensor]:
-    """What damping adds to the diagonals of each task's matrices, (count,); computed for all blocks of a kind at once.
+    """What damping adds to the diagonals of each task's matrices, (count,); computed for all like blocks at once.
 
     Args:
         tasks: The blocks.
         known_means: Mean diagonal entries, (count,), of matrices by number of the task and name; those of a matrix
             that is not refreshed with its partner are found here.
     """
-    kinds: dict[type[Block], list[int]] = {}
+    groups: dict[Callable[[Matrices, Tensor], Matrices], list[int]] = {}
     for number, task in enumerate(tasks):
-        kinds.setdefault(type(task.curvature.block), []).append(number)
+        groups.setdefault(task.curvature.block.shifts, []).append(number)
     shifts: dict[tuple[int, str], Tensor] = {}
-    for kind, numbers in kinds.items():
+    for shifts_of, numbers in groups.items():
         curvatures = [tasks[number].curvature for number in numbers]
         counts = [next(iter(curvature.block.factor_shapes.values()))[0] for curvature in curvatures]
         means = {}
@@ -199,6 +199,6 @@ def _shifts(
         like = next(iter(means.values()))
         dampings = [tasks[number].damping * 10.0 ** tasks[number].num_failures for number in numbers]
         damping = torch.tensor(dampings, dtype=like.dtype).repeat_interleave(torch.tensor(counts))
-        for matrix, values in kind.shifts(means, to_device(damping, like.device)).items():
+        for matrix, values in shifts_of(means, to_device(damping, like.device)).items():
             shifts |= zip([(number, matrix) for number in numbers], values.split(counts), strict=True)
     return shifts

@@ -55,7 +55,7 @@ class OwnedFisher:
     def change(self, key: FactorKey, factor: Tensor) -> Tensor:
         """Diff (Eq. 19) that taking this factor into the running average will make, a scalar."""
         name, matrix = key
-        return self._curvatures[name].change(matrix, factor, self._ema_decay)
+        return self._curvatures[name].averages[matrix].change(factor, self._ema_decay)
 
     def refresh(
         self,
@@ -74,7 +74,8 @@ class OwnedFisher:
             ValueError: If a damping is not positive.
         """
         update_running_averages(
-            [(self._curvatures[name], matrix, factor) for (name, matrix), factor in factors.items()], self._ema_decay
+            [(self._curvatures[name].averages[matrix], factor) for (name, matrix), factor in factors.items()],
+            self._ema_decay,
         )
         matrices: dict[str, list[str]] = {}
         for name, matrix in factors:

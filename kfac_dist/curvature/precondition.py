@@ -53,12 +53,12 @@ class Preconditioner:
         self._joined = joined  # what no group uses any more is freed
         return directions
 
-    def _join(self, place: Hashable, members: Sequence[BlockCurvature], matrix: str) -> tuple[list[Solver], Solver]:
+    def _join(self, key: Hashable, members: Sequence[BlockCurvature], matrix: str) -> tuple[list[Solver], Solver]:
         """The members' solvers, and one for all of them, whose memory they share."""
         solvers = [member.solvers[matrix] for member in members]
         if len(solvers) == 1:
             return solvers, solvers[0]
-        known = self._joined.get(place)
+        known = self._joined.get(key)
         if known is not None and len(known[0]) == len(solvers) and all(map(_is, known[0], solvers)):
             return known
         whole = Solver(torch.cat([solver.matrix for solver in solvers]), solvers[0].is_inverse)
@@ -76,7 +76,7 @@ def _shape(curvature: BlockCurvature) -> Hashable:
         return None
     if not all(solver.is_inverse for solver in solvers.values()):
         return block.name
-    return type(block), tuple((matrix, size) for matrix, (_, size) in block.factor_shapes.items())
+    return block.solve, tuple((matrix, size) for matrix, (_, size) in block.factor_shapes.items())
 
 
 def _is(first: object, second: object) -> bool:

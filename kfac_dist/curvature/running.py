@@ -12,76 +12,95 @@ from kfac_dist.curvature.solvers import Solver
 
 
 @dataclass
+class RunningAverage:
+    """Running average of the factors that one matrix of a block was given, unbiased from the first on.
+
+    With a decay the t-th factor has the weight (1 − decay)/(1 − decay^t), so that the first is the average and no
+    start value biases it; without a decay each factor replaces the last.
+
+    Attributes:
+        value: The average, (count, n, n), undamped; without values before the first factor.
+        num_averaged: Factors that went into it.
+    """
+
+    value: Tensor = field(default_factory=lambda: torch.empty(0))
+    num_averaged: int = 0
+
+    def next_weight(self, decay: float | None) -> float:
+        """Weight of the next factor."""
+        count = self.num_averaged + 1
+        return 1.0 if decay is None or count == 1 else (1 - decay) / (1 - decay**count)
+
+    def change(self, factor: Tensor, decay: float | None) -> Tensor:
+        """Diff (Eq. 19) that `update` would make; infinite for the first factor."""
+        if not self.num_averaged:
+            return factor.new_tensor(float("inf"))
+        return relative_change(factor, self.value) * self.next_weight(decay)
+
+    def update(self, factor: Tensor, decay: float | None) -> None:
+        """`update_running_averages` of this one."""
+        update_running_averages([(self, factor)], decay)
+
+
 class BlockCurvature:
     """Running matrices and solvers of one block.
 
     Attributes:
-        running: Running average of each matrix, (count, n, n); undamped.
+        block: The block.
+        averages: Running average of each matrix.
         solvers: The damped matrices as they are solved with; empty before the first refresh.
-        num_averaged: Factors that went into each running average.
     """
 
-    block: Block
-    running: Matrices = field(default_factory=dict)
-    solvers: dict[str, Solver] = field(default_factory=dict)
-    num_averaged: dict[str, int] = field(default_factory=dict)
+    def __init__(self, block: Block) -> None:
+        """Start with no factors."""
+        self.block = block
+        self.averages = {matrix: RunningAverage() for matrix in block.factor_shapes}
+        self.solvers: dict[str, Solver] = {}
 
-    def average(self, matrix: str, factor: Tensor, decay: float | None) -> None:
-        """`update_running_averages` of one factor."""
-        update_running_averages([(self, matrix, factor)], decay)
-
-    def change(self, matrix: str, factor: Tensor, decay: float | None) -> Tensor:
-        """Diff (Eq. 19) of the running average that `average` would make; infinite for the first factor."""
-        if matrix not in self.running:
-            return factor.new_tensor(float("inf"))
-        return relative_change(factor, self.running[matrix]) * self.next_weight(matrix, decay)
-
-    def next_weight(self, matrix: str, decay: float | None) -> float:
-        """Weight of the next factor in the running average."""
-        count = self.num_averaged.get(matrix, 0) + 1
-        return 1.0 if decay is None or count == 1 else (1 - decay) / (1 - decay**count)
+    @property
+    def running(self) -> Matrices:
+        """The running averages themselves, (count, n, n), of those matrices that have been given factors."""
+        return {matrix: average.value for matrix, average in self.averages.items() if average.num_averaged}
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values; nothing is copied."""
         return {
-            "running": dict(self.running),
+            "running": self.running,
             "solvers": {matrix: solver.matrix for matrix, solver in self.solvers.items()},
             "inverted": [matrix for matrix, solver in self.solvers.items() if solver.is_inverse],
-            "num_averaged": dict(self.num_averaged),
+            "num_averaged": {matrix: self.averages[matrix].num_averaged for matrix in self.running},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         """Replace everything by copies of what `state_dict` returned."""
-        self.running = {matrix: value.to(device, dtype, copy=True) for matrix, value in state["running"].items()}
+        self.averages = {matrix: RunningAverage() for matrix in self.block.factor_shapes}
+        for matrix, value in state["running"].items():
+            self.averages[matrix] = RunningAverage(value.to(device, dtype, copy=True), state["num_averaged"][matrix])
         self.solvers = {
             matrix: Solver(value.to(device, dtype, copy=True), matrix in state["inverted"])
             for matrix, value in state["solvers"].items()
         }
-        self.num_averaged = dict(state["num_averaged"])
 
 
-def update_running_averages(news: Sequence[tuple[BlockCurvature, str, Tensor]], decay: float | None) -> None:
+def update_running_averages(factors: Sequence[tuple[RunningAverage, Tensor]], decay: float | None) -> None:
     """Take new factors into their running averages, in few launches.
 
-    The weight (1 − decay)/(1 − decay^t) of the t-th factor makes an average unbiased from the first on, which it
-    equals; without decay each factor replaces the last.
-
     Args:
-        news: Block, matrix and factor, (count, n, n), each; the factors are kept.
+        factors: Running average and new factor, (count, n, n), each; the factors are kept.
         decay: Share of the old average, in (0, 1), or None.
     """
     by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for curvature, matrix, factor in news:
-        weight = curvature.next_weight(matrix, decay)
-        curvature.num_averaged[matrix] = curvature.num_averaged.get(matrix, 0) + 1
+    for average, factor in factors:
+        weight = average.next_weight(decay)
+        average.num_averaged += 1
         if weight == 1:
-            curvature.running[matrix] = factor
+            average.value = factor
             continue
-        running, factors = by_weight.setdefault(weight, ([], []))
-        running.append(curvature.running[matrix])
-        factors.append(factor)
-    for weight, (running, factors) in by_weight.items():
-        torch._foreach_lerp_(running, factors, weight)
+        old, new = by_weight.setdefault(weight, ([], []))
+        old.append(average.value)
+        new.append(factor)
+    for weight, (old, new) in by_weight.items():
+        torch._foreach_lerp_(old, new, weight)
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:

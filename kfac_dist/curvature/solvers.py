@@ -135,7 +135,7 @@ def mean_diagonals(stack: Tensor) -> Tensor:
 
 
 def _groups_by_size(stacks: Sequence[Tensor]) -> list[list[int]]:
-    """Places of the stacks that are factorised together."""
+    """Indices of the stacks that are factorised together."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, stack in enumerate(stacks):
         size = stack.shape[-1]

@@ -9,13 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal
+
+from kfac_dist.errors import InputError
 
 Status = Literal["ok", "note", "warning", "error"]
 
-EXIT_OK = 0
 EXIT_ERRORS = 2
-_WIDTH = 110
+PATIENCE_SECONDS = 3.0  # before ending with an error: the launcher then ends all ranks, and others may yet print
+_wrap = partial(textwrap.fill, width=110, break_long_words=False, break_on_hyphens=False)  # paths stay whole
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,12 @@ class Finding:
         assert (self.status == "ok") == (not self.remedy), f"{self.name}: a remedy goes with all but ok"
 
 
+def from_error(name: str, error: InputError, ranks: Sequence[int] = ()) -> Finding:
+    """An error that training would raise: its first sentence says what is wrong, the others what to do."""
+    found, _, remedy = str(error).partition(". ")
+    return Finding(name, "error", found, remedy, tuple(ranks))
+
+
 def attempt(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
     """Run a check; where it breaks down itself, that is the finding."""
     try:
@@ -51,34 +60,24 @@ def attempt(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
 
 
 def merge(findings_by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """One list of all ranks' findings: what is the same on several ranks becomes one that names them.
+    """One list of all ranks' findings, given in rank order: what several ranks found alike becomes one that names them.
 
-    Args:
-        findings_by_rank: Each rank's own findings, in rank order.
-
-    Returns:
-        Names in the order of their first appearance; `ranks` is empty where all ranks found the same.
+    Names stand in the order of their first appearance; `ranks` is empty where all ranks found the same.
     """
     ranks: dict[Finding, list[int]] = {}
     for rank, findings in enumerate(findings_by_rank):
         for finding in dict.fromkeys(findings):
             ranks.setdefault(finding, []).append(rank)
-    size = len(findings_by_rank)
+    names = list(dict.fromkeys(finding.name for finding in ranks))
     merged = [
-        finding if len(found_by) == size else dataclasses.replace(finding, ranks=tuple(found_by))
+        finding if len(found_by) == len(findings_by_rank) else dataclasses.replace(finding, ranks=tuple(found_by))
         for finding, found_by in ranks.items()
     ]
-    return in_order(merged, list(dict.fromkeys(finding.name for finding in merged)))
-
-
-def in_order(findings: Iterable[Finding], names: Sequence[str]) -> list[Finding]:
-    """Bring findings of one name together, in the order of the names; others come last."""
-    places = {name: place for place, name in enumerate(names)}
-    return sorted(findings, key=lambda finding: places.get(finding.name, len(places)))
+    return sorted(merged, key=lambda finding: names.index(finding.name))
 
 
 def format_ranks(ranks: Sequence[int]) -> str:
-    """(0, 1, 2, 5) → "ranks 0-2, 5"."""
+    """(0, 1, 2, 5) → "ranks 0-2, 5: "; of none, nothing."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
@@ -86,12 +85,12 @@ def format_ranks(ranks: Sequence[int]) -> str:
         else:
             runs.append([rank])
     texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(texts)
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(texts)}: " if texts else ""
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
     """0 if nothing is an error, else 2."""
-    return EXIT_ERRORS if any(finding.status == "error" for finding in findings) else EXIT_OK
+    return EXIT_ERRORS if any(finding.status == "error" for finding in findings) else 0
 
 
 def format_report(findings: Sequence[Finding]) -> str:
@@ -100,98 +99,57 @@ def format_report(findings: Sequence[Finding]) -> str:
     indent = " " * (len("warning") + 2 + width + 2)
     lines = []
     for finding in findings:
-        head = f"{finding.status:7}  {finding.name:{width}}  "
-        where = f"{format_ranks(finding.ranks)}: " if finding.ranks else ""
-        lines.append(_wrap(where + finding.found, head, indent))
+        head = f"{finding.status:7}  {finding.name:{width}}  {format_ranks(finding.ranks)}"
+        lines.append(_wrap(head + finding.found, subsequent_indent=indent))
         if finding.remedy:
-            lines.append(_wrap("remedy: " + finding.remedy, indent, indent + "        "))
-    return "\n".join([*lines, "", summary(findings)])
-
-
-def summary(findings: Iterable[Finding]) -> str:
-    """The number of findings by status and what follows from it."""
+            lines.append(_wrap(f"{indent}remedy: {finding.remedy}", subsequent_indent=indent + "        "))
     statuses = [finding.status for finding in findings]
     counts = [
-        f"{statuses.count(status)} {status}" + ("s" if statuses.count(status) > 1 else "")
-        for status in reversed(get_args(Status))
-        if status != "ok" and status in statuses
+        f"{count} {status}{'s' if count > 1 else ''}"
+        for status in ("error", "warning", "note")
+        if (count := statuses.count(status))
     ]
+    outcome = "training can start"
     if "error" in statuses:
-        return f"{', '.join(counts)}: training will not work before the errors are mended."
-    return f"{', '.join(counts) or 'All is well'}: training can start."
+        outcome = "training will not work before the errors are mended"
+    return "\n".join([*lines, "", f"{', '.join(counts) or 'All is well'}: {outcome}."])
 
 
-def report_as_json(findings: Sequence[Finding], size: int, seconds: float) -> dict[str, Any]:
-    """The same as `format_report`, for programs.
-
-    Args:
-        findings: The merged findings.
-        size: Number of ranks; a finding of the whole job lists them all.
-        seconds: What the examination took.
-    """
-    return {
-        "num_ranks": size,
-        "seconds": round(seconds, 2),
-        "exit_code": exit_code(findings),
-        "findings": [
-            dataclasses.asdict(finding) | {"ranks": list(finding.ranks or range(size))} for finding in findings
-        ],
-    }
+def report_as_json(findings: Sequence[Finding], size: int) -> dict[str, Any]:
+    """The same for programs; a finding of the whole job lists all its `size` ranks."""
+    listed = [dataclasses.asdict(finding) | {"ranks": list(finding.ranks or range(size))} for finding in findings]
+    return {"num_ranks": size, "exit_code": exit_code(findings), "findings": listed}
 
 
-def _wrap(text: str, first: str, rest: str) -> str:
-    return textwrap.fill(
-        text,
-        max(_WIDTH, len(rest) + 60),
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_long_words=False,  # paths and commands stay whole
-        break_on_hyphens=False,
-    )
+def report_end(rank: int, findings: Sequence[Finding]) -> None:
+    """Before one rank ends by itself: rank 0 prints all that it found, others the last. Then others may still print."""
+    print(format_report(findings if rank == 0 else findings[-1:]), file=sys.stderr if rank else sys.stdout, flush=True)
+    time.sleep(PATIENCE_SECONDS)
 
 
-class Watchdog:
+class HangGuard:
     """Ends this process, saying where it stands, when a check hangs: a dead network folder, a rank that never answers.
 
     A process that ends so makes the launcher end the job; without it, one rank that hangs would hang them all.
 
     Attributes:
+        stage: What this process does now.
         findings: What is known so far; rank 0 prints it before it ends.
+        timer: To be cancelled when all is done.
     """
 
-    def __init__(self, rank: int) -> None:
-        self.findings: Sequence[Finding] = ()
-        self._rank = rank
-        self._timer: threading.Timer | None = None
+    def __init__(self, rank: int, limit_seconds: float = 180) -> None:
+        self.stage = "loading torch and starting MPI"
+        self.findings: list[Finding] = []
+        self.timer = threading.Timer(limit_seconds, self._end, (rank, limit_seconds))
+        self.timer.daemon = True
+        self.timer.start()
 
-    def watch(self, stage: str, limit_seconds: float = 60, grace_seconds: float = 3) -> None:
-        """Begin a stage; the one before it has ended.
-
-        Args:
-            stage: What this process does now.
-            limit_seconds: After this time it is said to hang.
-            grace_seconds: Time for other ranks to say where they hang before the launcher ends them.
-        """
-        self.stop()
-        self._timer = threading.Timer(limit_seconds, self._end, (stage, limit_seconds, grace_seconds))
-        self._timer.daemon = True
-        self._timer.start()
-
-    def stop(self) -> None:
-        """Watch no longer."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _end(self, stage: str, limit_seconds: float, grace_seconds: float) -> None:
-        found = f"rank {self._rank} on {socket.gethostname()} has been at {stage!r} for {limit_seconds:g} s"
+    def _end(self, rank: int, limit_seconds: float) -> None:
+        found = f"still at {self.stage!r} on {socket.gethostname()} after {limit_seconds:g} s"
         remedy = (
             "look there: a network folder that does not answer, a firewall between the hosts (mpirun --mca "
             "btl_tcp_if_include <interface>), or another rank that hangs and says so itself"
         )
-        if self._rank == 0:
-            findings = [*self.findings, Finding("time limit", "error", found, remedy)]
-            print(format_report(findings), flush=True)
-        else:
-            print(f"error: {found}; {remedy}", file=sys.stderr, flush=True)
-        time.sleep(grace_seconds)
+        report_end(rank, [*self.findings, Finding("time limit", "error", found, remedy, (rank,))])
         os._exit(EXIT_ERRORS)

@@ -13,9 +13,7 @@ from torch.nn import Parameter
 from kfac_dist.communicator import Communicator, Pending
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks.base import Block, FactorKey
-from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks, refresh_costs
-from kfac_dist.curvature.blocks.identity import IdentityBlock
 from kfac_dist.curvature.capture import Capture
 from kfac_dist.curvature.inversion import RefreshReport
 from kfac_dist.curvature.owned import OwnedFisher
@@ -140,7 +138,7 @@ class KFAC(Guarded):
             "weight_rescaling": weight_rescaling,
         }
         super().__init__(model.named_parameters() if params is None else params, defaults)
-        self.accumulation_steps, self.num_samples = accumulation_steps, num_samples
+        self.accumulation_steps = accumulation_steps
         self.report = StepReport()
         self._refresh = _refresh_schedule(refresh)
         self._track_changes = track_changes or self._refresh.needs_changes
@@ -158,6 +156,7 @@ class KFAC(Guarded):
         self._create_blocks = partial(create_blocks, model, form=batchnorm, skip=tuple(skip))
         self._owned = OwnedFisher(ema_decay, self._device)
         self._capture = Capture()
+        self._capture.num_samples = num_samples
         self.blocks: list[Block] = []
         self.owners: list[tuple[int, ...]] = []
         self._index_groups()
@@ -428,7 +427,6 @@ class KFAC(Guarded):
         self._begin_capture()
 
     def _begin_capture(self) -> None:
-        self._capture.num_samples = self.num_samples
         self._capture.begin({key: self._factors.copies(key)[0] for key in self._due_keys})
 
     def close(self) -> None:
@@ -448,13 +446,23 @@ class KFAC(Guarded):
 
     def _damping(self, block: Block) -> float:
         group = self._group_of(block.parameters[0])
-        ratio = group["batchnorm_damping_ratio"] if isinstance(block, BatchNormBlock) else 1.0
+        ratio = group["batchnorm_damping_ratio"] if block.uses_batchnorm_damping else 1.0
         return float(group["damping"] * ratio)
 
     @property
-    def uncovered(self) -> list[IdentityBlock]:
+    def num_samples(self) -> int | None:
+        """N of each backward pass on this rank; may be set before each forward."""
+        return self._capture.num_samples
+
+    @num_samples.setter
+    def num_samples(self, value: int | None) -> None:
+        check("num_samples", value is None or is_count(value), value, "an integer ≥ 1, or None")
+        self._capture.num_samples = value
+
+    @property
+    def uncovered(self) -> list[Block]:
         """Blocks that get the plain gradient, with the reason."""
-        return [block for block in self.blocks if isinstance(block, IdentityBlock)]
+        return [block for block in self.blocks if not block.is_preconditioned]
 
     def describe(self) -> list[str]:
         """What is covered and what is not, a line each, for the log."""

@@ -9,7 +9,6 @@ from kfac_dist.config.schema import Config
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks.base import Block
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks
-from kfac_dist.curvature.blocks.identity import IdentityBlock
 from kfac_dist.data.create import describe_dataset
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.models import create_model
@@ -86,7 +85,7 @@ def _layer_table(blocks: list[Block], num_ranks: int, value_bytes: int) -> list[
         f"stage 6 (AllGatherV): {updates}",
         "",
     ]
-    plain = [block for block in blocks if isinstance(block, IdentityBlock)]
+    plain = [block for block in blocks if not block.is_preconditioned]
     if not plain:
         return [*lines, "every trained parameter is covered by K-FAC"]
     return [*lines, "not covered, plain gradient:", *(f"  {block.name}: {block.reason}" for block in plain)]

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks.base import Block
-from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks
-from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
-from kfac_dist.curvature.factors import UNFOLD_NUMEL
+from kfac_dist.curvature.patches import UNFOLD_NUMEL
 from kfac_dist.models import create_model
 from kfac_dist.tensors.packing import triangle_numel
 from kfac_dist.vocabulary import BatchNormForm
@@ -41,8 +39,8 @@ class FisherMemory:
 def fisher_memory(model: nn.Module) -> FisherMemory:
     """Sizes of the matrices themselves, without inverses, as Figure 4 counts them."""
     blocks = {form: create_blocks(model, list(model.parameters()), form) for form in _FORMS}
-    kronecker = [block for block in blocks["full"] if isinstance(block, KroneckerBlock)]
-    batchnorm = {form: [b for b in of_form if isinstance(b, BatchNormBlock)] for form, of_form in blocks.items()}
+    kronecker = [block for block in blocks["full"] if block.form == "kronecker"]
+    batchnorm = {form: [block for block in of_form if block.form == form] for form, of_form in blocks.items()}
     return FisherMemory(
         kronecker=_matrix_bytes(kronecker, packed=False),
         kronecker_packed=_matrix_bytes(kronecker, packed=True),

@@ -1,10 +1,11 @@
-"""A picture of training data: a batch as stored, cropped and flipped, mixed, and erased, with its labels."""
+"""A batch of training data with its labels: as stored, cropped and flipped, mixed, and erased."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -17,18 +18,21 @@ from kfac_dist.data.sampling import SlotSampler
 
 _MOST_NAMES = 2  # of a mixed label: the largest shares
 _MOST_LETTERS = 14
+_MOST_COLUMNS = 16
 _OUTLINE = "#E69F00"
 
 
 def draw_batch(config: Config, iteration: int, num_images: int) -> Figure:
     """The first images of slot 0 in one iteration, a column each; a row for each step that changes them.
 
+    More than 16 images go on below.
+
     Running mixup mixes in what earlier iterations made, so the slot's batches from the start are gone through.
 
     Args:
         config: Of the run; its data are read.
         iteration: >= 0.
-        num_images: Columns, >= 1; fewer where the slot has fewer.
+        num_images: How many, >= 1; fewer where the slot has fewer.
 
     Raises:
         InputError: If the data cannot be read.
@@ -47,32 +51,70 @@ def draw_batch(config: Config, iteration: int, num_images: int) -> Figure:
 
 
 def _draw(
-    title: str, dataset: Dataset, originals: Sequence[Original], rows: Sequence[tuple[str, Tensor, Tensor]]
+    title: str, dataset: Dataset, originals: Sequence[Original], steps: Sequence[tuple[str, Tensor, Tensor]]
 ) -> Figure:
-    columns = len(originals)
-    figure = Figure(figsize=(1.0 + 1.45 * columns, 0.5 + 1.75 * (len(rows) + 1)), layout="constrained")
+    columns = min(len(originals), _MOST_COLUMNS)
+    starts = range(0, len(originals), columns)
+    lines = len(steps) + 1
+    figure = Figure(figsize=(1.0 + 1.45 * columns, 0.5 + 1.75 * lines * len(starts)), layout="constrained")
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    grid = figure.subplots(len(rows) + 1, columns, squeeze=False)
-    for axes, original in zip(grid[0], originals, strict=True):
-        _show(axes, original.pixels)
-        if original.outline is not None:
-            top, left, height, width = original.outline
-            axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color=_OUTLINE, linewidth=1.5))
-        rows_, columns_ = original.pixels.shape[:2]
-        axes.set_title(f"{columns_}×{rows_}", fontsize=7)
-    grid[0, 0].set_ylabel("as stored", fontsize=8)
-    for line, (name, images, labels) in zip(grid[1:], rows, strict=True):
-        pixels = dataset.to_pixels(images[:columns]).permute(0, 2, 3, 1).numpy()
-        for axes, image, label in zip(line, pixels, labels, strict=False):
-            _show(axes, image)
-            axes.set_title(_label_text(label, dataset.class_names), fontsize=6.5)
-        line[0].set_ylabel(name, fontsize=8)
+    margin = max(_margin(original) for original in originals)
+    padding = _colour_of_zeros(dataset)
+    for band, start in zip(figure.subfigures(len(starts), squeeze=False).flat, starts, strict=True):
+        grid = band.subplots(lines, columns, squeeze=False)
+        shown = originals[start : start + columns]
+        for axes in grid[:, len(shown) :].flat:
+            axes.remove()
+        for axes, original in zip(grid[0], shown, strict=False):
+            _show_original(axes, original, margin, padding)
+        grid[0, 0].set_ylabel("as stored", fontsize=8)
+        for line, (name, images, labels) in zip(grid[1:], steps, strict=True):
+            here = slice(start, start + len(shown))
+            pixels = dataset.to_pixels(images[here]).permute(0, 2, 3, 1).numpy()
+            for axes, image, label in zip(line, pixels, labels[here], strict=False):
+                _show(axes, image)
+                axes.set_title(_label_text(label, dataset.class_names), fontsize=6.5)
+            line[0].set_ylabel(name, fontsize=8)
     return figure
 
 
+def _margin(original: Original) -> float:
+    """Pixels by which what is cut out reaches beyond the image, where that is padded first."""
+    if original.outline is None:
+        return 0.0
+    top, left, height, width = original.outline
+    rows, columns = original.pixels.shape[:2]
+    return float(max(0, -top, -left, top + height - rows, left + width - columns))
+
+
+def _show_original(axes: Axes, original: Original, margin: float, padding: str) -> None:
+    """Show an image and its crop, which may reach into a margin of the padding's colour."""
+    rows, columns = original.pixels.shape[:2]
+    _show(axes, original.pixels)
+    axes.set_title(f"{columns}×{rows}", fontsize=7)
+    if original.outline is not None:
+        top, left, height, width = original.outline
+        axes.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, color=_OUTLINE, linewidth=1.5))
+    if margin:
+        axes.set_xlim(-1 - margin, columns + margin)
+        axes.set_ylim(rows + margin, -1 - margin)
+        axes.set_facecolor(padding)
+
+
+def _colour_of_zeros(dataset: Dataset) -> str:
+    """What padding and erasing write: the mean colour."""
+    channels = dataset.to_pixels(torch.zeros(1, *dataset.image_shape)).mean(dim=(0, 2, 3)).tolist()
+    red, green, blue = channels if len(channels) == 3 else [sum(channels) / len(channels)] * 3
+    return to_hex((red, green, blue))
+
+
 def _show(axes: Axes, image: np.ndarray) -> None:
-    grey = image.shape[2] == 1
-    axes.imshow(image[:, :, 0] if grey else image, cmap="gray" if grey else None, interpolation="nearest")
+    """Show (H, W, C) values: in colour where there are three channels, else their mean in grey."""
+    if image.shape[2] == 3:
+        axes.imshow(image, interpolation="nearest")
+    else:
+        brightest = 255 if image.dtype == np.uint8 else 1
+        axes.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=brightest, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 

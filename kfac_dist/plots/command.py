@@ -2,6 +2,7 @@
 
 python -m kfac_dist.plots curves  RUN [RUN ...] --output FILE.png [--labels LABEL ...]
 python -m kfac_dist.plots figure3 RUN [RUN ...] --output FILE.png [--labels LABEL ...]
+python -m kfac_dist.plots figure4 [MODEL] --output FILE.png
 python -m kfac_dist.plots figure5 RUN --output FILE.png
 python -m kfac_dist.plots figure6 RUN [RUN ...] --output FILE.png [--labels LABEL ...]
 python -m kfac_dist.plots batch   CONFIG.yaml [dotted.key=value ...] --output FILE.png
@@ -16,11 +17,16 @@ from matplotlib.figure import Figure
 
 from kfac_dist.config.load import load_config
 from kfac_dist.errors import InputError
+from kfac_dist.models import create_model
+from kfac_dist.planning.memory import fisher_memory
+from kfac_dist.plots.accuracy import batch_label, draw_top1_and_learning_rate, fisher_label
 from kfac_dist.plots.batch import draw_batch
 from kfac_dist.plots.curves import draw_curves
-from kfac_dist.plots.figure3 import batch_label, draw_figure3, fisher_label
-from kfac_dist.plots.figure5 import draw_figure5
+from kfac_dist.plots.fisher_change import draw_fisher_change
+from kfac_dist.plots.fisher_memory import draw_fisher_memory
 from kfac_dist.plots.runs import describe_runs, read_run, save_figure
+
+_MOST_IMAGES = 256  # takes about half a minute to draw, and 16,800 pixels of height with all steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder (it holds metrics.jsonl)")
         command.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run, in order")
+    command = commands.add_parser("figure4", help="the paper's Figure 4: memory of the Fisher by BatchNorm form")
+    command.add_argument("model", nargs="?", default="resnet50", help="any name that model.name takes (resnet50)")
+    command.add_argument("--image-size", type=int, default=224, metavar="N", help="(224)")
+    command.add_argument("--classes", type=int, default=1000, metavar="N", help="(1000)")
     command = commands.add_parser("figure5", help="the paper's Figure 5: percentiles of Diff over layers")
     command.add_argument("run", metavar="RUN", help="folder of a run with kfac.monitor.diff=true")
     command = commands.add_parser("batch", help="a training batch before and after crop, mixup and erasing")
@@ -54,23 +64,36 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--iteration", type=int, default=3, metavar="N", help="which iteration's batch (3)")
     command.add_argument("--images", type=int, default=8, metavar="N", help="how many of its images (8)")
     for command in commands.choices.values():
-        command.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture to write: FILE.png")
+        command.add_argument("--output", required=True, type=Path, metavar="FILE", help="figure to write: FILE.png")
     return parser
 
 
 def _draw(options: argparse.Namespace) -> Figure:
     if options.command == "batch":
-        if options.iteration < 0 or options.images < 1:
-            raise InputError("--iteration must be >= 0 and --images >= 1")
+        if options.iteration < 0 or not 1 <= options.images <= _MOST_IMAGES:
+            raise InputError(
+                f"--iteration must be >= 0, and --images in 1 ... {_MOST_IMAGES}, "
+                f"got {options.iteration} and {options.images}"
+            )
         return draw_batch(load_config(options.config, options.overrides), options.iteration, options.images)
+    if options.command == "figure4":
+        if options.image_size < 1 or options.classes < 1:
+            raise InputError(f"--image-size and --classes must be >= 1, got {options.image_size} and {options.classes}")
+        model = create_model(options.model, options.classes, (3, options.image_size, options.image_size), seed=0)
+        return draw_fisher_memory(options.model, fisher_memory(model))
     if options.command == "figure5":
-        return draw_figure5(options.run)
+        return draw_fisher_change(options.run)
     labels = options.labels or [None] * len(options.runs)
     if len(labels) != len(options.runs):
         raise InputError(f"--labels must name each of the {len(options.runs)} runs, got {len(labels)} labels")
     if options.command in ("figure3", "figure6"):
         name = batch_label if options.command == "figure3" else fisher_label
-        named = [label or name(run) for run, label in zip(options.runs, labels, strict=True)]
-        return draw_figure3([read_run(run, label) for run, label in zip(options.runs, named, strict=True)])
+        labels = [label or name(run) for run, label in zip(options.runs, labels, strict=True)]
+        labels = [
+            f"{label}, {Path(run).resolve().name}" if label and labels.count(label) > 1 else label
+            for run, label in zip(options.runs, labels, strict=True)
+        ]
     runs = [read_run(run, label) for run, label in zip(options.runs, labels, strict=True)]
-    return draw_curves(runs, describe_runs(options.runs))
+    if options.command == "curves":
+        return draw_curves(runs, describe_runs(options.runs))
+    return draw_top1_and_learning_rate(runs)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -61,6 +62,18 @@ def read_run(directory: str | Path, label: str | None = None) -> Run:
 def column(records: Sequence[Mapping[str, Any]], field: str) -> Array:
     """One field of all records; not a number where a record lacks it. "Infinity" is read as such."""
     return np.array([float(record.get(field, "NaN")) for record in records], dtype=np.float64)
+
+
+def start_epochs(train: Sequence[Mapping[str, Any]]) -> Array:
+    """Epoch at the start of each iteration, where its learning rate belongs; a record's `epoch` is at its end."""
+    iterations = column(train, "iteration")
+    return column(train, "epoch") * iterations / (iterations + 1)
+
+
+def put_legend_beside(axes: Axes, title: str | None = None) -> None:
+    """A legend to the right of the axes, where it covers no line."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), title=title, title_fontsize=8, fontsize=8)
 
 
 def describe_runs(directories: Sequence[str | Path]) -> str:

@@ -130,7 +130,7 @@ def test_a_failed_factorisation_keeps_the_previous_solver_until_its_answer_is_re
     curvature = BlockCurvature(block)
     for matrix, (count, size) in block.factor_shapes.items():
         roots = torch.randn(count, size, size, device=CUDA)
-        curvature.average(matrix, roots @ roots.mT, None)
+        curvature.averages[matrix].update(roots @ roots.mT, None)
     refresh = InverseRefresh(deferred=True)
     gradient = torch.randn(block.num_values, device=CUDA)
     refresh.refresh([InversionTask(curvature, 0.1, ["A", "G"])])

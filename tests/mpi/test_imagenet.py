@@ -100,7 +100,7 @@ def test_a_damaged_image_ends_all_ranks(mpirun: Run, tree: Path, tmp_path: Path)
     content = path.read_bytes()
     # Cut off, but of the same size: the mean image still belongs to the tree.
     path.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
-    finished = mpirun(2, [*command, *settings(root, f"data.mean_image={tree / 'mean'}")], timeout=90)
+    finished = mpirun(2, [*command, f"data.root={root}", f"data.mean_image={tree / 'mean'}"], timeout=90)
     assert finished.returncode == 3, finished.stderr
     assert finished.stderr.count("training failed: ") == 1
     assert "train/n02/007.JPEG cannot be used" in finished.stderr
@@ -111,7 +111,7 @@ def test_a_damaged_image_ends_all_ranks(mpirun: Run, tree: Path, tmp_path: Path)
 def test_damaged_images_can_be_skipped(mpirun: Run, tree: Path, tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
     command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]
-    skip = settings(root, f"data.mean_image={tree / 'mean'}", "data.on_error=skip")
+    skip = [f"data.root={root}", f"data.mean_image={tree / 'mean'}", "data.on_error=skip"]
     (root / "val/n01/000.JPEG").write_bytes(b"")
     finished = mpirun(2, [*command, *skip], timeout=90)
     assert finished.returncode == 0, finished.stderr

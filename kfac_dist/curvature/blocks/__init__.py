@@ -1,1 +1,1 @@
-"""The Fisher's block of each layer: one file a kind."""
+"""The Fisher's block of each layer: one file for each layer type, one row each in `create.py`."""

@@ -1,18 +1,25 @@
 """One block of the Fisher for each layer: which matrices it has and the maths on them.
 
-A block knows its layer's parameters and shapes, and nothing of ranks, buffers or schedules. Matrices go by name,
-"A" and "G" for a Kronecker-factored layer and "F" for BatchNorm; each is a stack of symmetric matrices (count, n, n).
+A block knows its layer's parameters and shapes, and nothing of ranks, buffers or schedules. Each of its matrices is a
+stack of symmetric matrices (count, n, n) and has one of three names, which tell how calls and micro-batches add up:
+
+    "A"   of the layer's inputs, summed over positions
+    "G"   of the gradients at its outputs, averaged over positions
+    "F"   of the parameters' gradients by sample
+
 Gradients travel flat: the parameters' gradients one behind the other.
 """
 
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfac_dist.curvature.solvers import Solver
+from kfac_dist.vocabulary import BatchNormForm
 
 FactorKey = tuple[str, str]  # (block name, matrix name: "A", "G" or "F")
 Matrices = dict[str, Tensor]
@@ -24,20 +31,23 @@ class Block(ABC):
     Attributes:
         name: The module's name in the model.
         module: The layer.
-        parameters: The trainable parameters that the block covers, in the order of the flat gradient.
-        factor_shapes: For each matrix its (count, n).
+        parameters: The trained parameters that the block covers, in the order of the flat gradient.
+        num_values: Values of the flat gradient.
+        factor_shapes: For each matrix its (count, n); set by the subclass.
         form: One word for tables: how the Fisher is approximated.
+        uses_batchnorm_damping: Whether the block is damped with ρ_BN·γ rather than γ.
+        reason: Why the layer gets the plain gradient; empty where it is preconditioned.
     """
 
+    factor_shapes: dict[str, tuple[int, int]]
     form: str
+    uses_batchnorm_damping = False
+    reason = ""
 
-    def __init__(
-        self, name: str, module: nn.Module, parameters: Sequence[Parameter], factor_shapes: dict[str, tuple[int, int]]
-    ):
+    def __init__(self, name: str, module: nn.Module, parameters: Sequence[Parameter]):
         self.name = name
         self.module = module
         self.parameters = list(parameters)
-        self.factor_shapes = factor_shapes
         self.num_values = sum(parameter.numel() for parameter in self.parameters)
 
     def is_like(self, other: "Block") -> bool:
@@ -49,14 +59,35 @@ class Block(ABC):
             and all(map(operator.is_, self.parameters, other.parameters))
         )
 
+    @classmethod
+    def create(cls, name: str, module: nn.Module, parameters: Sequence[Parameter], batchnorm: BatchNormForm) -> Self:
+        """The block of a layer of this type; only BatchNorm's heeds the form that is asked for."""
+        return cls(name, module, parameters)
+
+    @classmethod
+    def why_not(cls, module: nn.Module, trained: Sequence[Parameter]) -> str:
+        """Why a layer of this type must get the plain gradient, or an empty string.
+
+        Args:
+            module: The layer.
+            trained: Those of its own parameters that are trained; at least one.
+        """
+        return ""
+
+    @property
+    def is_preconditioned(self) -> bool:
+        """Whether K-FAC covers the layer."""
+        return not self.reason
+
     @abstractmethod
-    def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+    def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         """The matrix as one call of the layer in training mode gives it.
 
         Args:
             matrix: A key of `factor_shapes`.
             x: The call's input.
             g: Gradient of the mean loss at the call's output, in the precision that the layer ran in.
+            num_samples: N where it is not the size of the first dimension; BatchNorm's always is.
 
         Returns:
             (count, n, n), in fp32 where the layer ran in half precision.
@@ -65,7 +96,7 @@ class Block(ABC):
     @staticmethod
     @abstractmethod
     def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:
-        """What damping adds to diagonals, be it of one block or several.
+        """What damping adds to diagonals, be it of one block or of several that share this function.
 
         Args:
             mean_diagonals: Mean diagonal entry of each matrix, (k,) by name.
@@ -86,4 +117,12 @@ class Block(ABC):
     @staticmethod
     @abstractmethod
     def solve(arranged: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
-        """Apply the inverse of the damped Fisher to a stack (count, rows, columns), be it of one block or several."""
+        """Apply the inverse of the damped Fisher to a stack (count, rows, columns).
+
+        Args:
+            arranged: Gradients of one block, or of several of one shape that share this function.
+            solvers: Solvers of their matrices by name.
+
+        Returns:
+            A stack of the same shape.
+        """

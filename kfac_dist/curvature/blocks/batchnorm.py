@@ -1,11 +1,17 @@
 """BatchNorm layers: the exact empirical Fisher of scale and shift."""
 
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from kfac_dist.curvature import batchnorm
+from kfac_dist.curvature.batchnorm import (
+    batchnorm_fisher,
+    join_gradient,
+    split_gradient,
+    stack_shape,
+)
 from kfac_dist.curvature.blocks.base import Block, Matrices
 from kfac_dist.curvature.solvers import Solver, precondition_vectors
 from kfac_dist.vocabulary import BatchNormForm
@@ -14,25 +20,37 @@ from kfac_dist.vocabulary import BatchNormForm
 class BatchNormBlock(Block):
     """BatchNorm1d or 2d: the exact empirical Fisher of scale and shift, in one of three forms."""
 
+    uses_batchnorm_damping = True
+
     def __init__(
         self, name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, parameters: Sequence[Parameter], form: BatchNormForm
     ):
+        super().__init__(name, module, parameters)
         self.form: BatchNormForm = form
         self.eps = module.eps
-        super().__init__(name, module, parameters, {"F": batchnorm.stack_shape(module.num_features, form)})
+        self.factor_shapes = {"F": stack_shape(module.num_features, form)}
 
-    def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
-        return batchnorm.batchnorm_fisher(x, g, self.eps, self.form)
+    @classmethod
+    def create(cls, name: str, module: nn.Module, parameters: Sequence[Parameter], batchnorm: BatchNormForm) -> Self:
+        assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        return cls(name, module, parameters, batchnorm)
+
+    @classmethod
+    def why_not(cls, module: nn.Module, trained: Sequence[Parameter]) -> str:
+        return "" if len(trained) == 2 else "scale or shift is frozen or not given to the optimizer"
+
+    def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
+        return batchnorm_fisher(x, g, self.eps, self.form)
 
     @staticmethod
     def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:
         return {"F": damping}
 
     def arrange(self, gradient: Tensor) -> Tensor:
-        return batchnorm.split_gradient(gradient, self.form)[..., None]
+        return split_gradient(gradient, self.form)[..., None]
 
     def flatten(self, arranged: Tensor) -> Tensor:
-        return batchnorm.join_gradient(arranged[..., 0], self.form)
+        return join_gradient(arranged[..., 0], self.form)
 
     @staticmethod
     def solve(arranged: Tensor, solvers: Mapping[str, Solver]) -> Tensor:

@@ -9,11 +9,21 @@ from torch.nn import Parameter
 from kfac_dist.curvature.assignment import LayerCost, inversion_flops
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
+from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
 from kfac_dist.curvature.blocks.identity import IdentityBlock
-from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
+from kfac_dist.curvature.blocks.linear import LinearBlock
 from kfac_dist.errors import InputError
 from kfac_dist.tensors.packing import triangle_numel
 from kfac_dist.vocabulary import BatchNormForm
+
+# By exact type: a subclass may compute something else in its forward, and must not be miscomputed without a word.
+BLOCK_TYPES: dict[type[nn.Module], type[Block]] = {
+    nn.Linear: LinearBlock,
+    nn.Conv2d: Conv2dBlock,
+    nn.BatchNorm1d: BatchNormBlock,
+    nn.BatchNorm2d: BatchNormBlock,
+}
+"""The block of each layer type that K-FAC covers."""
 
 
 def create_blocks(
@@ -25,7 +35,7 @@ def create_blocks(
         model: The network.
         trained: Parameters that the optimizer was given; others get no block.
         form: Form of the BatchNorm Fisher.
-        skip: Shell-style patterns of module names that shall get the plain gradient.
+        skip: Shell-style patterns of names of modules that are to get the plain gradient.
 
     Returns:
         Blocks; each trained parameter of the model is in exactly one.
@@ -45,7 +55,7 @@ def create_blocks(
         own = [
             parameter
             for parameter in module.parameters(recurse=False)
-            if id(parameter) in wanted - claimed and parameter.requires_grad
+            if id(parameter) in wanted and id(parameter) not in claimed and parameter.requires_grad
         ]
         if not own:
             continue
@@ -76,32 +86,18 @@ def refresh_costs(blocks: Sequence[Block]) -> dict[FactorKey, float]:
 def _create_block(
     name: str, module: nn.Module, own: list[Parameter], form: BatchNormForm, skip: Sequence[str], tied: bool
 ) -> Block:
-    reason = _why_not_covered(name, module, own, skip, tied)
-    if reason:
-        return IdentityBlock(name, module, own, reason)
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        return KroneckerBlock(name, module, own)
-    assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-    return BatchNormBlock(name, module, own, form)
-
-
-# Exact types: a subclass may compute something else in its forward, and must not be miscomputed without a word.
-_COVERED_TYPES = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-def _why_not_covered(name: str, module: nn.Module, own: list[Parameter], skip: Sequence[str], tied: bool) -> str:
-    """The reason for the plain gradient, or an empty string."""
+    block_type = BLOCK_TYPES.get(type(module))
     if any(fnmatchcase(name, pattern) for pattern in skip):
-        return "skipped by pattern"
-    if type(module) not in _COVERED_TYPES:
-        return f"{type(module).__name__} has no K-FAC form here"
-    if tied:
-        return "a parameter is shared with another layer"
-    if not any(parameter is module.weight for parameter in own):
-        return "the weight is frozen or not given to the optimizer"
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and len(own) != 2:
-        return "scale or shift is frozen or not given to the optimizer"
-    return ""
+        reason = "skipped by pattern"
+    elif block_type is None:
+        reason = f"{type(module).__name__} has no K-FAC form here"
+    elif tied:
+        reason = "a parameter is shared with another layer"
+    else:
+        reason = block_type.why_not(module, own)
+    if reason or block_type is None:
+        return IdentityBlock(name, module, own, reason)
+    return block_type.create(name, module, own, form)
 
 
 def _count_owners(model: nn.Module) -> dict[int, int]:

@@ -10,19 +10,16 @@ from kfac_dist.curvature.solvers import Solver
 
 
 class IdentityBlock(Block):
-    """Parameters that K-FAC does not cover: the Fisher is the identity, so they get the plain gradient.
-
-    Attributes:
-        reason: Why they are not covered.
-    """
+    """Parameters that K-FAC does not cover: the Fisher is the identity, so they get the plain gradient."""
 
     form = "plain"
 
     def __init__(self, name: str, module: nn.Module, parameters: Sequence[Parameter], reason: str):
+        super().__init__(name, module, parameters)
         self.reason = reason
-        super().__init__(name, module, parameters, {})
+        self.factor_shapes = {}
 
-    def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
+    def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         raise AssertionError(f"{self.name} has no Fisher matrices")
 
     @staticmethod

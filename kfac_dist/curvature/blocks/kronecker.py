@@ -1,52 +1,66 @@
-"""Linear and Conv2d layers: F ≈ G ⊗ A."""
+"""Layers whose weight multiplies their input at every position: F ≈ G ⊗ A."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from kfac_dist.curvature import factors
 from kfac_dist.curvature.blocks.base import Block, Matrices
+from kfac_dist.curvature.factors import input_factor, output_factor, second_moment
 from kfac_dist.curvature.solvers import Solver, damping_shifts, precondition_kronecker
 
 
 class KroneckerBlock(Block):
-    """Linear or Conv2d: F ≈ G ⊗ A, one such block for each group of a convolution."""
+    """F ≈ G ⊗ A, one such block for each group of the layer.
+
+    A layer type's own class says how its inputs and output gradients become rows. The layer has a `weight` of shape
+    (output features, *), its first parameter, and a `bias` or none.
+
+    Attributes:
+        sample_dims: Dimensions of one sample's input; a call with no more than these has no batch dimension.
+        groups: Groups of the layer.
+        rows: Output features of each group.
+        columns: Weights of each output feature.
+        has_bias: Whether the bias is trained, so that A has a row for it.
+    """
 
     form = "kronecker"
+    sample_dims: int
 
-    def __init__(self, name: str, module: nn.Linear | nn.Conv2d, parameters: Sequence[Parameter]):
-        weight = module.weight
-        self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    def __init__(self, name: str, module: nn.Module, parameters: Sequence[Parameter], groups: int = 1):
+        super().__init__(name, module, parameters)
+        weight = module.get_parameter("weight")
+        self.groups = groups
         self.has_bias = len(parameters) == 2
-        self.rows = weight.shape[0] // self.groups
+        self.rows = weight.shape[0] // groups
         self.columns = weight[0].numel()
-        factor_shapes = {"A": (self.groups, self.columns + self.has_bias), "G": (self.groups, self.rows)}
-        super().__init__(name, module, parameters, factor_shapes)
+        self.factor_shapes = {"A": (groups, self.columns + self.has_bias), "G": (groups, self.rows)}
 
-    def factor(self, matrix: str, x: Tensor, g: Tensor) -> Tensor:
-        layer = self.module
-        x = x.to(g.dtype)  # autocast casts the layer's input, too, to the precision that it runs in
-        if x.dim() == (1 if isinstance(layer, nn.Linear) else 3):  # one sample without a batch dimension
+    @classmethod
+    def why_not(cls, module: nn.Module, trained: Sequence[Parameter]) -> str:
+        if any(parameter is module.weight for parameter in trained):
+            return ""
+        return "the weight is frozen or not given to the optimizer"
+
+    @abstractmethod
+    def feature_rows(self, values: Tensor) -> Tensor:
+        """The layer's inputs or output gradients, one row a position: (N, …) → (groups, N·T, features/groups)."""
+
+    def input_moment(self, x: Tensor) -> Tensor:
+        """Σ_n Σ_t a aᵀ of the layer's input, (groups, n, n)."""
+        return second_moment(self.feature_rows(x), self.has_bias)
+
+    def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
+        if x.dim() == self.sample_dims:
             x, g = x[None], g[None]
-        if isinstance(layer, nn.Linear):
-            if matrix == "A":
-                return factors.linear_input_factor(x, self.has_bias)
-            return factors.linear_output_factor(g)
-        assert isinstance(layer, nn.Conv2d)
-        if matrix == "G":
-            return factors.conv2d_output_factor(g, layer.groups)
-        return factors.conv2d_input_factor(
-            x,
-            _pair(layer.kernel_size),
-            _pair(layer.stride),
-            layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),  # type: ignore[arg-type]
-            _pair(layer.dilation),
-            layer.groups,
-            self.has_bias,
-            layer.padding_mode,
-        )
+        num_samples = num_samples or g.shape[0]
+        if matrix == "A":
+            # Autocast casts the layer's input, too, to the precision that it runs in.
+            return input_factor(self.input_moment(x.to(g.dtype)), num_samples)
+        rows = self.feature_rows(g)
+        return output_factor(second_moment(rows), num_samples, num_rows=rows.shape[1])
 
     @staticmethod
     def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:
@@ -67,8 +81,3 @@ class KroneckerBlock(Block):
     @staticmethod
     def solve(arranged: Tensor, solvers: Mapping[str, Solver]) -> Tensor:
         return precondition_kronecker(arranged, solvers["A"], solvers["G"])
-
-
-def _pair(value: Sequence[int]) -> tuple[int, int]:
-    vertical, horizontal = value
-    return vertical, horizontal

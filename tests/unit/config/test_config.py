@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfac_dist.config import strict_yaml
+from kfac_dist.config.kfac import damping_decay_rate
 from kfac_dist.config.load import batch_slots, batch_warning, check_same, load_config
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import InputError
@@ -352,6 +353,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("a: é".encode("latin-1"))
     with pytest.raises(InputError, match=r"is not UTF-8 text \(byte 0xe9 at 3\)"):
         load_config(tmp_path / "latin.yaml")
+
+
+def test_damping_decay_rate_is_eq_13() -> None:
+    assert damping_decay_rate(0.1, 0.001, 100) == pytest.approx(0.04, rel=1e-15)
+    assert damping_decay_rate(0.1, 0.001, 4) == 1.0
+    assert damping_decay_rate(0.02, 0.02, 0) == damping_decay_rate(0.02, 0.02, 10) == 0.0
+    for warmup_steps in (3, 0):
+        with pytest.raises(InputError, match="warmup_steps must be >= 4 for a damping that goes from"):
+            damping_decay_rate(0.1, 0.001, warmup_steps)
+    with pytest.raises(InputError, match=r"target must be <= kfac\.damping\.initial = 0.001, got 0.1"):
+        damping_decay_rate(0.001, 0.1, 100)
 
 
 @pytest.mark.parametrize(("num_ranks", "slots"), [(1, 12), (2, 6), (3, 4), (4, 3), (12, 1)])

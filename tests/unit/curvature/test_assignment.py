@@ -28,7 +28,7 @@ def costs(flops: list[float], num_bytes: list[int] | None = None) -> list[LayerC
 
 
 @pytest.mark.parametrize(
-    ("given_works", "num_ranks", "owners"),
+    ("layers", "num_ranks", "owners"),
     [
         (costs([5, 1, 3]), 1, [(0,), (0,), (0,)]),
         # Largest first: 9→0, 7→1, 6→2, 5→2 (6+5=11), 4→1 (7+4=11), 2→0 (9+2=11).
@@ -45,11 +45,11 @@ def costs(flops: list[float], num_bytes: list[int] | None = None) -> list[LayerC
         ([], 2, []),
     ],
 )
-def test_by_hand(given_works: list[LayerCost], num_ranks: int, owners: list[tuple[int, ...]]) -> None:
-    assert assign_owners(given_works, num_ranks) == owners
+def test_by_hand(layers: list[LayerCost], num_ranks: int, owners: list[tuple[int, ...]]) -> None:
+    assert assign_owners(layers, num_ranks) == owners
 
 
-work_lists = st.lists(
+lists_of_costs = st.lists(
     st.builds(
         LayerCost,
         flops=st.one_of(st.just(0.0), st.integers(1, 10**6).map(float)),
@@ -60,7 +60,7 @@ work_lists = st.lists(
 )
 
 
-@given(layers=work_lists, num_ranks=st.integers(1, 40))
+@given(layers=lists_of_costs, num_ranks=st.integers(1, 40))
 def test_invariants(layers: list[LayerCost], num_ranks: int) -> None:
     owners = assign_owners(layers, num_ranks)
     assert owners == assign_owners(list(layers), num_ranks), "deterministic"
@@ -74,7 +74,7 @@ def test_invariants(layers: list[LayerCost], num_ranks: int) -> None:
     assert used == set(range(len(used))), "only the last ranks may be left without a layer"
 
 
-@given(layers=work_lists, num_ranks=st.integers(1, 40))
+@given(layers=lists_of_costs, num_ranks=st.integers(1, 40))
 def test_up_to_as_many_ranks_as_layers_each_has_one_owner_and_the_load_is_bounded(
     layers: list[LayerCost], num_ranks: int
 ) -> None:
@@ -89,7 +89,7 @@ def test_up_to_as_many_ranks_as_layers_each_has_one_owner_and_the_load_is_bounde
     assert max(loads) <= (total / num_ranks + (1 - 1 / num_ranks) * largest) * (1 + 1e-12)
 
 
-@given(layers=work_lists, further=st.integers(1, 40))
+@given(layers=lists_of_costs, further=st.integers(1, 40))
 def test_with_more_ranks_than_layers_the_costliest_get_help_as_far_as_bytes_allow(
     layers: list[LayerCost], further: int
 ) -> None:

@@ -10,14 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_dist.curvature.batchnorm import batchnorm_fisher, join_gradient, split_gradient, stack_shape
+from tests.unit.curvature.layer_factors import random
 
 SHAPES = [(6, 3, 4, 5), (6, 3, 7), (6, 3), (2, 1, 1, 1)]
 FORMS = ["full", "unit", "diagonal"]
 EPS = 1e-2  # large enough that leaving it out shows
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def mean_loss(output, seed=7):
@@ -56,8 +53,8 @@ def dense_blocks(stack, form, channels):
         return stack[0]
     dense = torch.zeros(2 * channels, 2 * channels, dtype=stack.dtype)
     for index, matrix in enumerate(stack):
-        places = torch.tensor([index, channels + index] if form == "unit" else [index])
-        dense[places[:, None], places] = matrix
+        indices = torch.tensor([index, channels + index] if form == "unit" else [index])
+        dense[indices[:, None], indices] = matrix
     return dense
 
 

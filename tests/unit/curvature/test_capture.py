@@ -9,23 +9,20 @@ from torch.utils.checkpoint import checkpoint
 from kfac_dist.curvature.batchnorm import batchnorm_fisher
 from kfac_dist.curvature.blocks.create import create_blocks
 from kfac_dist.curvature.capture import Capture
-from kfac_dist.curvature.factors import (
+from kfac_dist.tensors.packing import unpack_symmetric
+from tests.unit.curvature.layer_factors import (
     conv2d_input_factor,
     conv2d_output_factor,
     linear_input_factor,
     linear_output_factor,
+    random,
 )
-from kfac_dist.tensors.packing import unpack_symmetric
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-13}
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 def seeded(model):
-    """The model in float64 with weights that depend on their place only."""
+    """The model in float64 with weights that depend on their order only."""
     model = model.double()
     for seed, parameter in enumerate(model.parameters()):
         parameter.data = 0.4 * random(*parameter.shape, seed=seed + 100)
@@ -109,7 +106,7 @@ def positions_of_layers(model, x):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of its dependencies
 @pytest.mark.parametrize("num_batches", [1, 3])
-def test_statistics_agree_with_curvlinops(num_batches):
+def test_factors_agree_with_curvlinops(num_batches):
     """curvlinops, "empirical" Fisher with the "expand" approximation, for a mean loss over all N samples.
 
     It shares out the 1/T of the T positions differently: its A is (1/(N T)) Σ Σ a aᵀ and its G is
@@ -148,12 +145,12 @@ def test_statistics_agree_with_curvlinops(num_batches):
 
         # Their parameters stand one behind the other: the weight row-major, then the bias.
         layer = model.get_submodule(name)
-        places = torch.arange(layer.weight.numel()).view(len(G), -1)
+        indices = torch.arange(layer.weight.numel()).view(len(G), -1)
         if layer.bias is not None:
-            places = torch.cat([places, layer.weight.numel() + torch.arange(len(G))[:, None]], dim=1)
-        places = start + places.flatten()
-        torch.testing.assert_close(dense[places[:, None], places], torch.kron(G, A), **TOLERANCE)
-        start += len(places)
+            indices = torch.cat([indices, layer.weight.numel() + torch.arange(len(G))[:, None]], dim=1)
+        indices = start + indices.flatten()
+        torch.testing.assert_close(dense[indices[:, None], indices], torch.kron(G, A), **TOLERANCE)
+        start += len(indices)
     assert start == len(dense)
 
 
@@ -233,7 +230,7 @@ def test_capture_leaves_the_gradients_as_they_are():
     assert recorder.capture.captured
 
 
-def test_channels_last_gives_the_same_statistics():
+def test_channels_last_gives_the_same_factors():
     x, y = batch()
     recorders = []
     for memory_format in (torch.contiguous_format, torch.channels_last):

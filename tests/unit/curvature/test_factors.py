@@ -14,19 +14,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kfac_dist.curvature import factors
-from kfac_dist.curvature.factors import (
+from kfac_dist.curvature import patches
+from kfac_dist.curvature.factors import input_factor, output_factor, second_moment
+from tests.unit.curvature.layer_factors import (
     conv2d_input_factor,
     conv2d_output_factor,
     linear_input_factor,
     linear_output_factor,
+    random,
 )
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_close(actual, expected):
@@ -91,8 +89,8 @@ def patches_by_loop(layer, x):
         row = source_index(oh * sh + i * dh - before[0], height, layer.padding_mode)
         column = source_index(ow * sw + j * dw - before[1], width, layer.padding_mode)
         if row is not None and column is not None:
-            group, place = channel // per_group, (channel % per_group * kh + i) * kw + j
-            patches[:, oh * out_width + ow, group, place] = x[:, channel, row, column]
+            group, column_of_a = channel // per_group, (channel % per_group * kh + i) * kw + j
+            patches[:, oh * out_width + ow, group, column_of_a] = x[:, channel, row, column]
     return patches
 
 
@@ -165,6 +163,18 @@ def test_linear_numbers_by_hand():
     # Σ g gᵀ = [[10, 2], [2, 20]], times N² = 4, over N·T = 4
     expected = torch.tensor([[10.0, 2.0], [2.0, 20.0]], dtype=torch.float64)
     assert_close(linear_output_factor(x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [lambda x: x, lambda x: x.flatten(0, 1), lambda x: x.transpose(0, 1)],
+    ids=["(N, T, d)", "(N·T, d)", "(T, N, d)"],
+)
+def test_the_scaling_asks_for_the_number_of_samples_not_for_the_order_of_rows(layout):
+    values = random(5, 4, 3)
+    rows = layout(values).reshape(1, -1, 3)
+    assert_close(input_factor(second_moment(rows, ones=True), 5), linear_a_by_loop(values, True))
+    assert_close(output_factor(second_moment(rows), 5, num_rows=20), g_by_loop(values)[None])
 
 
 # Conv2d
@@ -261,7 +271,7 @@ def test_a_batch_that_is_cut_into_chunks_gives_the_same_factor(monkeypatch):
     cut = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda *args: chunks.append(cut(*args)) or chunks[-1])
     for limit, sizes in ((1, [1] * 5), (2 * 2 * 8 * 7 * 2, [2, 2, 1])):
-        monkeypatch.setattr(factors, "UNFOLD_NUMEL", limit)
+        monkeypatch.setattr(patches, "UNFOLD_NUMEL", limit)
         assert_close(conv_a(layer, x), whole)
         assert [len(chunk) for chunk in chunks.pop()] == sizes
 

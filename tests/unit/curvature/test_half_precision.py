@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_dist.curvature import factors
 from kfac_dist.curvature.batchnorm import batchnorm_fisher
 from kfac_dist.curvature.blocks.create import create_blocks
+from tests.unit.curvature.layer_factors import conv2d_input_factor, conv2d_output_factor, linear_input_factor
 
 HALVES = [torch.float16, torch.bfloat16]
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -33,7 +33,7 @@ CASES = {
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", CASES)
-def test_statistics_of_half_tensors_equal_those_of_the_same_values_in_float64(name, half):
+def test_factors_of_half_tensors_equal_those_of_the_same_values_in_float64(name, half):
     """Only the arguments are rounded: the sums keep fp32's digits."""
     layer, input_shape, output_shape = CASES[name]
     x, g = (random(*input_shape) + 0.5).to(half), (random(*output_shape, seed=1) / 64).to(half)
@@ -47,7 +47,7 @@ def test_statistics_of_half_tensors_equal_those_of_the_same_values_in_float64(na
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", CASES)
-def test_statistics_differ_from_those_of_unrounded_tensors_by_the_rounding(name, half):
+def test_factors_differ_from_those_of_unrounded_tensors_by_the_rounding(name, half):
     layer, input_shape, output_shape = CASES[name]
     x, g = random(*input_shape) + 0.5, random(*output_shape, seed=1) / 64
     (block,) = create_blocks(layer, list(layer.parameters()), "diagonal")
@@ -58,7 +58,7 @@ def test_statistics_differ_from_those_of_unrounded_tensors_by_the_rounding(name,
 
 def test_sums_beyond_the_range_of_fp16_are_kept():
     rows = torch.full((4096, 4), 100.0, dtype=torch.float16)  # the sum of squares is 4e7, of the values 4e5
-    A = factors.linear_input_factor(rows, bias=True) * 4096
+    A = linear_input_factor(rows, bias=True) * 4096
     expected = torch.full((5, 5), 4096 * 100.0**2)
     expected[4, :] = expected[:, 4] = 4096 * 100.0
     expected[4, 4] = 4096
@@ -68,7 +68,7 @@ def test_sums_beyond_the_range_of_fp16_are_kept():
 def test_a_long_sum_does_not_stall_at_half_precision():
     """In a bf16 sum, 256 + 1 is 256."""
     rows = torch.ones(100_000, 2, dtype=torch.bfloat16)
-    assert torch.equal(factors.linear_input_factor(rows, bias=True), torch.ones(1, 3, 3))
+    assert torch.equal(linear_input_factor(rows, bias=True), torch.ones(1, 3, 3))
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -105,18 +105,18 @@ def test_off_the_cpu_half_tensors_are_multiplied_as_they_are_into_fp32(half, mon
 def test_channels_last_gives_the_same_factors(kernel_size, groups):
     x, g = random(5, 8, 7, 6).double(), random(5, 4, 7, 6, seed=1).double()
     settings = (kernel_size, (1, 1), tuple(k // 2 for k in kernel_size), (1, 1), groups, True)
-    A = factors.conv2d_input_factor(x, *settings)
-    G = factors.conv2d_output_factor(g, groups)
+    A = conv2d_input_factor(x, *settings)
+    G = conv2d_output_factor(g, groups)
     x, g = (tensor.to(memory_format=torch.channels_last) for tensor in (x, g))
-    torch.testing.assert_close(factors.conv2d_input_factor(x, *settings), A, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(factors.conv2d_output_factor(g, groups), G, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(conv2d_input_factor(x, *settings), A, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(conv2d_output_factor(g, groups), G, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("padding", [(0, 0), (1, 2)])
 def test_the_shortcut_for_1x1_kernels_equals_an_unfolded_input(stride, padding):
     x = random(3, 4, 6, 7).double()
-    A = factors.conv2d_input_factor(x, (1, 1), stride, padding, (1, 1), 1, True)
+    A = conv2d_input_factor(x, (1, 1), stride, padding, (1, 1), 1, True)
     patches = F.unfold(x, 1, padding=padding, stride=stride)
     rows = torch.cat([patches, torch.ones_like(patches[:, :1])], dim=1)
     expected = torch.einsum("nit, njt -> ij", rows, rows) / len(x)

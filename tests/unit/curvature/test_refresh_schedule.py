@@ -174,7 +174,7 @@ def test_only_what_is_due_is_refreshed():
     assert refreshes(optimizer) == {key: counts[key[1]] for key in refreshes(optimizer)}
 
 
-def test_tracked_changes_are_diffs_of_successive_statistics():
+def test_tracked_changes_are_diffs_of_successive_factors():
     net = make_net()
     optimizer = make_kfac(net, lr=0.0, track_changes=True)
     train(net, optimizer, steps=1)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_dist.curvature import solvers as inverse
+from kfac_dist.curvature import solvers
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
-from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
+from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
+from kfac_dist.curvature.blocks.linear import LinearBlock
 from kfac_dist.curvature.inversion import MIN_INTERVAL_FOR_INVERSE, InverseRefresh, InversionTask
 from kfac_dist.curvature.precondition import Preconditioner
 from kfac_dist.curvature.running import BlockCurvature
@@ -23,12 +24,9 @@ from kfac_dist.curvature.solvers import (
     precondition_kronecker,
     precondition_vectors,
 )
+from tests.unit.curvature.layer_factors import random
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def random_psd(count, size, seed=0, rank=None):
@@ -94,17 +92,17 @@ def test_damping_must_be_positive(damping):
 
 @pytest.mark.parametrize("batched_up_to", [512, 3, 0])
 def test_batches_equal_one_matrix_at_a_time(batched_up_to, monkeypatch):
-    monkeypatch.setattr(inverse, "_BATCHED_UP_TO", batched_up_to)
-    factor_shapes = [random_psd(1, 4), random_psd(3, 2, seed=1), random_psd(2, 4, seed=2), random_psd(1, 1, seed=3)]
-    shifts = [torch.arange(1.0, len(stack) + 1, dtype=torch.float64) for stack in factor_shapes]
-    batches = StackBatches(factor_shapes)
-    for mean, stack in zip(batches.mean_diagonals(), factor_shapes, strict=True):
+    monkeypatch.setattr(solvers, "_BATCHED_UP_TO", batched_up_to)
+    stacks = [random_psd(1, 4), random_psd(3, 2, seed=1), random_psd(2, 4, seed=2), random_psd(1, 1, seed=3)]
+    shifts = [torch.arange(1.0, len(stack) + 1, dtype=torch.float64) for stack in stacks]
+    batches = StackBatches(stacks)
+    for mean, stack in zip(batches.mean_diagonals(), stacks, strict=True):
         assert_close(mean, torch.stack([matrix.trace() / len(matrix) for matrix in stack]))
     batches.add_to_diagonals(shifts)
-    solvers, failed = batches.factorise()
+    factorised, failed = batches.factorise()
     assert failed.tolist() == [False] * 4
-    assert [solver.is_inverse for solver in solvers] == [False, True, False, True]
-    for stack, shift, solver in zip(factor_shapes, shifts, solvers, strict=True):
+    assert [solver.is_inverse for solver in factorised] == [False, True, False, True]
+    for stack, shift, solver in zip(stacks, shifts, factorised, strict=True):
         assert solver.matrix.shape == stack.shape
         for matrix, value, found in zip(stack, shift, solver.matrix, strict=True):
             damped = matrix + value * identity(len(matrix))
@@ -117,10 +115,10 @@ def test_batches_equal_one_matrix_at_a_time(batched_up_to, monkeypatch):
 
 @pytest.mark.parametrize("bad", [-5.0, math.nan])
 def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
-    factor_shapes = [random_psd(2, 3), random_psd(2, 3, seed=1), random_psd(1, 2)]
-    factor_shapes[1][1, 0, 0] = bad
-    batches = StackBatches(factor_shapes)
-    batches.add_to_diagonals([torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in factor_shapes])
+    stacks = [random_psd(2, 3), random_psd(2, 3, seed=1), random_psd(1, 2)]
+    stacks[1][1, 0, 0] = bad
+    batches = StackBatches(stacks)
+    batches.add_to_diagonals([torch.full((len(stack),), 0.1, dtype=torch.float64) for stack in stacks])
     assert batches.factorise()[1].tolist() == [False, True, False]
 
 
@@ -156,16 +154,16 @@ def test_vectors_are_solved_block_by_block():
 
 def kronecker_curvature(groups=1, bias=True, name="layer"):
     layer = nn.Conv2d(2 * groups, 3 * groups, 2, groups=groups, bias=bias, dtype=torch.float64)
-    curvature = BlockCurvature(KroneckerBlock(name, layer, list(layer.parameters())))
+    curvature = BlockCurvature(Conv2dBlock(name, layer, list(layer.parameters())))
     for seed, (matrix, (count, size)) in enumerate(curvature.block.factor_shapes.items()):
-        curvature.average(matrix, random_psd(count, size, seed=seed, rank=2), None)
+        curvature.averages[matrix].update(random_psd(count, size, seed=seed, rank=2), None)
     return curvature
 
 
 def batchnorm_curvature(form, name="norm"):
     layer = nn.BatchNorm2d(3, dtype=torch.float64)
     curvature = BlockCurvature(BatchNormBlock(name, layer, list(layer.parameters()), form))
-    curvature.average("F", random_psd(*curvature.block.factor_shapes["F"]), None)
+    curvature.averages["F"].update(random_psd(*curvature.block.factor_shapes["F"]), None)
     return curvature
 
 
@@ -177,7 +175,7 @@ def precondition(curvature, gradient):
     return Preconditioner().apply([curvature], [gradient])[0]
 
 
-def jobs_for(*curvatures, damping=0.1):
+def tasks_for(*curvatures, damping=0.1):
     return [InversionTask(curvature, damping, list(curvature.block.factor_shapes)) for curvature in curvatures]
 
 
@@ -217,8 +215,8 @@ def test_batchnorm_block_equals_a_dense_solve_of_fisher_plus_damping(form):
     gradient = random(6, seed=5)
     dense = 0.3 * identity(6)
     for index, matrix in enumerate(curvature.running["F"]):
-        places = {"full": list(range(6)), "unit": [index, 3 + index], "diagonal": [index]}[form]
-        dense[torch.tensor(places)[:, None], torch.tensor(places)] += matrix
+        indices = {"full": list(range(6)), "unit": [index, 3 + index], "diagonal": [index]}[form]
+        dense[torch.tensor(indices)[:, None], torch.tensor(indices)] += matrix
     assert_close(precondition(curvature, gradient), torch.linalg.solve(dense, gradient))
 
 
@@ -240,20 +238,20 @@ def test_damping_does_not_build_up_in_the_running_fisher():
         assert torch.equal(curvature.solvers[matrix].matrix, first[matrix])
 
 
-def test_running_average_is_unbiased_from_the_first_statistic_on():
+def test_running_average_is_unbiased_from_the_first_factor_on():
     decay, factors = 0.8, [random_psd(1, 2, seed=seed) for seed in range(5)]
-    curvature = BlockCurvature(KroneckerBlock("layer", nn.Linear(2, 2, bias=False), []))
+    curvature = BlockCurvature(LinearBlock("layer", nn.Linear(2, 2, bias=False), []))
     for count in range(1, 6):
-        curvature.average("A", factors[count - 1].clone(), decay)
+        curvature.averages["A"].update(factors[count - 1].clone(), decay)
         weights = [decay ** (count - 1 - index) for index in range(count)]
         weighted = sum(weight * value for weight, value in zip(weights, factors[:count], strict=True))
         assert_close(curvature.running["A"], weighted / sum(weights))
 
 
-def test_without_a_decay_the_newest_statistic_replaces_the_last():
-    curvature = BlockCurvature(KroneckerBlock("layer", nn.Linear(2, 2, bias=False), []))
+def test_without_a_decay_the_newest_factor_replaces_the_last():
+    curvature = BlockCurvature(LinearBlock("layer", nn.Linear(2, 2, bias=False), []))
     for seed in range(3):
-        curvature.average("A", random_psd(1, 2, seed=seed), None)
+        curvature.averages["A"].update(random_psd(1, 2, seed=seed), None)
     assert torch.equal(curvature.running["A"], random_psd(1, 2, seed=2))
 
 
@@ -284,7 +282,7 @@ def test_a_matrix_that_is_not_refreshed_keeps_its_factors():
     curvature = kronecker_curvature()
     refresh_inverses([curvature], [0.1], matrices_of(curvature))
     previous = {matrix: solver.matrix.clone() for matrix, solver in curvature.solvers.items()}
-    curvature.average("G", random_psd(1, 3, seed=9), None)
+    curvature.averages["G"].update(random_psd(1, 3, seed=9), None)
     refresh_inverses([curvature], [0.1], {"layer": ["G"]})
     assert torch.equal(curvature.solvers["A"].matrix, previous["A"])
     assert not torch.allclose(curvature.solvers["G"].matrix, previous["G"])
@@ -315,7 +313,7 @@ def test_deferred_and_immediate_refreshes_end_alike():
         good, bad = batchnorm_curvature("diagonal", "good"), batchnorm_curvature("diagonal", "bad")
         bad.running["F"][2] = -1.0  # 0.05 and 0.5 fail, 5 does
         refresh = InverseRefresh(deferred)
-        reports = [refresh.refresh(jobs_for(good, bad, damping=0.05)), *(refresh.refresh([]) for _ in range(4))]
+        reports = [refresh.refresh(tasks_for(good, bad, damping=0.05)), *(refresh.refresh([]) for _ in range(4))]
         results.append((good.solvers["F"].matrix, bad.solvers["F"].matrix))
         assert [report.num_retries for report in reports] == ([0, 1, 1, 0, 0] if deferred else [2, 0, 0, 0, 0])
         assert sum(report.num_kept for report in reports) == 0
@@ -328,10 +326,10 @@ def test_deferred_and_immediate_refreshes_end_alike():
 def test_until_a_deferred_answer_is_known_the_device_keeps_the_previous_solvers(hopeless, serves_long):
     curvature, refresh = kronecker_curvature(), InverseRefresh(deferred=True)
     gradient = random(curvature.block.num_values)
-    refresh.refresh(jobs_for(curvature), lambda key: 20 if serves_long else 1)
+    refresh.refresh(tasks_for(curvature), lambda key: 20 if serves_long else 1)
     before = precondition(curvature, gradient)
     curvature.running["G"][0, 0, 0] = hopeless
-    reports = [refresh.refresh(jobs_for(curvature))]
+    reports = [refresh.refresh(tasks_for(curvature))]
     assert_close(precondition(curvature, gradient), before)
     reports += [refresh.refresh([]) for _ in range(5)]
     assert [report.num_retries for report in reports] == [0, 1, 1, 1, 0, 0]
@@ -343,7 +341,7 @@ def test_a_first_refresh_that_fails_leaves_the_plain_gradient():
     for deferred in (False, True):
         curvature = kronecker_curvature()
         curvature.running["A"][0, 0, 0] = math.nan
-        InverseRefresh(deferred).refresh(jobs_for(curvature))
+        InverseRefresh(deferred).refresh(tasks_for(curvature))
         gradient = random(curvature.block.num_values)
         assert torch.equal(precondition(curvature, gradient), gradient)
 
@@ -352,7 +350,7 @@ def test_a_block_that_fails_and_is_refreshed_again_keeps_its_higher_damping():
     curvature, refresh = batchnorm_curvature("diagonal"), InverseRefresh(deferred=True)
     curvature.running["F"][2] = -0.3
     for _ in range(2):
-        refresh.refresh(jobs_for(curvature, damping=0.05))
+        refresh.refresh(tasks_for(curvature, damping=0.05))
     assert_close(curvature.solvers["F"].matrix, 1 / (curvature.running["F"] + 0.5))
 
 
@@ -361,7 +359,7 @@ def test_what_is_to_be_tried_again_is_part_of_the_state():
     for restored in (False, True):
         curvature, refresh = batchnorm_curvature("diagonal"), InverseRefresh(deferred=True)
         curvature.running["F"][2] = -0.3
-        refresh.refresh(jobs_for(curvature, damping=0.05))
+        refresh.refresh(tasks_for(curvature, damping=0.05))
         state = refresh.state_dict()
         assert state == {"norm": (0.05, ["F"], 1)}
         if restored:
@@ -380,9 +378,9 @@ def many_curvatures():
     """Three convolutions of one shape, one of them with two groups' worth, a linear layer, and three BatchNorms."""
     curvatures = [kronecker_curvature(groups, name=f"conv{n}") for n, groups in enumerate((1, 2, 1))]
     linear = nn.Linear(8, 3, dtype=torch.float64)  # with its bias as large as the convolutions: 9 columns, 3 rows
-    curvatures.append(BlockCurvature(KroneckerBlock("linear", linear, list(linear.parameters()))))
+    curvatures.append(BlockCurvature(LinearBlock("linear", linear, list(linear.parameters()))))
     for seed, (matrix, (count, size)) in enumerate(curvatures[-1].block.factor_shapes.items()):
-        curvatures[-1].average(matrix, random_psd(count, size, seed=seed + 20), None)
+        curvatures[-1].averages[matrix].update(random_psd(count, size, seed=seed + 20), None)
     curvatures += [batchnorm_curvature(form, f"{form}{n}") for n, form in enumerate(("unit", "diagonal", "diagonal"))]
     return curvatures
 
@@ -390,7 +388,7 @@ def many_curvatures():
 @pytest.mark.parametrize("interval", [1, 20])
 def test_blocks_solved_together_equal_blocks_solved_alone(interval):
     curvatures = many_curvatures()
-    InverseRefresh().refresh(jobs_for(*curvatures), lambda key: interval)
+    InverseRefresh().refresh(tasks_for(*curvatures), lambda key: interval)
     gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
     alone = [precondition(curvature, gradient) for curvature, gradient in zip(curvatures, gradients, strict=True)]
     together = Preconditioner()
@@ -404,7 +402,7 @@ def test_blocks_solved_together_equal_blocks_solved_alone(interval):
 def test_inverses_of_one_shape_share_memory_until_one_is_replaced():
     curvatures = many_curvatures()
     refresh, together = InverseRefresh(), Preconditioner()
-    refresh.refresh(jobs_for(*curvatures), lambda key: 20)
+    refresh.refresh(tasks_for(*curvatures), lambda key: 20)
     gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
     together.apply(curvatures, gradients)
 
@@ -418,7 +416,7 @@ def test_inverses_of_one_shape_share_memory_until_one_is_replaced():
     together.apply(curvatures, gradients)
     assert storages() == first, "nothing is copied while nothing changes"
 
-    curvatures[1].average("G", random_psd(2, 3, seed=9), None)
+    curvatures[1].averages["G"].update(random_psd(2, 3, seed=9), None)
     refresh.refresh([InversionTask(curvatures[1], 0.1, ["G"])], lambda key: 20)
     expected = precondition(curvatures[1], gradients[1])
     assert_close(together.apply(curvatures, gradients)[1], expected)

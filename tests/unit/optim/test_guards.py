@@ -206,3 +206,31 @@ def test_unfreezing_gives_what_a_new_optimizer_gives() -> None:
     train(nets[1], KFAC(nets[1], create_communicator("reduce"), **settings), steps=2, first=2)
     for ours, theirs in zip(weights(nets[0]), weights(nets[1]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+
+
+# Layouts ----------------------------------------------------------------------------------------------------
+
+
+def test_layouts_of_a_sequence_give_the_same_update_with_the_number_of_samples() -> None:
+    sequences, tokens, features = 6, 4, 5
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sequences, tokens, features, dtype=torch.float64, generator=generator)
+    y = torch.randn(sequences, tokens, 3, dtype=torch.float64, generator=generator)
+    layouts = [
+        lambda values: values,
+        lambda values: values.flatten(0, 1),
+        lambda values: values.transpose(0, 1).contiguous(),
+    ]
+
+    def train_with(layout: Any, num_samples: int | None) -> Tensor:
+        torch.manual_seed(0)
+        layer = nn.Linear(features, 3).double()
+        optimizer = KFAC(layer, create_communicator("reduce"), lr=0.1, damping=0.01, num_samples=num_samples)
+        F.mse_loss(layer(layout(x)), layout(y)).backward()
+        optimizer.step()
+        return layer.weight.detach()
+
+    expected = train_with(layouts[0], None)
+    for layout in layouts:
+        torch.testing.assert_close(train_with(layout, sequences), expected, rtol=1e-12, atol=1e-13)
+    assert (train_with(layouts[1], None) - expected).abs().max() > 1e-3, "the layout matters without it"

@@ -20,7 +20,7 @@ def train(iteration, **fields):
         "learning_rate": 0.1,
         "stage_seconds": {"forward": 0.5, "backward": 1.0},
     }
-    return {"kind": "train", "iteration": iteration, "epoch": iteration / 2, **defaults, **fields}
+    return {"kind": "train", "iteration": iteration, "epoch": (iteration + 1) / 2, **defaults, **fields}
 
 
 def evaluation(epoch, top1):
@@ -59,14 +59,35 @@ def test_figure_shows_the_recorded_values(run):
     assert line.get_marker() == "o"
     assert line.get_label() == "K-FAC: 55.5 %"
     (line,) = rate.get_lines()
-    np.testing.assert_array_equal(line.get_xydata(), [[0, 1], [0.5, 1], [1, 1], [1.5, 1]])
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 1], [0.5, 1], [1, 1], [1.5, 1]])  # where iterations start
     assert line.get_label() == "peak 0.1"
-    np.testing.assert_array_equal(loss.get_lines()[0].get_xydata(), [[0, 2], [0.5, 1], [1, 0], [1.5, -1]])
+    np.testing.assert_array_equal(loss.get_lines()[0].get_xydata(), [[0.5, 2], [1, 1], [1.5, 0], [2, -1]])
     assert [patch.get_width() for patch in stages.patches] == [0.5, 1.0]
     assert [patch.get_x() for patch in stages.patches] == [0.0, 0.5]  # stacked
     assert "1.50 s" in [text.get_text() for text in stages.texts]
     units = [axes.get_ylabel() for axes in (accuracy, rate, loss)] + [stages.get_xlabel()]
     assert [any(unit in label for unit in ("%", "÷", "nats", "seconds")) for label in units] == [True] * 4
+
+
+@pytest.mark.parametrize(("last", "scale"), [(0.19, "log"), (0.21, "linear"), ("NaN", "linear"), (0.0, "linear")])
+def test_losses_over_more_than_a_decade_are_shown_logarithmically(tmp_path, last, scale):
+    run = plots.read_run(write_run(tmp_path / "run", [train(0, loss=2.0), train(1, loss=last)]))
+    assert plots.draw_curves([run], "title").get_axes()[2].get_yscale() == scale
+
+
+def test_short_stages_are_given_in_milliseconds(tmp_path):
+    run = plots.read_run(write_run(tmp_path / "run", [train(0, stage_seconds={"forward": 0.002, "backward": 0.0105})]))
+    stages = plots.draw_curves([run], "title").get_axes()[3]
+    np.testing.assert_allclose([patch.get_width() for patch in stages.patches], [2.0, 10.5])
+    assert [text.get_text() for text in stages.texts] == ["2.0", "10.5", "12.5 ms"]
+    assert stages.get_xlabel() == "milliseconds per iteration (median)"
+
+
+def test_a_run_without_stage_seconds_is_drawn(tmp_path):
+    run = plots.read_run(write_run(tmp_path / "run", [train(0, stage_seconds={})]))
+    stages = plots.draw_curves([run], "title").get_axes()[3]
+    assert not stages.patches
+    assert stages.get_legend() is None
 
 
 def test_stage_seconds_is_the_median_for_a_stage_that_always_runs():

@@ -7,8 +7,8 @@ import pytest
 
 from kfac_dist import plots
 from kfac_dist.errors import InputError
+from kfac_dist.plots.accuracy import fisher_label
 from kfac_dist.plots.command import main
-from kfac_dist.plots.figure3 import fisher_label
 
 
 def diff(iteration, layer, matrix, value):
@@ -33,7 +33,7 @@ def test_percentiles_are_over_layers_at_each_refresh():
 
 def test_figure_5_has_a_panel_for_each_kind_and_marks_iteration_500(tmp_path):
     records = [diff(i, layer, m, 0.1 + i / 1000) for i in (1, 400, 600) for layer in "ab" for m in "AG"]
-    figure = plots.draw_figure5(write_run(tmp_path / "run", records))
+    figure = plots.draw_fisher_change(write_run(tmp_path / "run", records))
     panels = figure.get_axes()
     assert [panel.get_title() for panel in panels] == ["input factors A", "output factors G"]
     median, mark = panels[0].get_lines()
@@ -43,7 +43,7 @@ def test_figure_5_has_a_panel_for_each_kind_and_marks_iteration_500(tmp_path):
 
 def test_a_run_without_diff_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no Diff is recorded; train with kfac\.monitor\.diff=true"):
-        plots.draw_figure5(write_run(tmp_path / "run", []))
+        plots.draw_fisher_change(write_run(tmp_path / "run", []))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kfac_dist.errors import InputError
-from kfac_dist.plots.runs import RUN_COLOURS, STYLE, Array
+from kfac_dist.plots.runs import RUN_COLOURS, STYLE, Array, put_legend_beside
 from kfac_dist.runs.reader import read_metrics
 
 PERCENTILES = (5, 25, 50, 75, 95)
@@ -38,7 +38,7 @@ def diff_percentiles(records: Sequence[Mapping[str, Any]], matrix: str) -> tuple
     return np.array(iterations, dtype=np.float64), np.array(percentiles, dtype=np.float64)
 
 
-def draw_figure5(directory: str | Path) -> Figure:
+def draw_fisher_change(directory: str | Path) -> Figure:
     """A panel for each kind of matrix, Diff against the iteration; the 500th iteration is marked.
 
     Raises:
@@ -50,7 +50,7 @@ def draw_figure5(directory: str | Path) -> Figure:
     if not drawn:
         raise InputError(f"{directory}: no Diff is recorded; train with kfac.monitor.diff=true")
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(10.6, 3.2), layout="constrained")
         panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
         for axes, (matrix, (iterations, percentiles)) in zip(panels, drawn.items(), strict=True):
             _draw_percentiles(axes, iterations, percentiles)
@@ -58,7 +58,7 @@ def draw_figure5(directory: str | Path) -> Figure:
             axes.set_xlabel("iteration")
         panels[0].set_ylabel("Diff")
         panels[0].set_yscale("log")
-        panels[-1].legend(fontsize=8, title="over layers", title_fontsize=8)
+        put_legend_beside(panels[-1], title="over layers")
     return figure
 
 

@@ -7,7 +7,16 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kfac_dist.plots.runs import LINE_STYLES, RUN_COLOURS, STYLE, Run, column, read_config
+from kfac_dist.plots.runs import (
+    LINE_STYLES,
+    RUN_COLOURS,
+    STYLE,
+    Run,
+    column,
+    put_legend_beside,
+    read_config,
+    start_epochs,
+)
 
 
 def batch_label(directory: str | Path) -> str | None:
@@ -29,17 +38,18 @@ def fisher_label(directory: str | Path) -> str | None:
     return f"{kfac['batchnorm']}, {schedule}" if "batchnorm" in kfac and schedule else None
 
 
-def draw_figure3(runs: Sequence[Run]) -> Figure:
+def draw_top1_and_learning_rate(runs: Sequence[Run]) -> Figure:
     """Two columns of the same curves: against the iteration, and against the epoch."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 5.2), layout="constrained")
+        figure = Figure(figsize=(11.2, 5.2), layout="constrained")
         axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=[2, 1])
         for index, run in enumerate(runs):
             colour = RUN_COLOURS[index % len(RUN_COLOURS)]
             line = LINE_STYLES[index // len(RUN_COLOURS) % len(LINE_STYLES)]
+            rate_line = LINE_STYLES[index % len(LINE_STYLES)]
             for place, field in enumerate(("iteration", "epoch")):
                 _draw_top1(axes[0, place], run, field, colour, line)
-                _draw_learning_rate(axes[1, place], run, field, colour, line)
+                _draw_learning_rate(axes[1, place], run, field, colour, rate_line)
         axes[0, 0].set_ylabel("validation top-1 (%)")
         axes[1, 0].set_ylabel("learning rate")
         axes[1, 0].set_xlabel("iteration")
@@ -48,7 +58,7 @@ def draw_figure3(runs: Sequence[Run]) -> Figure:
             axes[1, place].set_xlim(left=0)
             axes[1, place].set_ylim(bottom=0)
         axes[1, 0].ticklabel_format(axis="y", style="plain")
-        axes[0, 1].legend(loc="lower right", title="best top-1", title_fontsize=8, fontsize=8)
+        put_legend_beside(axes[0, 1], title="best top-1")
     return figure
 
 
@@ -62,4 +72,5 @@ def _draw_top1(axes: Axes, run: Run, field: str, colour: str, line: str) -> None
 
 
 def _draw_learning_rate(axes: Axes, run: Run, field: str, colour: str, line: str) -> None:
-    axes.plot(column(run.train, field), column(run.train, "learning_rate"), line, color=colour, linewidth=1.4)
+    places = start_epochs(run.train) if field == "epoch" else column(run.train, field)
+    axes.plot(places, column(run.train, "learning_rate"), line, color=colour, linewidth=1.4)

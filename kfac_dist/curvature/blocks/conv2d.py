@@ -1,0 +1,26 @@
+"""Two-dimensional convolutions."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
+from kfac_dist.curvature.factors import pixel_rows
+from kfac_dist.curvature.patches import Patches, patch_moment
+
+
+class Conv2dBlock(KroneckerBlock):
+    """Conv2d: F ≈ G ⊗ A, where the input at a position is a patch; the pixels of the output are the positions."""
+
+    sample_dims = 3
+
+    def __init__(self, name: str, module: nn.Conv2d, parameters: Sequence[Parameter]):
+        super().__init__(name, module, parameters, module.groups)
+        self.patches = Patches.of(module)
+
+    def feature_rows(self, values: Tensor) -> Tensor:
+        return pixel_rows(values, self.groups)
+
+    def input_moment(self, x: Tensor) -> Tensor:
+        return patch_moment(x, self.patches, self.has_bias)
