@@ -21,8 +21,9 @@ Algorithm = Callable[[Tensor, Sequence[int]], Tensor]
 def measure_algorithms(communicator: Communicator, algorithms: Mapping[str, Algorithm]) -> dict[str, float]:
     """Seconds of each algorithm that is not several times slower than the fastest, on the largest buffer; collective.
 
-    Ends after about a second, on a machine as busy as may be: buffers grow, and what is too slow on a small one is not
-    tried on a larger one. Rank 0's clock and figures decide for all, so that every rank makes the same calls.
+    No call starts later than a second after the first, however busy the machine; the one under way is waited for.
+    Buffers grow, and what is too slow on a small one is not tried on a larger one. Rank 0's clock and figures decide
+    for all, so that every rank makes the same calls.
 
     Args:
         communicator: Over which the ranks agree.

@@ -46,7 +46,8 @@ class MpiCommunicator(Communicator):
         """Set up; collective.
 
         Args:
-            reduce_scatter: The ReduceScatterV algorithm; "auto" measures, for about a second.
+            reduce_scatter: The ReduceScatterV algorithm; "auto" measures, for a second at most and the call that is
+                then under way.
             device: Where the buffers will be, for the description; the CPU if None.
 
         Raises:

@@ -1,13 +1,16 @@
 """Scripts of one's own, which import nothing but the library; the argument names the case.
 
 raise        the last rank raises while the others wait for it
-group_after  the same, after the script has made a process group of its own: torch's hook then stands around ours
+thread_ignored  the same, after an exception in another thread, which ends that thread only
+opt_out      neither; looks at the hook with and without it
+group_after  raise, after the script has made a process group of its own: torch's hook then stands around ours
 train        K-FAC on data that differ by rank; the weights must not
 spawn        the same in two processes that no launcher started, whose script has made the default process group
 """
 
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +25,11 @@ from kfac_dist import KFAC, create_communicator, local_device
 def fail(case: str) -> None:
     communicator = create_communicator()
     assert communicator.size == 2
+    if case == "thread_ignored":
+        threading.excepthook = lambda report: None
+        thread = threading.Thread(target=divmod, args=(1, 0))
+        thread.start()
+        thread.join()
     if case == "group_after":
         where = communicator.gather_bytes(tempfile.mkdtemp().encode())[0].decode()
         dist.init_process_group("gloo", init_method=f"file://{where}/store", rank=communicator.rank, world_size=2)
@@ -29,6 +37,17 @@ def fail(case: str) -> None:
         print(f"failing at {time.time()}", flush=True)
         raise RuntimeError("disk on fire")
     communicator.barrier()
+
+
+def look_at_hook() -> None:
+    before = sys.excepthook
+    communicator = create_communicator(abort_on_exception=False)
+    assert sys.excepthook is before
+    create_communicator()
+    installed = sys.excepthook
+    create_communicator()
+    assert installed is sys.excepthook is not before
+    communicator.print_once("hook left alone, then set once")
 
 
 def train() -> None:
@@ -62,6 +81,8 @@ def main(case: str) -> None:
             torch.multiprocessing.spawn(train_in_group, (folder,), nprocs=2)
     elif case == "train":
         train()
+    elif case == "opt_out":
+        look_at_hook()
     else:
         fail(case)
 
