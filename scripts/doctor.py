@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from kfac_dist.doctor import findings
@@ -27,8 +28,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace, rank: int, guard: findings.HangGuard) -> int:
     """Run one rank, by the launcher's number; returns the exit code, the same on all but where --json fails."""
-    # Over MPI and the CPU, whatever GPUs there are: the checks must run where they do not go together.
-    communicator = MpiCommunicator("reduce")
+    # On the CPU and unchecked, whatever ranks and GPUs there are: the checks must run where they do not go together.
+    communicator = connect_ranks()
     found = examine(communicator, arguments.output, arguments.data, guard)
     # Where every process became a job of its own, the launcher's first still speaks for all.
     if communicator.is_main and (communicator.size > 1 or rank == 0):
@@ -50,8 +51,16 @@ if __name__ == "__main__":
     arguments, rank = parse_arguments(), launcher_rank(os.environ)
     guard = findings.HangGuard(rank)
     try:
-        from kfac_dist.communicator import MpiCommunicator, launch
+        from kfac_dist.communicator import launch
+        from kfac_dist.communicator.launcher_variables import launched_by_torchrun
         from kfac_dist.doctor.examine import examine
+
+        if launched_by_torchrun(os.environ):
+            from kfac_dist.communicator.connect import connect_by_default_group as connect_ranks
+        else:
+            from kfac_dist.communicator import MpiCommunicator
+
+            connect_ranks = partial(MpiCommunicator, "reduce")
     except Exception as error:  # say what is missing, not where Python stumbled over it
         found = f"torch or MPI cannot be loaded: {type(error).__name__}: {error}"
         remedy = "scripts/setup.sh; on a cluster load the MPI module that mpi4py was built with"

@@ -20,7 +20,7 @@ from kfac_dist.tensors.host_copy import HostCopy, to_device
 # A matrix that is not positive definite to rounding is damped tenfold, this many times at most.
 _MAX_RETRIES = 3
 
-# Iterations from which an explicit inverse pays for being formed; on a CPU 5 to more than 15, by size (benchmarks/).
+# Iterations from which an inverse pays for being formed; on a CPU 5 to more than 15, by size (benchmarks/results/).
 MIN_INTERVAL_FOR_INVERSE = 10
 
 

@@ -1,6 +1,6 @@
 """Whether a machine is ready for training: `scripts/doctor.py`.
 
-    findings    what a check found and how to mend it; the merged list; the limit on time
+    findings    what a check found and its remedy; the merged list; the limit on time
     software    Python, packages, the MPI library against mpirun (imports neither torch nor MPI)
     ranks       launcher, world size, hosts, versions, threads against cores, latency and bandwidth
     machine     GPUs, NCCL, CUDA-awareness; folders for output and data

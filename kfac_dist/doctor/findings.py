@@ -30,7 +30,7 @@ class Finding:
         status: `error` when training cannot work, `warning` when it will go badly, `note` when something is worth
             knowing, else `ok`.
         found: What is there, with the value.
-        remedy: The command or setting that mends it; there is one unless the status is `ok`.
+        remedy: The command or setting that removes it; there is one unless the status is `ok`.
         ranks: The ranks it holds for; none means the whole job.
     """
 
@@ -56,7 +56,7 @@ def attempt(name: str, check: Callable[[], Iterable[Finding]]) -> list[Finding]:
         return list(check())
     except Exception as error:  # whatever it is, the other checks still have something to say
         text = f"could not be checked: {type(error).__name__}: {error}"
-        return [Finding(name, "warning", text, "mend what the message names; the other findings stand without it")]
+        return [Finding(name, "warning", text, "correct what the message names; the other findings stand without it")]
 
 
 def merge(findings_by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
@@ -111,7 +111,7 @@ def format_report(findings: Sequence[Finding]) -> str:
     ]
     outcome = "training can start"
     if "error" in statuses:
-        outcome = "training will not work before the errors are mended"
+        outcome = "training will not work before the errors are corrected"
     return "\n".join([*lines, "", f"{', '.join(counts) or 'All is well'}: {outcome}."])
 
 

@@ -4,38 +4,10 @@ Both average over ranks by themselves, so an object that decides on each rank al
 model's layers, would compute something else; it is refused by name.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from kfac_dist.communicator import Communicator, create_communicator
-
-
-class Guarded(torch.optim.Optimizer):
-    """An optimizer that refuses to be copied, pickled or driven by a `torch.amp.GradScaler`."""
-
-    # A GradScaler then leaves the gradients alone and hands its scale over, by which it is recognised.
-    _step_supports_amp_scaling = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled: it is tied to its model's layers and to the other "
-            "ranks. Save its state_dict(), make a new one for the copied model, and load the state into that"
-        )
-
-    def refuse_grad_scaler(self) -> None:
-        """Refuse a step that a GradScaler drives.
-
-        Raises:
-            TypeError: If one does.
-        """
-        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
-            raise TypeError(
-                f"torch.amp.GradScaler cannot drive {type(self).__name__}: it decides on each rank alone whether to "
-                "skip, and K-FAC's factors would keep its scale. Use kfac_dist.LossScaler: "
-                "loss_scaler=scaler in the constructor, scaler.scale_loss(loss).backward(), optimizer.step()"
-            )
 
 
 def check_arguments(name: str, model: object, communicator: object) -> Communicator:

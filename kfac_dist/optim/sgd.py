@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
-from kfac_dist.curvature.blocks.base import FactorKey
-from kfac_dist.optim.guards import Guarded, broadcast_model, check_arguments, clip_, refuse_sparse
+from kfac_dist.optim.base import DistributedOptimizer
+from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import rescale_weights_, rescaled_weights
@@ -20,7 +20,7 @@ from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import WeightRescaling
 
 
-class SGD(Guarded, torch.optim.SGD):
+class SGD(DistributedOptimizer, torch.optim.SGD):
     """`torch.optim.SGD` that averages gradients over the ranks first; its settings mean what they mean there.
 
     At construction every rank takes rank 0's weights.
@@ -154,11 +154,3 @@ class SGD(Guarded, torch.optim.SGD):
             rescale_weights_(self._rescaled, self._weight_rescaling)
         self.report = StepReport()
         return loss
-
-    def describe(self) -> list[str]:
-        """Nothing to say for the log; see `KFAC.describe`."""
-        return []
-
-    def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
-        """Of no matrices; see `KFAC.spectra`."""
-        return {}

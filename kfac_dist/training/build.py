@@ -1,6 +1,7 @@
 """The parts of a run as a configuration names them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from kfac_dist.curvature.refresh_schedule import (
     eq20_interval,
     eq21_interval,
 )
+from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.kfac import KFAC, CommDtypes
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.sgd import SGD
@@ -22,47 +24,57 @@ from kfac_dist.timing import StageTimer
 from kfac_dist.training.schedules import Schedules
 
 
-def create_optimizer(
-    config: Config,
-    model: nn.Module,
-    communicator: Communicator,
-    accumulation_steps: int,
-    schedules: Schedules,
-    timer: StageTimer,
-    loss_scaler: LossScaler | None = None,
-) -> KFAC | SGD:
-    """K-FAC or SGD as configured; collective.
+@dataclass(frozen=True)
+class Parts:
+    """What an optimizer is made of besides the configuration.
 
-    Args:
-        config: A validated configuration.
+    Attributes:
         model: The network, on its device.
         communicator: Collectives over the ranks.
         accumulation_steps: Backward passes for each step.
         schedules: Of the run; a refresh schedule may go by its epochs.
         timer: Charged with the stages' seconds.
         loss_scaler: What losses are scaled with, in fp16.
+    """
+
+    model: nn.Module
+    communicator: Communicator
+    accumulation_steps: int
+    schedules: Schedules
+    timer: StageTimer
+    loss_scaler: LossScaler | None = None
+
+
+def create_optimizer(config: Config, parts: Parts) -> DistributedOptimizer:
+    """The optimizer that a configuration names; collective.
 
     Raises:
         InputError: If a pattern of kfac.skip matches no module.
     """
+    return OPTIMIZERS[config.optimizer.name](config, parts)
+
+
+def _create_sgd(config: Config, parts: Parts) -> SGD:
     settings = config.optimizer
-    gradient_comm_dtype = HALF_DTYPES.get(config.communication.gradient_precision)
-    if config.kfac is None:
-        return SGD(
-            model,
-            communicator,
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            weight_rescaling=config.weight_rescaling,
-            loss_scaler=loss_scaler,
-            gradient_comm_dtype=gradient_comm_dtype,
-            timer=timer,
-        )
-    kfac = config.kfac
+    return SGD(
+        parts.model,
+        parts.communicator,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        weight_rescaling=config.weight_rescaling,
+        loss_scaler=parts.loss_scaler,
+        gradient_comm_dtype=HALF_DTYPES.get(config.communication.gradient_precision),
+        timer=parts.timer,
+    )
+
+
+def _create_kfac(config: Config, parts: Parts) -> KFAC:
+    settings, kfac, communication = config.optimizer, config.kfac, config.communication
+    assert kfac is not None, "the configuration has a kfac section where optimizer.name is kfac"
     return KFAC(
-        model,
-        communicator,
+        parts.model,
+        parts.communicator,
         lr=settings.learning_rate,
         momentum=settings.momentum,
         damping=kfac.damping.initial,
@@ -71,14 +83,20 @@ def create_optimizer(
         weight_rescaling=config.weight_rescaling,
         batchnorm=kfac.batchnorm,
         ema_decay=kfac.ema_decay,
-        refresh=create_refresh(kfac.refresh, schedules.epoch_at),
-        accumulation_steps=accumulation_steps,
+        refresh=create_refresh(kfac.refresh, parts.schedules.epoch_at),
+        accumulation_steps=parts.accumulation_steps,
         skip=kfac.skip,
         track_changes=kfac.monitor.diff,
-        loss_scaler=loss_scaler,
-        comm_dtypes=CommDtypes(HALF_DTYPES.get(config.communication.factor_precision), gradient_comm_dtype),
-        timer=timer,
+        loss_scaler=parts.loss_scaler,
+        comm_dtypes=CommDtypes(
+            HALF_DTYPES.get(communication.factor_precision), HALF_DTYPES.get(communication.gradient_precision)
+        ),
+        timer=parts.timer,
     )
+
+
+OPTIMIZERS: dict[str, Callable[[Config, Parts], DistributedOptimizer]] = {"kfac": _create_kfac, "sgd": _create_sgd}
+"""How each `optimizer.name` is made."""
 
 
 def create_refresh(refresh: RefreshConfig, epoch_at: Callable[[int], float]) -> RefreshSchedule:

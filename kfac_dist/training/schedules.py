@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from kfac_dist.config.kfac import damping_decay_rate
 from kfac_dist.config.schema import Config, ConstantSchedule, CosineSchedule, PolynomialSchedule
 from kfac_dist.data.sampling import SlotSampler
-from kfac_dist.errors import InputError
 
 
 def polynomial_decay(epoch: float, initial: float, power: float, start: float, end: float) -> float:
@@ -71,10 +71,8 @@ def coupled_momentum(learning_rate: float, initial_learning_rate: float, initial
 def damping_at(step: int, initial: float, target: float, warmup_steps: int) -> float:
     """Damping at an optimizer step (Eq. 13-14 iterated `step` times, in closed form).
 
-    The recurrence gamma(t+1) = (1 - alpha) gamma(t) + alpha * target, with
-    alpha = 2 log10(initial / target) / warmup_steps, multiplies the distance to the target by 1 - alpha at
-    each step. Outside 0 <= alpha <= 1 the damping would grow without bound or turn negative, so such settings
-    are refused.
+    The recurrence gamma(t+1) = (1 - alpha) gamma(t) + alpha * target, with alpha from `damping_decay_rate`, multiplies
+    the distance to the target by 1 - alpha at each step.
 
     Args:
         step: Number of updates made before this one, >= 0.
@@ -84,18 +82,10 @@ def damping_at(step: int, initial: float, target: float, warmup_steps: int) -> f
             damping, `initial` equal to `target`.
 
     Raises:
-        InputError: If the settings are outside these ranges.
+        KeyProblem: If the settings are outside these ranges.
     """
-    if initial == target:
-        return target
-    total = 2.0 * (math.log10(initial) - math.log10(target))
-    if not 0.0 < total <= warmup_steps:
-        raise InputError(
-            "damping must fall from initial to a lower target in at least 2 log10(initial / target) "
-            f"warmup_steps, got initial {initial}, target {target}, warmup_steps {warmup_steps}: "
-            + (f"use {math.ceil(total)} steps or more" if total > 0 else "lower the target")
-        )
-    return target + (initial - target) * (1.0 - total / warmup_steps) ** step
+    rate = damping_decay_rate(initial, target, warmup_steps)
+    return target + (initial - target) * (1.0 - rate) ** step
 
 
 @dataclass(frozen=True)
@@ -182,7 +172,7 @@ class Schedules:
             sampler: Which samples make an iteration; gives the fractional epoch.
 
         Raises:
-            InputError: If the damping cannot fall as configured.
+            KeyProblem: If the damping cannot fall as configured.
         """
         self.num_iterations = sampler.num_iterations(config.train.epochs)
         self.epoch_at = sampler.epoch_at

@@ -30,7 +30,7 @@ from kfac_dist.precision import Precision, configure_backends
 from kfac_dist.random_streams import RandomStream, keyed_generator
 from kfac_dist.tensors.host_copy import HostCopy, to_device
 from kfac_dist.timing import StageTimer
-from kfac_dist.training.build import create_optimizer
+from kfac_dist.training.build import Parts, create_optimizer
 from kfac_dist.training.evaluation import evaluate
 from kfac_dist.training.reporter import IterationResult, Reporter
 from kfac_dist.training.schedules import Schedules
@@ -89,9 +89,8 @@ class Trainer:
         self.loss_scaler = LossScaler() if self.precision.needs_loss_scale else None
         with communicator.raise_on_all_ranks():
             self.schedules = Schedules(config, self.sampler)
-            self.optimizer = create_optimizer(
-                config, self.model, communicator, self.num_local_slots, self.schedules, self.timer, self.loss_scaler
-            )
+            parts = Parts(self.model, communicator, self.num_local_slots, self.schedules, self.timer, self.loss_scaler)
+            self.optimizer = create_optimizer(config, parts)
         self.augmentation = Augmentation(config.augment, self.dataset.num_classes, seed)
         self.iteration = 0  # the next one
         self.top1 = self.best_top1 = 0.0

@@ -70,6 +70,13 @@ def test_the_trainer(torchrun: Run, tmp_path: Path) -> None:
     assert (tmp_path / "quickstart" / "DONE").exists()
 
 
+def test_the_doctor(torchrun: Run, tmp_path: Path) -> None:
+    finished = torchrun(2, ROOT / "scripts" / "doctor.py", "--output", tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("launcher    torchrun; torch.distributed connects its ranks") == 1
+    assert "world size  2, as promised by WORLD_SIZE" in finished.stdout
+
+
 def test_mpi_cannot_connect_torchruns_ranks(torchrun: Run, tmp_path: Path) -> None:
     overrides = [f"run.output_dir={tmp_path}", "communication.backend=mpi"]
     finished = torchrun(2, ROOT / "train.py", QUICKSTART, *overrides)

@@ -24,8 +24,8 @@ def owned_factors(communicator: Communicator, comm_dtypes: CommDtypes) -> dict[t
     (1e-3 * F.cross_entropy(model(images), labels)).backward()
     optimizer.step()
     return {
-        (block.name, matrix): optimizer._owned[block.name].averages[matrix].value
-        for block in optimizer._owned.blocks
+        (block.name, matrix): optimizer._fisher.owned[block.name].averages[matrix].value
+        for block in optimizer._fisher.owned.blocks
         for matrix in block.factor_shapes
     }
 

@@ -12,7 +12,7 @@ from kfac_dist.errors import InputError
 
 
 def test_the_same_on_all_ranks_is_said_once() -> None:
-    same, odd = Finding("a", "ok", "fine"), Finding("a", "note", "odd", "mend it")
+    same, odd = Finding("a", "ok", "fine"), Finding("a", "note", "odd", "fix it")
     other = Finding("b", "ok", "good")
     merged = merge([[same, other], [odd, other], [same, other], [same, other]])
     assert [(finding.name, finding.found, finding.ranks) for finding in merged] == [
@@ -50,7 +50,7 @@ def test_only_errors_stop() -> None:
     note, error = Finding("a", "note", "x", "y"), Finding("a", "error", "x", "y")
     assert (exit_code([]), exit_code([note]), exit_code([note, error])) == (0, 0, 2)
     last = format_report([note, error]).splitlines()[-1]
-    assert last == "1 error, 1 note: training will not work before the errors are mended."
+    assert last == "1 error, 1 note: training will not work before the errors are corrected."
     assert format_report([]).endswith("All is well: training can start.")
 
 

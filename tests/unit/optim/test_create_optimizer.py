@@ -13,7 +13,7 @@ from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.errors import InputError
 from kfac_dist.timing import StageTimer
-from kfac_dist.training.build import create_optimizer, create_refresh
+from kfac_dist.training.build import Parts, create_optimizer, create_refresh
 from kfac_dist.training.schedules import Schedules
 from tests.paths import QUICKSTART
 from tests.small_net import make_kfac, make_net, train
@@ -68,7 +68,7 @@ def test_settings_reach_the_optimizers():
     config = load_config(QUICKSTART, overrides)
     communicator = create_communicator("reduce")
     net = make_net()
-    kfac = create_optimizer(config, net, communicator, 3, schedules(config), StageTimer())
+    kfac = create_optimizer(config, Parts(net, communicator, 3, schedules(config), StageTimer()))
     assert isinstance(kfac, KFAC)
     group = kfac.param_groups[0]
     expected = {"lr": 0.07, "momentum": 0.9, "damping": 0.025, "batchnorm_damping_ratio": 16, "weight_decay": 0.01,
@@ -82,7 +82,7 @@ def test_settings_reach_the_optimizers():
 
     sgd_overrides = ["optimizer.name=sgd", "kfac=null", "optimizer.weight_decay=0.02"]
     config = load_config(QUICKSTART, sgd_overrides)
-    sgd = create_optimizer(config, make_net(), communicator, 1, schedules(config), StageTimer())
+    sgd = create_optimizer(config, Parts(make_net(), communicator, 1, schedules(config), StageTimer()))
     assert isinstance(sgd, SGD)
     assert (sgd.param_groups[0]["lr"], sgd.param_groups[0]["weight_decay"]) == (0.03, 0.02)
 

@@ -185,12 +185,12 @@ def test_layers_that_stay_keep_their_fisher_when_others_are_unfrozen() -> None:
     net[0].requires_grad_(False)
     optimizer = KFAC(net, create_communicator("reduce"), ema_decay=0.9, refresh=10)
     train(net, optimizer, steps=3)
-    saved = {name: value.clone() for name, value in optimizer._owned["4"].running.items()}
+    saved = {name: value.clone() for name, value in optimizer._fisher.owned["4"].running.items()}
     net[0].requires_grad_(True)
     train(net, optimizer, steps=1, first=3)
-    for name, value in optimizer._owned["4"].running.items():
+    for name, value in optimizer._fisher.owned["4"].running.items():
         assert torch.equal(value, saved[name])
-    assert optimizer._owned["0"].solvers, "a layer that is new is refreshed at once"
+    assert optimizer._fisher.owned["0"].solvers, "a layer that is new is refreshed at once"
 
 
 def test_unfreezing_gives_what_a_new_optimizer_gives() -> None:

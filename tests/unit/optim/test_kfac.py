@@ -195,7 +195,7 @@ def test_between_refreshes_the_old_inverses_are_used_and_nothing_is_captured() -
         sent = communicator.payload_bytes
         optimizer.zero_grad()
         backward(net, x, y)
-        assert bool(optimizer._capture.captured) == (step % 3 == 0)
+        assert bool(optimizer._fisher.capture.captured) == (step % 3 == 0)
         optimizer.step()
         assert (communicator.payload_bytes - sent == 2 * 8 * values) == (step % 3 != 0), "only gradients travel"
 
@@ -307,7 +307,7 @@ def test_a_layer_that_this_rank_did_not_capture_contributes_zeros(monkeypatch: p
         "start_reduce_scatter_v",
         lambda buffer, *rest: sent.append(buffer.clone()) or original(buffer, *rest),
     )
-    fisher = optimizer._factors.copies(("bn", "F"))[0]
+    fisher = optimizer._fisher.factors.copies(("bn", "F"))[0]
     assert fisher.norm() > 0, "left over from the first step"
     optimizer.step()
     begin = fisher.storage_offset()

@@ -154,7 +154,7 @@ def test_an_overflow_in_the_statistics_alone_is_found() -> None:
     before = running(optimizer)
     optimizer.zero_grad()
     scaled_backward(net, scaler, 1)
-    optimizer._factors.copies(("0", "A"))[0][5] = float("inf")  # type: ignore[union-attr]
+    optimizer._fisher.factors.copies(("0", "A"))[0][5] = float("inf")  # type: ignore[union-attr]
     optimizer.step()
     assert scaler.num_overflows == 1
     after = running(optimizer)

@@ -52,7 +52,7 @@ def test_one_cycle_schedule_sets_learning_rate_and_momentum() -> None:
         seen.append((group["lr"], group["momentum"]))
         optimizer.step()
         if velocity:  # Δw = m·v − η·𝒢, so a step with these values moved the weights by them
-            updates = optimizer._buffers.updates()
+            updates = optimizer._shared.buffers.updates()
             directions = [torch.cat([p.flatten() for p in read_update(updates, block)]) for block in optimizer.blocks]
             moved = torch.cat([(p - b).flatten() for p, b in zip(weights(net), before, strict=True)])
             expected = group["momentum"] * torch.cat([v.flatten() for v in velocity]) - group["lr"] * torch.cat(

@@ -124,7 +124,7 @@ def test_forwards_in_eval_mode_or_without_gradients_leave_no_trace() -> None:
         nets[1].eval()
         nets[1](probe)
         nets[1](probe).sum().backward()  # leaves gradients, which zero_grad takes away, but no factors
-        assert not probed._capture.captured
+        assert not probed._fisher.capture.captured
         nets[1].train()
         nets[1][1].eval()  # no change of BatchNorm's running statistics by what follows
         with torch.no_grad():
@@ -132,7 +132,7 @@ def test_forwards_in_eval_mode_or_without_gradients_leave_no_trace() -> None:
         with torch.inference_mode():
             nets[1](probe)
         nets[1](probe)  # a forward without a backward
-        assert not probed._capture.captured
+        assert not probed._fisher.capture.captured
         nets[1][1].train()
         for parameter in nets[1].parameters():
             parameter.grad = None
@@ -149,9 +149,9 @@ def test_zero_grad_drops_captured_statistics() -> None:
     clean, disturbed = (make_kfac(net, batchnorm="full") for net in nets)
     nets[1][1].momentum = nets[0][1].momentum = 0.0
     backward(nets[1], step=5)
-    assert disturbed._capture.captured == {"0", "1", "4"}
+    assert disturbed._fisher.capture.captured == {"0", "1", "4"}
     disturbed.zero_grad()
-    assert not disturbed._capture.captured
+    assert not disturbed._fisher.capture.captured
     for net, optimizer in zip(nets, (clean, disturbed), strict=True):
         backward(net, step=0)
         optimizer.step()

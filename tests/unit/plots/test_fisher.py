@@ -58,7 +58,7 @@ def test_figure_6_names_runs_by_their_fisher(tmp_path, config, label):
     assert fisher_label(write_run(tmp_path / "run", [], config)) == label
 
 
-def test_commands_write_pictures(tmp_path, capsys):
+def test_commands_write_images(tmp_path, capsys):
     train = {"kind": "train", "iteration": 0, "epoch": 1.0, "loss": 1.0, "learning_rate": 0.1, "stage_seconds": {}}
     evaluation = {"kind": "eval", "iteration": 0, "epoch": 1.0, "loss": 1.0, "top1": 50.0, "top5": 90.0}
     run = write_run(tmp_path / "run", [train, evaluation, diff(0, "a", "F", 0.5), diff(1, "a", "F", 0.25)])

@@ -62,7 +62,7 @@ def test_damping_constant_without_warmup() -> None:
 
 @pytest.mark.parametrize(
     ("initial", "target", "warmup_steps", "remedy"),
-    [(0.1, 0.001, 3, "use 4 steps"), (0.1, 0.001, 0, "use 4 steps"), (0.001, 0.1, 100, "lower the target")],
+    [(0.1, 0.001, 3, "must be >= 4"), (0.1, 0.001, 0, "must be >= 4"), (0.001, 0.1, 100, "must be <= ")],
 )
 def test_damping_that_would_turn_negative_or_diverge_is_refused(
     initial: float, target: float, warmup_steps: int, remedy: str

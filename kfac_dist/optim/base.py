@@ -1,0 +1,54 @@
+"""What the trainer asks of an optimizer, and what every optimizer here refuses."""
+
+from typing import Any
+
+import torch
+
+from kfac_dist.curvature.blocks.base import FactorKey
+from kfac_dist.optim.step_report import StepReport
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """A torch optimizer whose `step` is collective: it averages over the ranks by itself.
+
+    An object that decides on each rank alone, or a copy that is not tied to the model's layers, would compute something
+    else: a `torch.amp.GradScaler`, a deep copy and a pickle are refused by name.
+
+    A subclass reads its settings from `param_groups` at every step, since the trainer sets them there, changes nothing
+    and says so in `report` where losses overflowed, and keeps in `state_dict` all that the next steps depend on.
+
+    Attributes:
+        report: What came of the last step.
+    """
+
+    report: StepReport
+
+    # A GradScaler then leaves the gradients alone and hands its scale over, by which it is recognised.
+    _step_supports_amp_scaling = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled: it is tied to its model's layers and to the other "
+            "ranks. Save its state_dict(), make a new one for the copied model, and load the state into that"
+        )
+
+    def refuse_grad_scaler(self) -> None:
+        """Refuse a step that a GradScaler drives.
+
+        Raises:
+            TypeError: If one does.
+        """
+        if hasattr(self, "found_inf") or hasattr(self, "grad_scale"):
+            raise TypeError(
+                f"torch.amp.GradScaler cannot drive {type(self).__name__}: it decides on each rank alone whether to "
+                "skip, and K-FAC's factors would keep its scale. Use kfac_dist.LossScaler: "
+                "loss_scaler=scaler in the constructor, scaler.scale_loss(loss).backward(), optimizer.step()"
+            )
+
+    def describe(self) -> list[str]:
+        """What a run's log should say of it, a line each."""
+        return []
+
+    def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
+        """Smallest and largest eigenvalue and effective rank of each matrix that it keeps, if any; collective."""
+        return {}

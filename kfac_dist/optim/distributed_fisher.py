@@ -1,0 +1,185 @@
+"""The Fisher over all ranks: captured on each, averaged (stage 3), kept and factorised by its owners (stage 4)."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_dist.communicator import Communicator
+from kfac_dist.curvature.blocks.base import Block, FactorKey
+from kfac_dist.curvature.blocks.create import refresh_costs
+from kfac_dist.curvature.capture import Capture
+from kfac_dist.curvature.inversion import RefreshReport
+from kfac_dist.curvature.owned import OwnedFisher
+from kfac_dist.curvature.refresh_schedule import RefreshSchedule
+from kfac_dist.optim.buffers import all_factor_keys
+from kfac_dist.optim.shared_blocks import SharedBlocks
+from kfac_dist.tensors.packing import FlatBuffer, unpack_symmetric
+
+logger = logging.getLogger(__name__)
+
+
+class DistributedFisher:
+    """What is due, captured, sent, kept and factorised of the Fisher, iteration by iteration.
+
+    Attributes:
+        capture: The hooks that write this rank's factors.
+        owned: Running Fisher and inverses of the blocks that this rank owns.
+        factors: Stage 3's buffer in this iteration; its keys are those of the factors that are due.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        shared: SharedBlocks,
+        owned: OwnedFisher,
+        refresh: RefreshSchedule,
+        track_changes: bool,
+    ) -> None:
+        """Start without blocks; see `follow`.
+
+        Args:
+            communicator: Collectives over the ranks.
+            shared: The blocks and their owners.
+            owned: Keeps what this rank owns.
+            refresh: When a factor is due.
+            track_changes: Compute Diff (Eq. 19) of each refreshed matrix; done for a schedule that needs it anyway.
+        """
+        self.capture = Capture()
+        self.owned = owned
+        self._communicator = communicator
+        self._shared = shared
+        self._refresh = refresh
+        self._track_changes = track_changes or refresh.needs_changes
+        self._iteration = 0
+        self._warned = False
+
+    def follow(self) -> None:
+        """Take over the blocks as they are shared now, and begin an iteration with them."""
+        self.owned.follow(self._shared.owned)
+        self._refresh.plan_for(refresh_costs(self._shared.blocks))
+        self.capture.follow(self._shared.blocks)
+        self.begin_iteration()
+
+    def begin_iteration(self) -> None:
+        """Decide from the iteration alone, as every rank does alike, which factors the next step refreshes."""
+        self._due = self._refresh.due(all_factor_keys(self._shared.blocks), self._iteration)
+        self.factors: FlatBuffer = self._shared.buffers.factors(self._due)
+        self.begin_capture()
+
+    def begin_capture(self) -> None:
+        """Drop what was captured, and capture what is due from the next backward pass on."""
+        self.capture.begin({key: self.factors.copies(key)[0] for key in self._due})
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this iteration refreshes any factor."""
+        return bool(self._due)
+
+    # One step -----------------------------------------------------------------------------------------
+
+    def agree_on_captured(self) -> dict[str, int]:
+        """How many ranks captured factors of each block that is due; blocks that none did are left out."""
+        due = list(dict.fromkeys(name for name, _ in self._due))
+        if not due:
+            return {}
+        counts = torch.tensor([float(name in self.capture.captured) for name in due], dtype=torch.float64)
+        self._communicator.all_reduce_(counts)
+        return {name: int(count) for name, count in zip(due, counts.tolist(), strict=True) if count}
+
+    def warn_of_absent(self, present: Mapping[str, int]) -> None:
+        """Say once, on rank 0, which layers gave nothing although their factors are due."""
+        absent = list(dict.fromkeys(name for name, _ in self._due if name not in present))
+        if absent and not self._warned:
+            self._warned = True
+            if self._communicator.is_main:
+                logger.warning(
+                    "K-FAC got no factors from %s: in eval mode, unused in this step, or its weights used without "
+                    "calling it? Until it gives some it takes the plain gradient; skip=[…] leaves it to that for good",
+                    ", ".join(absent),
+                )
+
+    def finish_capture(self, loss_scale: float) -> None:
+        """Complete this rank's part of stage 3's buffer, the loss scale taken out."""
+        self.capture.finish(loss_scale)
+        for key in self._due:
+            first, *others = self.factors.copies(key)
+            if key[0] not in self.capture.captured:
+                first.zero_()  # what it held before is not this rank's share
+            for other in others:
+                other.copy_(first)
+
+    def refresh(
+        self, present: Mapping[str, int], damping_of: Callable[[Block], float]
+    ) -> tuple[RefreshReport, dict[FactorKey, Tensor]]:
+        """Stage 4: take the averages, when they have arrived, into the running Fisher and factorise it.
+
+        Args:
+            present: From `agree_on_captured`.
+            damping_of: γ of a block.
+
+        Returns:
+            What went wrong, and Diff of the matrices of which this rank is the first owner, if it is tracked.
+        """
+        rank, size = self._communicator.rank, self._communicator.size
+        factors: dict[FactorKey, Tensor] = {}
+        changes: dict[FactorKey, Tensor] = {}
+        for key in self._due:
+            name, matrix = key
+            if name not in self.owned or name not in present:
+                continue
+            shape = self.owned[name].block.factor_shapes[matrix]
+            factors[key] = factor = unpack_symmetric(self.factors.part(key, rank), *shape)
+            if present[name] < size:  # the average was taken over all ranks, some of which had nothing to give
+                factor *= size / present[name]
+            if self._track_changes and self._shared.is_first_owner(name):
+                changes[key] = self.owned.change(key, factor)
+        report = self.owned.refresh(
+            factors, damping_of, lambda key: self._refresh.expected_interval(key, self._iteration)
+        )
+        return report, changes
+
+    def gather_changes(self, present: Mapping[str, int], own: Mapping[FactorKey, Tensor]) -> dict[FactorKey, float]:
+        """Diff of all that was refreshed, the same on every rank; empty if it is not tracked."""
+        keys = self._refreshed(present) if self._track_changes else []
+        if not keys:
+            return {}
+        zero = self.factors.data.new_zeros(())
+        values = self._communicator.all_reduce_(torch.stack([own.get(key, zero) for key in keys]))
+        return dict(zip(keys, values.tolist(), strict=True))  # one copy from the device
+
+    def end_iteration(self, present: Mapping[str, int], changes: Mapping[FactorKey, float]) -> None:
+        """Tell the schedule what was refreshed, and begin the next iteration."""
+        self._refresh.record(self._iteration, dict.fromkeys(self._refreshed(present), float("inf")) | dict(changes))
+        self._iteration += 1
+        self.begin_iteration()
+
+    def _refreshed(self, present: Mapping[str, int]) -> Sequence[FactorKey]:
+        """Factors that are due but that no rank captured stay due."""
+        return [key for key in self._due if key[0] in present]
+
+    # Looking and keeping ------------------------------------------------------------------------------
+
+    def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
+        """Smallest and largest eigenvalue and effective rank of each running matrix; collective, and not fast."""
+        keys = all_factor_keys(self._shared.blocks)
+        values = torch.zeros(len(keys), 3, dtype=torch.float64)
+        for number, key in enumerate(keys):
+            spectrum = self.owned.spectrum(key) if self._shared.is_first_owner(key[0]) else None
+            if spectrum is not None:
+                values[number] = spectrum
+        self._communicator.all_reduce_(values)
+        return {key: (low, high, rank) for key, (low, high, rank) in zip(keys, values.tolist(), strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration, the schedule's state and, by block, what this rank owns; nothing is copied."""
+        return {"iteration": self._iteration, "refresh": self._refresh.state_dict(), **self.owned.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+        """Replace everything by copies of what `state_dict` returned, and begin the iteration that it was saved in."""
+        self.owned.load_state_dict(state, device, dtype)
+        self._iteration = int(state["iteration"])
+        self._refresh.load_state_dict(state["refresh"])
+        self.begin_iteration()
