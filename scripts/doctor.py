@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -51,12 +52,15 @@ if __name__ == "__main__":
     arguments, rank = parse_arguments(), launcher_rank(os.environ)
     guard = findings.HangGuard(rank)
     try:
-        from kfac_dist.communicator import launch
+        from kfac_dist.communicator import Communicator, launch
         from kfac_dist.communicator.launcher_variables import launched_by_torchrun
         from kfac_dist.doctor.examine import examine
 
+        connect_ranks: Callable[[], Communicator]
         if launched_by_torchrun(os.environ):
-            from kfac_dist.communicator.connect import connect_by_default_group as connect_ranks
+            from kfac_dist.communicator.connect import connect_by_default_group
+
+            connect_ranks = connect_by_default_group
         else:
             from kfac_dist.communicator import MpiCommunicator
 

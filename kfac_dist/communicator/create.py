@@ -51,6 +51,9 @@ def create_communicator(
     With more than one rank an uncaught exception on any of them ends the whole job, its traceback printed first: the
     others would wait for that rank for ever.
 
+    A script that needs a process group of its own, for DistributedDataParallel say, calls `init_process_group` before
+    this, for where torchrun started the ranks or NCCL is used this makes the default group if there is none.
+
     Args:
         reduce_scatter: ReduceScatterV algorithm over MPI, see `kfac_dist.communicator.mpi`; "auto" measures.
         backend: What carries the device's buffers. "auto" takes NCCL where every rank has a GPU of its own, else what
