@@ -52,8 +52,8 @@ class KFAC(DistributedOptimizer):
     Each rank calls `backward` on its own part of the batch; `step` averages gradients and Fisher factors over the
     ranks, so the model needs no DistributedDataParallel. At construction every rank takes rank 0's weights.
 
-    Beside DistributedDataParallel, give this `ddp.module` and call that, or call `ddp` within `ddp.no_sync()`. Else both
-    average the gradients: the result is the same, at the price of a second all-reduce.
+    Beside DistributedDataParallel, give this `ddp.module` and call that, or call `ddp` within `ddp.no_sync()`. Else
+    both average the gradients: the result is the same, at the price of a second all-reduce.
 
     `lr`, `momentum`, `damping`, `batchnorm_damping_ratio`, `weight_decay` and `weight_rescaling` are settings of
     parameter groups and are read at every step, so that learning-rate schedulers work; a layer takes its damping
