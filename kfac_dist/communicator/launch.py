@@ -8,18 +8,20 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 import torch
 
 from kfac_dist.communicator.abort import EXIT_FAILED, abort, abort_on_exception
 from kfac_dist.communicator.launcher_variables import ALLOW_SIZE_VARIABLE, check_world_size, promised_size
-from kfac_dist.errors import InputError
+from kfac_dist.errors import InputError, RankFailed
 
 __all__ = [
     "ALLOW_SIZE_VARIABLE",
     "EXIT_BAD_INPUT",
     "EXIT_FAILED",
+    "EXIT_INTERRUPTED",
     "check_world_size",
     "promised_size",
     "run",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells have it: 128 and SIGINT's number
 
 
 def set_threads_per_rank(local_size: int) -> int:
@@ -46,13 +49,18 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     `main` returns an exit code that all ranks agree on. An exception, or `sys.exit` from inside, is one rank's
     own: its traceback is printed and the whole job is aborted, for the others may be blocked in a collective. So it
-    is with an `InputError`, the user's to mend, but for the traceback.
+    is with an `InputError`, a `RankFailed` and Ctrl-C, but for the traceback.
     """
     try:
         code = main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         abort(EXIT_BAD_INPUT)
+    except RankFailed as error:
+        print(f"training failed: {error}", file=sys.stderr)
+        abort(EXIT_FAILED)
+    except KeyboardInterrupt:
+        _end_interrupted()
     except SystemExit as leaving:
         traceback.print_exc()
         abort(leaving.code if isinstance(leaving.code, int) and leaving.code else 1)
@@ -62,4 +70,16 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def _end_interrupted() -> NoReturn:
+    print("interrupted (Ctrl-C): what was written so far is kept", file=sys.stderr)
+    abort(EXIT_INTERRUPTED)
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):  # before `run`, as while modules are imported
+        _end_interrupted()
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report
 abort_on_exception()
