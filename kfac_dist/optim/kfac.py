@@ -333,7 +333,8 @@ class KFAC(DistributedOptimizer):
         """Drop the gradients, and with them the Fisher factors captured since the last step."""
         super().zero_grad(set_to_none)
         self._follow_freezing()
-        self._fisher.begin_capture()
+        # Many a loop calls zero_grad between forward and backward, so what the forward kept must not go.
+        self._fisher.capture.forget()
 
     def close(self) -> None:
         """Take the hooks off the model; the optimizer cannot be used any more. Hooks also go with the optimizer."""
