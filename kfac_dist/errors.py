@@ -15,3 +15,7 @@ class AgreedInputError(InputError):
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on, on any rank: it diverged or lost its data. Exit code 3."""
+
+
+class RankFailed(RuntimeError):
+    """One rank cannot go on, and the others do not know: `launch.run` ends the job without a traceback. Exit code 3."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.communicator import Communicator
-from kfac_dist.config.load import batch_slots
+from kfac_dist.config.load import batch_slots, batch_warning
 from kfac_dist.config.schema import Config
 from kfac_dist.data.augment import Augmentation
 from kfac_dist.data.base import Batch
@@ -23,7 +23,6 @@ from kfac_dist.data.create import create_dataset
 from kfac_dist.data.imagenet.image_file import ImageError
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.skipped import SkippedImages
-from kfac_dist.errors import TrainingFailed
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.precision import Precision, configure_backends
@@ -31,6 +30,7 @@ from kfac_dist.random_streams import RandomStream, keyed_generator
 from kfac_dist.tensors.host_copy import HostCopy, to_device
 from kfac_dist.timing import StageTimer
 from kfac_dist.training.build import Parts, create_optimizer
+from kfac_dist.training.divergence import DivergenceCheck
 from kfac_dist.training.evaluation import evaluate
 from kfac_dist.training.reporter import IterationResult, Reporter
 from kfac_dist.training.schedules import Schedules
@@ -79,7 +79,7 @@ class Trainer:
             self.dataset = create_dataset(config.data, config.augment, device, dtype, seed)
             model = create_model(
                 config.model.name, self.dataset.num_classes, self.dataset.image_shape, seed,
-                config.model.variant, config.model.zero_init_last_gamma,
+                config.model.variant, config.model.zero_init_last_gamma, config.model.initialization,
             )  # fmt: skip
             self.batchnorm = SlotwiseBatchNorm(model)
         self.skipped_images = SkippedImages(self.dataset, communicator)
@@ -92,6 +92,9 @@ class Trainer:
             parts = Parts(self.model, communicator, self.num_local_slots, self.schedules, self.timer, self.loss_scaler)
             self.optimizer = create_optimizer(config, parts)
         self.augmentation = Augmentation(config.augment, self.dataset.num_classes, seed)
+        self.divergence = DivergenceCheck(
+            self.dataset.num_classes, math.ceil(self.dataset.num_train / batch.global_size)
+        )
         self.iteration = 0  # the next one
         self.top1 = self.best_top1 = 0.0
 
@@ -99,7 +102,7 @@ class Trainer:
         """Train to the end; collective.
 
         Raises:
-            TrainingFailed: If the loss is no longer finite, or images are damaged.
+            TrainingFailed: If the loss is no longer finite or hopeless in the end, or images are damaged.
         """
         start = time.perf_counter()
         self._log_start()
@@ -118,6 +121,7 @@ class Trainer:
                     self._report(launched.popleft(), reporter)
                 if evaluates:
                     self._evaluate(iteration, reporter)
+            self.divergence.check_end()
             seconds = time.perf_counter() - start
             reporter.finish(
                 top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=seconds,
@@ -176,13 +180,8 @@ class Trainer:
         loss = reporter.iteration(result)
         reporter.skipped_images(result.iteration, self.skipped_images.take_new())
         gave_up = self.loss_scaler is not None and self.loss_scaler.is_exhausted
-        if gave_up or not (math.isfinite(loss) or result.step.skipped):
-            epoch = self.schedules.epoch_at(result.iteration + 1)
-            raise TrainingFailed(
-                f"the training loss is {loss} at iteration {result.iteration} (epoch {epoch:.2f}"
-                f"{'; it overflows fp16 even without a loss scale' if gave_up else ''}): training diverged. Lower "
-                f"optimizer.learning_rate, raise the damping, or keep a running average (kfac.ema_decay)"
-            )
+        epoch = self.schedules.epoch_at(result.iteration + 1)
+        self.divergence.see(loss, result.iteration, epoch, result.step.skipped, gave_up)
 
     def _evaluate(self, iteration: int, reporter: Reporter) -> None:
         """Top-1 over all evaluation images, with BatchNorm statistics averaged over the ranks."""
@@ -227,5 +226,8 @@ class Trainer:
             self.dataset.num_train, self.dataset.num_eval, self.dataset.num_classes, self.schedules.num_iterations,
             self.sampler.global_size, self.num_local_slots, self.sampler.per_slot,
         )  # fmt: skip
+        warning = batch_warning(self.config, self.dataset.num_train)
+        if warning:
+            logger.warning("warning: %s", warning)
         for line in self.optimizer.describe():
             logger.info("%s", line)
