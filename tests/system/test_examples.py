@@ -105,6 +105,16 @@ def assert_same(one: object, other: object) -> None:
         assert one == other
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_torch_distributed(num_ranks: int, run_python: Run) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    finished = run_python([*torchrun, EXAMPLES / "torch_distributed.py"], env={"PYTHONPATH": str(ROOT)}, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    losses = numbers(r"epoch \d: loss ([\d.]+)", finished.stdout)
+    assert len(losses) == 4, "printed once"
+    assert losses[-1] < 0.1 * losses[0]
+
+
 @pytest.mark.slow
 def test_lightning_module(run_python: Run, tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
