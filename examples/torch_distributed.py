@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from kfac_dist import KFAC, create_communicator, local_device
@@ -19,7 +19,7 @@ communicator = create_communicator(backend="torch", device=device)  # over the p
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:1792, None] / 16
 dataset = TensorDataset(images, torch.tensor(digits.target)[:1792])
-sampler = DistributedSampler(dataset)
+sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(dataset)
 loader = DataLoader(dataset, batch_size=128 // dist.get_world_size(), sampler=sampler, drop_last=True)
 
 model = nn.Sequential(

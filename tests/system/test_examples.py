@@ -73,6 +73,7 @@ def test_bf16_autocast(example: Callable[..., str]) -> None:
     assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_resumed_run_equals_the_uninterrupted_one(
     num_ranks: int, example: Callable[..., str], tmp_path: Path
