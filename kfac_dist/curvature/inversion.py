@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kfac_dist.curvature.blocks.base import FactorKey, Matrices
 from kfac_dist.curvature.running import BlockCurvature
-from kfac_dist.curvature.solvers import Solver, StackBatches, mean_diagonals
+from kfac_dist.curvature.solvers import StackBatches, mean_diagonals
 from kfac_dist.tensors.host_copy import HostCopy, to_device
 
 # A matrix that is not positive definite to rounding is damped tenfold, this many times at most.
@@ -133,18 +133,23 @@ class InverseRefresh:
             [flags[last[number]] for number in range(len(tasks))]
         )
         self._tried, self._failed = list(tasks), HostCopy(failed)
-        known = None if self._deferred else self._failed.read().tolist()
+        solvers = [
+            solver.inverted() if expected_interval((tasks[number].name, matrix)) >= MIN_INTERVAL_FOR_INVERSE else solver
+            for (number, matrix), solver in zip(keys, solvers, strict=True)
+        ]
+        previous = [tasks[number].curvature.solvers.get(matrix) for number, matrix in keys]
+        # The device cannot choose between two forms: then, once in many refreshes, the host waits for the answer.
+        changes_form = any(
+            old is not None and old.is_inverse != new.is_inverse for old, new in zip(previous, solvers, strict=True)
+        )
+        known = self._failed.read().tolist() if changes_form or not self._deferred else None
         failed_by_task = failed.unbind()
-        for (number, matrix), solver in zip(keys, solvers, strict=True):
-            if known is not None and known[number]:
-                continue
-            current = tasks[number].curvature.solvers
-            if expected_interval((tasks[number].name, matrix)) >= MIN_INTERVAL_FOR_INVERSE:
-                solver = solver.inverted()
+        for (number, matrix), old, new in zip(keys, previous, solvers, strict=True):
             if known is None:
-                previous = current.get(matrix) or Solver.identity(solver.matrix)
-                solver = solver.unless(failed_by_task[number], previous)
-            current[matrix] = solver
+                new = new.unless(failed_by_task[number], old or new.identity())
+            elif known[number]:
+                continue
+            tasks[number].curvature.solvers[matrix] = new
 
     def _read_failures(self) -> None:
         """Sort out which blocks of the last try are to be tried again."""

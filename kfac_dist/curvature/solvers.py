@@ -159,11 +159,10 @@ class Solver:
     matrix: Tensor
     is_inverse: bool = False
 
-    @classmethod
-    def identity(cls, stack: Tensor) -> "Solver":
-        """What changes nothing, for a stack of this shape."""
-        size = stack.shape[-1]
-        return cls(torch.eye(size, dtype=stack.dtype, device=stack.device).expand_as(stack), is_inverse=True)
+    def identity(self) -> "Solver":
+        """What changes nothing, in this one's shape and form: the identity is its own Cholesky factor and inverse."""
+        eye = torch.eye(self.matrix.shape[-1], dtype=self.matrix.dtype, device=self.matrix.device)
+        return Solver(eye.expand_as(self.matrix), self.is_inverse)
 
     def inverted(self) -> "Solver":
         """The same matrices as explicit inverses."""
@@ -174,16 +173,15 @@ class Solver:
             return Solver(self.matrix.square().reciprocal(), is_inverse=True)
         if size > _TINY and self.matrix.device.type == "cpu":
             return Solver(torch.cholesky_inverse(self.matrix), is_inverse=True)
-        identity = Solver.identity(self.matrix).matrix
+        identity = self.identity().matrix
         if size > _TINY:  # what cholesky_inverse does on a GPU, less a check that would make the host wait
             return Solver(torch.cholesky_solve(identity, self.matrix), is_inverse=True)
         half = torch.linalg.solve_triangular(self.matrix, identity, upper=False)
         return Solver(half.mT @ half, is_inverse=True)  # one launch where cholesky_inverse takes one a matrix
 
     def unless(self, failed: Tensor, previous: "Solver") -> "Solver":
-        """This one, or the previous one where the scalar `failed` is true; decided on the device."""
-        if self.is_inverse != previous.is_inverse:
-            return self.inverted().unless(failed, previous.inverted())
+        """This one, or the previous one of the same form where the scalar `failed` is true; decided on the device."""
+        assert self.is_inverse == previous.is_inverse
         return Solver(torch.where(failed, previous.matrix, self.matrix), self.is_inverse)
 
     def solve(self, right: Tensor) -> Tensor:

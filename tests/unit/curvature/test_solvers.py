@@ -337,6 +337,25 @@ def test_until_a_deferred_answer_is_known_the_device_keeps_the_previous_solvers(
     assert_close(precondition(curvature, gradient), before)
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+def test_the_form_of_a_solver_follows_the_interval_from_the_first_refresh_on(deferred):
+    curvature, refresh = kronecker_curvature(), InverseRefresh(deferred)
+    for interval, is_inverse in ((1, False), (1, False), (20, True), (20, True), (5, False), (5, False)):
+        refresh.refresh(tasks_for(curvature), lambda key, interval=interval: interval)
+        assert [solver.is_inverse for solver in curvature.solvers.values()] == [is_inverse] * 2
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_failure_where_the_form_changes_keeps_the_previous_solvers(deferred):
+    curvature, refresh = kronecker_curvature(), InverseRefresh(deferred)
+    gradient = random(curvature.block.num_values)
+    refresh.refresh(tasks_for(curvature), lambda key: 20)
+    before = precondition(curvature, gradient)
+    curvature.running["G"][0, 0, 0] = math.nan
+    refresh.refresh(tasks_for(curvature), lambda key: 1)
+    assert torch.equal(precondition(curvature, gradient), before)
+
+
 def test_a_first_refresh_that_fails_leaves_the_plain_gradient():
     for deferred in (False, True):
         curvature = kronecker_curvature()
