@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; all ranks have the same."""
-    parser = _Parser(description=__doc__, add_help=False)
+    parser = _Parser(description=__doc__, add_help=False, usage="train.py [options] CONFIG.yaml [dotted.key=value …]")
     parser.add_argument("config", nargs="?", help="YAML file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key of the file")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")

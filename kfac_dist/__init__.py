@@ -27,6 +27,10 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     # Loaded on first use, so that reading a configuration or printing --help does not wait for torch and MPI.
     if name not in _HOMES:

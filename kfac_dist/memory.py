@@ -11,9 +11,9 @@ def main() -> int:
     """Print the report that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="any name that model.name takes")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--image-size", type=int, default=224, help="default: 224")
+    parser.add_argument("--channels", type=int, default=3, help="default: 3")
+    parser.add_argument("--classes", type=int, default=1000, help="default: 1000")
     parser.add_argument("--batch", type=int, default=32, help="images of a micro-batch")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8, 64], help="numbers of ranks to share over")
     arguments = parser.parse_args()

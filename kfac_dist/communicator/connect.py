@@ -70,6 +70,7 @@ def connect_by_default_group(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessGro
                 "LOCAL_RANK, MASTER_ADDR and MASTER_PORT, and some are missing: call "
                 "torch.distributed.init_process_group first, or start the script with torchrun"
             )
+        _say_where()
         with _explaining("gloo", int(os.environ["WORLD_SIZE"])):
             group = _init_default_group("gloo", timeout=timeout)
         _close_at_exit(group)
@@ -113,6 +114,13 @@ def connect_gpus(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return ProcessGroupCommunicator(group, backend, device, host)
+
+
+def _say_where() -> None:
+    """Torch itself waits without a word, for ten minutes, for ranks that may not exist."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    found = ", ".join(f"{name}={os.environ[name]}" for name in names)
+    logger.info("connecting as the environment says: %s (unset these where nothing was started with torchrun)", found)
 
 
 def _backends_of_default_group() -> dict[str, str]:

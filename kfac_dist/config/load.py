@@ -93,20 +93,34 @@ def batch_slots(config: Config, num_ranks: int) -> int:
             f" = {unit}, got {batch.global_size}; nearest sizes that work:"
             f" {nearest_multiples(batch.global_size, unit)}; nearest numbers of ranks that work with"
             f" {batch.global_size}: {_nearest_divisors(batch.global_size // batch.per_rank, num_ranks)}"
+            + _smaller_slots(batch.global_size, batch.per_rank, num_ranks)
         )
     return slots
 
 
-def batch_warning(config: Config, num_train: int) -> str | None:
-    """What to tell the user where one global batch holds images more than once.
+def warnings_of(config: Config, num_train: int) -> list[str]:
+    """What is allowed and yet seldom meant, a line each for the log.
 
     Args:
         config: A validated configuration.
         num_train: Training images, > 0.
-
-    Returns:
-        A line for the log; None where the batch is no larger than the training set.
     """
+    return [text for text in (_batch_warning(config, num_train), _schedule_warning(config)) if text]
+
+
+def _schedule_warning(config: Config) -> str | None:
+    """Where the learning rate is 0 before the run ends."""
+    schedule, epochs = config.schedule, config.train.epochs
+    if schedule.kind == "constant" or schedule.end_epoch >= epochs:
+        return None
+    return (
+        f"the learning rate is 0 from epoch {schedule.end_epoch:g} on, and train.epochs = {epochs:g}: "
+        f"set schedule.end_epoch={epochs:g} if it is to fall over the whole run"
+    )
+
+
+def _batch_warning(config: Config, num_train: int) -> str | None:
+    """Where one global batch holds images more than once."""
     size = config.batch.global_size
     if size <= num_train:
         return None
@@ -126,6 +140,17 @@ def _config_class(settings: dict[str, object]) -> type[Config]:
     name = data.get("name") if isinstance(data, dict) else None
     own = own_data_set(name) if isinstance(name, str) else None
     return Config if own is None else config_with(own)
+
+
+def _smaller_slots(global_size: int, per_rank: int, num_ranks: int) -> str:
+    """The largest `per_rank` below this one that the ranks can share, as a remedy."""
+    if global_size % num_ranks:
+        return ""
+    share = global_size // num_ranks
+    largest = min(per_rank, share)
+    tried = range(largest, max(0, largest - 10_000), -1)  # an answer at once, for any batch
+    fitting = next((size for size in tried if share % size == 0), None)
+    return f"; or set batch.per_rank={fitting}" if fitting else ""
 
 
 def _nearest_divisors(number: int, near: int) -> str:

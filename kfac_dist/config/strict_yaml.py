@@ -143,7 +143,7 @@ def read_mapping(path: Path) -> dict[str, object]:
         raise InputError(f"{path}: is not UTF-8 text (byte 0x{content[error.start]:02x} at {error.start})") from None
     root = parse(text, str(path))
     if not isinstance(root, dict):
-        found = "is empty" if root is None else f"holds a {type(root).__name__}"
+        found = "is empty" if root is None else f"holds no mapping but {str(root)[:40]!r}"
         raise InputError(f"{path}: {found}; a configuration is a mapping of sections such as `run:` and `data:`")
     return root
 

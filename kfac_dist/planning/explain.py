@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kfac_dist.config.load import batch_slots, batch_warning
+from kfac_dist.config.load import batch_slots, warnings_of
 from kfac_dist.config.schema import Config
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks.base import Block
@@ -40,9 +40,7 @@ def explain(config: Config, num_ranks: int) -> str:
         f"{schedules.num_iterations} iterations ({config.train.epochs:g} epochs of {data.num_train} images) of "
         f"{batch.global_size} images: {slots} slots of {batch.per_rank} a rank",
     ]
-    warning = batch_warning(config, data.num_train)
-    if warning:
-        lines.append(f"warning: {warning}")
+    lines += [f"warning: {warning}" for warning in warnings_of(config, data.num_train)]
     model = create_model(
         config.model.name, data.num_classes, data.image_shape, config.run.seed, config.model.variant,
         config.model.zero_init_last_gamma, config.model.initialization,

@@ -119,7 +119,12 @@ def report(name: str, image_shape: tuple[int, int, int], num_classes: int, batch
     """
     model = create_model(name, num_classes, image_shape, seed=0)
     memory = fisher_memory(model)
-    lines = [f"{name}, fp32, MiB", "", "Fisher matrices (Figure 4: no inverses)     whole    packed"]
+    channels, height, width = image_shape
+    lines = [
+        f"{name} for {channels}x{height}x{width} images and {num_classes} classes, fp32, MiB",
+        "",
+        "Fisher matrices (Figure 4: no inverses)     whole    packed",
+    ]
     for form in _FORMS:
         whole = memory.kronecker + memory.batchnorm[form]
         packed = memory.kronecker_packed + memory.batchnorm_packed[form]

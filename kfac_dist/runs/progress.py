@@ -49,7 +49,7 @@ class Progress:
     def update(self, epoch: float, loss: float, top1: float, images_per_second: float) -> None:
         """Count one iteration and show its figures (``top1`` in percent)."""
         self._done += 1
-        figures = f"epoch {epoch:.2f}  loss {loss:.4f}  top-1 {top1:.1f} %  {images_per_second:,.0f} images/s"
+        figures = f"epoch {epoch:.2f}  loss {_loss_text(loss)}  top-1 {top1:.1f} %  {images_per_second:,.0f} images/s"
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()
@@ -85,6 +85,10 @@ class Progress:
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
+
+
+def _loss_text(loss: float) -> str:
+    return f"{loss:.4f}" if abs(loss) < 1e4 else f"{loss:.4g}"
 
 
 def _clock_text(seconds: float) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.communicator import Communicator
-from kfac_dist.config.load import batch_slots, batch_warning
+from kfac_dist.config.load import batch_slots, warnings_of
 from kfac_dist.config.schema import Config
 from kfac_dist.data.augment import Augmentation
 from kfac_dist.data.base import Batch
@@ -226,8 +226,7 @@ class Trainer:
             self.dataset.num_train, self.dataset.num_eval, self.dataset.num_classes, self.schedules.num_iterations,
             self.sampler.global_size, self.num_local_slots, self.sampler.per_slot,
         )  # fmt: skip
-        warning = batch_warning(self.config, self.dataset.num_train)
-        if warning:
+        for warning in warnings_of(self.config, self.dataset.num_train):
             logger.warning("warning: %s", warning)
         for line in self.optimizer.describe():
             logger.info("%s", line)

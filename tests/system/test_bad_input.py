@@ -89,7 +89,7 @@ def test_truncated_cifar_batch(command: Command, cifar_folder: Path, tmp_path: P
     finished = command(
         QUICKSTART, "data.name=cifar10", f"data.root={cifar_folder}", f"run.output_dir={tmp_path / 'runs'}"
     )
-    assert_refused(finished, str(batch), "truncated or damaged", "https://")
+    assert_refused(finished, str(batch), "truncated, damaged or of another program", "https://")
 
 
 def test_output_folder_that_is_a_file(command: Command, tmp_path: Path) -> None:

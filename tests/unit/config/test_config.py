@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kfac_dist.config import strict_yaml
 from kfac_dist.config.kfac import damping_decay_rate
-from kfac_dist.config.load import batch_slots, batch_warning, check_same, load_config
+from kfac_dist.config.load import batch_slots, check_same, load_config, warnings_of
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import InputError
 from tests.paths import CONFIGS
@@ -331,8 +331,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         ('a: "\\ud800"', "half a character"),
         ("a: \x07", "the character U+0007"),
         ("", "is empty; a configuration is a mapping of sections"),
-        ("- a", "holds a list; a configuration is a mapping of sections"),
-        ("hello", "holds a str"),
+        ("- a", "a configuration is a mapping of sections"),
+        ("hello", "holds no mapping but"),
         ("a: " + "x" * strict_yaml.MAX_FILE_BYTES, "is larger than 1000000 bytes"),
     ],
     ids=range(18),
@@ -402,12 +402,26 @@ def test_batch_slots_answers_at_once_for_any_batch(valid_file: Path) -> None:
     ("num_train", "times"), [(129, None), (128, None), (127, "1.008 times"), (64, "2 times"), (1, "128 times")]
 )
 def test_a_batch_beyond_the_training_set_is_told(valid_file: Path, num_train: int, times: str | None) -> None:
-    text = batch_warning(load_config(valid_file), num_train)
-    assert (text is None) == (times is None)
+    texts = warnings_of(load_config(valid_file), num_train)
+    assert len(texts) == (times is not None)
     if times:
-        assert f"batch.global_size = 128 is more than the {num_train} training images" in str(text)
-        assert f"sees each of them {times} on average" in str(text)
-        assert ("train.epochs = 6, so this run is a single iteration" in str(text)) == (num_train == 1)
+        assert f"batch.global_size = 128 is more than the {num_train} training images" in texts[0]
+        assert f"sees each of them {times} on average" in texts[0]
+        assert ("train.epochs = 6, so this run is a single iteration" in texts[0]) == (num_train == 1)
+
+
+def test_a_learning_rate_that_is_zero_before_the_end_is_told(valid_file: Path) -> None:
+    assert warnings_of(load_config(valid_file, ["train.epochs=5"]), 1438) == []
+    (text,) = warnings_of(load_config(valid_file, ["train.epochs=10"]), 1438)
+    assert "the learning rate is 0 from epoch 6 on" in text
+    assert "set schedule.end_epoch=10" in text
+
+
+@pytest.mark.parametrize(("ranks", "per_rank", "remedy"), [(4, 64, "; or set batch.per_rank=32$"), (3, 16, "2 and 4$")])
+def test_ranks_that_do_not_fit_are_told_what_does(valid_file: Path, ranks: int, per_rank: int, remedy: str) -> None:
+    config = load_config(valid_file, ["batch.global_size=128", f"batch.per_rank={per_rank}"])
+    with pytest.raises(InputError, match=remedy):
+        batch_slots(config, ranks)
 
 
 WORDS = st.text(st.characters(codec="utf-8").filter(str.isprintable), max_size=8)
