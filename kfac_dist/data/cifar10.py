@@ -72,7 +72,8 @@ def _read_batch(path: Path, published_md5: str) -> tuple[np.ndarray, np.ndarray]
         images, labels = _checked(batch)
     except Exception as error:  # a damaged pickle fails in any way
         raise InputError(
-            f"{path} is not a CIFAR-10 batch ({error}): it is truncated, damaged or of another program; unpack {URL} again"
+            f"{path} is not a CIFAR-10 batch ({error}): it is truncated, damaged or of another program; "
+            f"unpack {URL} again"
         ) from error
     # A shortened copy has no published sum; a batch of full length that differs from the published one is
     # damaged.
