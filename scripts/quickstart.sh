@@ -14,7 +14,7 @@ scripts/mpirun.sh -n "$ranks" .venv/bin/python train.py configs/quickstart.yaml 
 cat <<'NEXT'
 
 What to try next:
-  scripts/quickstart.sh train.epochs=3 optimizer.learning_rate=0.01
+  scripts/quickstart.sh train.epochs=3 schedule.end_epoch=3
       any key of configs/quickstart.yaml can be changed
   scripts/mpirun.sh -n 4 .venv/bin/python train.py configs/quickstart.yaml batch.per_rank=32
       four ranks
