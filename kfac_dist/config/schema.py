@@ -84,6 +84,18 @@ class TrainConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+class CheckpointConfig(Section):
+    """How often the run is saved, besides at its end and on a signal, and how many checkpoints stay.
+
+    `keep` counts the newest; with `keep_best` the one of the best evaluation so far is made and stays besides.
+    """
+
+    every_minutes: PositiveFloat | None = 15.0
+    every_epochs: PositiveFloat | None = None
+    keep: PositiveInt = 2
+    keep_best: bool = True
+
+
 class OptimizerConfig(Section):
     """The optimizer and its initial learning rate and momentum."""
 
@@ -182,6 +194,7 @@ class Config(Section):
     augment: AugmentConfig = AugmentConfig()
     weight_rescaling: WeightRescaling = "off"
     communication: CommunicationConfig = CommunicationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @field_validator("augment")
     @classmethod

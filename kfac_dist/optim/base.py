@@ -49,6 +49,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """What a run's log should say of it, a line each."""
         return []
 
+    def owned_blocks(self, first_only: bool) -> list[str]:
+        """Names of the blocks whose state this rank keeps; of several owners only the first, if so wanted."""
+        del first_only
+        return []
+
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
         """Smallest and largest eigenvalue and effective rank of each matrix that it keeps, if any; collective."""
         return {}

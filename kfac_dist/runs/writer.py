@@ -19,6 +19,9 @@ from kfac_dist.runs.reader import METRICS_FILE
 
 KINDS = ("train", "eval", "fisher", "event", "summary")
 
+DONE_FILE = "DONE"
+"""Marks a run's folder as that of a finished run."""
+
 _SCALAR_KINDS = ("train", "eval", "fisher")  # those that TensorBoard shows
 
 logger = logging.getLogger(__name__)
@@ -57,12 +60,21 @@ class RunWriter:
         is_main: Whether this rank writes.
         config: The resolved configuration as YAML text.
         environment: From :func:`kfac_dist.runs.environment.describe_environment`.
+        metrics_bytes: To go on with the run that is there: how much of its metrics holds; the rest is cut off. None
+            makes a new run.
 
     Raises:
         InputError: If the directory cannot be created or written, or already holds a run.
     """
 
-    def __init__(self, directory: Path, is_main: bool, config: str, environment: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        is_main: bool,
+        config: str,
+        environment: Mapping[str, Any],
+        metrics_bytes: int | None = None,
+    ) -> None:
         self.directory = directory
         self._stream: TextIO | None = None
         self._tensorboard: Any = None
@@ -70,7 +82,11 @@ class RunWriter:
             return
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._stream = (directory / METRICS_FILE).open("x", encoding="utf-8")
+            if metrics_bytes is None:
+                self._stream = (directory / METRICS_FILE).open("x", encoding="utf-8")
+            else:
+                self._stream = _cut_metrics(directory / METRICS_FILE, metrics_bytes)
+                (directory / DONE_FILE).unlink(missing_ok=True)
             (directory / "config.yaml").write_text(config, encoding="utf-8")
             record = json.dumps(_json_value(environment), indent=2, ensure_ascii=False, allow_nan=False)
             (directory / "environment.json").write_text(record + "\n", encoding="utf-8")
@@ -113,12 +129,17 @@ class RunWriter:
             for tag, value in _scalars(kind, fields).items():
                 self._tensorboard.add_scalar(tag, value, record["iteration"])
 
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl so far; 0 where this rank does not write."""
+        return self._stream.tell() if self._stream is not None else 0
+
     def finish(self) -> None:
         """Close the files and mark the run as finished: DONE holds the time (UTC), and comes last."""
         is_main = self._stream is not None
         self.close()
         if is_main:
-            (self.directory / "DONE").write_text(_utc_now() + "\n", encoding="utf-8")
+            (self.directory / DONE_FILE).write_text(_utc_now() + "\n", encoding="utf-8")
 
     def close(self) -> None:
         """Close the files without marking the run as finished. May be called twice."""
@@ -128,6 +149,17 @@ class RunWriter:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+
+
+def _cut_metrics(path: Path, size: int) -> TextIO:
+    """Open the metrics of a run that goes on, without what was written after its checkpoint."""
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise InputError(f"{path}: must have at least {size} bytes, as when its checkpoint was made, got {found}")
+    stream = path.open("r+", encoding="utf-8")
+    stream.seek(size)
+    stream.truncate()
+    return stream
 
 
 def _json_value(value: Any) -> Any:

@@ -30,7 +30,8 @@ class IterationResult:
         iteration: Its number.
         settings: What the optimizer used.
         loss_scale: What the loss was multiplied with; None where it is not scaled.
-        averages: Loss, share of correct answers, retries and kept inverses over all ranks, on their way to the host.
+        averages: Loss, share of correct answers, retries, kept inverses and `wishes` over all ranks, on their way to the
+            host.
         stages: Seconds of each stage.
         communication_bytes: Payload of the V-collectives.
         step: What the optimizer reports.
@@ -45,6 +46,15 @@ class IterationResult:
     step: StepReport
 
 
+@dataclass(frozen=True)
+class Told:
+    """What all ranks know alike after an iteration: its mean loss, and what some rank wants to be done."""
+
+    loss: float
+    wants_save: bool
+    wants_stop: bool
+
+
 class Reporter:
     """Writes a run's metrics and shows its progress; every rank calls the same methods, rank 0 writes.
 
@@ -52,8 +62,16 @@ class Reporter:
         directory: The run's folder.
     """
 
-    def __init__(self, config: Config, communicator: Communicator, schedules: Schedules) -> None:
+    def __init__(
+        self, config: Config, communicator: Communicator, schedules: Schedules, resumed: tuple[Path, int] | None = None
+    ) -> None:
         """Open the run's folder, which rank 0 chooses; collective.
+
+        Args:
+            config: The run's.
+            communicator: Collectives over the ranks.
+            schedules: The run's.
+            resumed: Folder of the run that goes on, and how many bytes of its metrics hold; None for a new run.
 
         Raises:
             AgreedInputError: If it cannot be written, or KFAC_DIST_PROGRESS is wrong.
@@ -66,17 +84,19 @@ class Reporter:
         with communicator.raise_on_all_ranks():
             self._progress = Progress(schedules.num_iterations, communicator.is_main)
         with communicator.raise_on_all_ranks():
-            chosen = choose_run_directory(config.run.output_dir, config.run.name)
+            chosen = resumed[0] if resumed else choose_run_directory(config.run.output_dir, config.run.name)
         self.directory = Path(communicator.gather_bytes(str(chosen).encode())[0].decode())
         hosts = [name.decode() for name in communicator.gather_bytes(socket.gethostname().encode())]
         environment = describe_environment(library_version(), hosts)
         with communicator.raise_on_all_ranks():
-            self._writer = RunWriter(self.directory, communicator.is_main, config.to_yaml(), environment)
+            self._writer = RunWriter(
+                self.directory, communicator.is_main, config.to_yaml(), environment, resumed[1] if resumed else None
+            )
         self._reported_at = time.perf_counter()  # the last iteration, for images per second
 
-    def iteration(self, result: IterationResult) -> float:
-        """Report an iteration; waits for it. Returns the mean loss over the global batch."""
-        loss, correct, retries, kept = result.averages.read().tolist()
+    def iteration(self, result: IterationResult) -> Told:
+        """Report an iteration; waits for it."""
+        loss, correct, retries, kept, save, stop = result.averages.read().tolist()
         iteration, top1 = result.iteration, 100 * correct
         epoch = self._schedules.epoch_at(iteration + 1)
         now = time.perf_counter()
@@ -96,7 +116,7 @@ class Reporter:
         if result.step.skipped:
             self.event(iteration, "overflow", **scale)
         self._progress.update(epoch, loss, top1, images_per_second)
-        return float(loss)
+        return Told(float(loss), bool(save), bool(stop))
 
     def evaluation(self, iteration: int, loss: float, top1: float, top5: float) -> None:
         """Report an evaluation after an iteration; accuracies in percent."""
@@ -118,6 +138,11 @@ class Reporter:
         for problem in problems:
             self.event(iteration, "skipped_picture", problem=problem)
             self._progress.say(f"skipped: {problem}")
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of the metrics so far; 0 on ranks that do not write."""
+        return self._writer.metrics_bytes
 
     def event(self, iteration: int, event: str, **fields: Any) -> None:
         """Report something out of the ordinary."""
