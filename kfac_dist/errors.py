@@ -19,3 +19,7 @@ class RunStopped(Exception):  # noqa: N818  # no error: the run can go on
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on, on any rank: it diverged or lost its data. Exit code 3."""
+
+
+class RankFailed(RuntimeError):
+    """One rank cannot go on, and the others do not know: `launch.run` ends the job without a traceback. Exit code 3."""

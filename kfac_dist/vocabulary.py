@@ -29,5 +29,8 @@ WeightRescaling = Literal["always", "cap", "off"]
 BottleneckVariant = Literal["v1", "v1.5"]
 """Where a bottleneck ResNet reduces the image; see `kfac_dist.models.residual`."""
 
+Initialization = Literal["recipe", "own"]
+"""Whose initial weights a network has; see `kfac_dist.models`."""
+
 Preprocessing = Literal["paper", "random_resized_crop"]
 """How ImageNet's images are cut out; see `kfac_dist.data.imagenet.crops`."""

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from mpi4py import MPI
 
-from kfac_dist.errors import InputError
+from kfac_dist.errors import InputError, RankFailed
 
 ALLOW_SIZE_VARIABLE = "KFAC_DIST_ALLOW_SIZE_MISMATCH"
 
@@ -23,6 +23,7 @@ _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 3
+EXIT_INTERRUPTED = 130  # as shells have it: 128 and SIGINT's number
 
 
 def promised_size(environment: Mapping[str, str]) -> tuple[str, int] | None:
@@ -77,13 +78,18 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     `main` returns an exit code that all ranks agree on. An exception, or `sys.exit` from inside, is one rank's
     own: its traceback is printed and the whole job is aborted, for the others may be blocked in a collective. So it
-    is with an `InputError`, the user's to mend, but for the traceback.
+    is with an `InputError`, a `RankFailed` and Ctrl-C, but for the traceback.
     """
     try:
         code = main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         _abort(EXIT_BAD_INPUT)
+    except RankFailed as error:
+        print(f"training failed: {error}", file=sys.stderr)
+        _abort(EXIT_FAILED)
+    except KeyboardInterrupt:
+        _end_interrupted()
     except SystemExit as leaving:
         traceback.print_exc()
         _abort(leaving.code if isinstance(leaving.code, int) and leaving.code else 1)
@@ -101,7 +107,14 @@ def _abort(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _end_interrupted() -> NoReturn:
+    print("interrupted (Ctrl-C): what was written so far is kept", file=sys.stderr)
+    _abort(EXIT_INTERRUPTED)
+
+
 def _abort_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):  # before `run`, as while modules are imported
+        _end_interrupted()
     sys.__excepthook__(kind, error, trace)
     if MPI.COMM_WORLD.Get_size() > 1:
         _abort(EXIT_FAILED)

@@ -1,19 +1,26 @@
 """The section `data`: a union by `name`, each data set with its own keys."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
+from kfac_dist.config.entry_points import DATASETS, load_registered, takes
 from kfac_dist.config.sections import Kind, PathText, Section, Shape
 from kfac_dist.vocabulary import Preprocessing
 
 
 class DataSet(Kind):
-    """A data set. Limits take its first images (of `imagenet`: evenly over classes)."""
+    """A data set. Limits take its first images (of `imagenet`: evenly over classes).
+
+    Each kind has a `name` of one possible value. The built-in kinds are those of this module; a kind of one's own is a
+    class of an installed package, which also has a method `read` (see docs/own-data-and-models.md).
+    """
 
     not_augmented: ClassVar[Mapping[str, str]] = {}
     """Keys of `augment` that the data set does not take, and why."""
+
+    name: str
 
 
 class DigitsConfig(DataSet):
@@ -106,6 +113,30 @@ class SyntheticConfig(DataSet):
     ]
 
 
-DataConfig = Annotated[
-    DigitsConfig | Cifar10Config | SvhnConfig | ImagenetConfig | SyntheticConfig, Field(discriminator="name")
-]
+BUILT_IN: tuple[type[DataSet], ...] = (DigitsConfig, Cifar10Config, SvhnConfig, ImagenetConfig, SyntheticConfig)
+
+
+def name_of(kind: type[DataSet]) -> str:
+    """The one value that `data.name` has for a kind; empty if its class does not say."""
+    names = get_args(kind.model_fields["name"].annotation)
+    return names[0] if len(names) == 1 and isinstance(names[0], str) else ""
+
+
+def own_data_set(name: str) -> type[DataSet] | None:
+    """The section of a data set that an installed package registers; None where none does.
+
+    Raises:
+        InputError: If it cannot be loaded, or is not what a data set of one's own must be.
+    """
+    registered = load_registered(DATASETS, "data.name", name, map(name_of, BUILT_IN))
+    if registered is None:
+        return None
+    kind = registered.value
+    if not isinstance(kind, type) or not issubclass(kind, DataSet):
+        raise registered.refuse("a class derived from kfac_dist.config.data.DataSet", repr(kind))
+    if name_of(kind) != name:
+        found = str(kind.model_fields["name"].annotation)
+        raise registered.refuse(f'a class with the field name: Literal["{name}"]', found)
+    if not takes(getattr(kind, "read", None), 1):
+        raise registered.refuse("a class with a method read(self)", repr(getattr(kind, "read", None)))
+    return kind

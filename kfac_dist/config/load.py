@@ -10,8 +10,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from kfac_dist.config import strict_yaml
+from kfac_dist.config.data import own_data_set
 from kfac_dist.config.messages import describe
-from kfac_dist.config.schema import Config, nearest_multiples
+from kfac_dist.config.schema import Config, config_with, nearest_multiples
 from kfac_dist.errors import InputError
 
 
@@ -36,10 +37,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             _apply_override_(settings, override, given)
         except InputError as error:
             problems.append(str(error))
+    model = Config
     try:
-        config = Config.model_validate(settings)
+        model = _config_class(settings)
+        config = model.model_validate(settings)
     except ValidationError as error:
-        problems += [describe(problem, Config) for problem in error.errors(include_url=False)]
+        problems += [describe(problem, model) for problem in error.errors(include_url=False)]
+    except InputError as error:  # before the rest could be looked at
+        problems.append(str(error))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise InputError(f"{path}: {count} in this configuration:\n  " + "\n  ".join(problems))
@@ -113,6 +118,14 @@ def batch_warning(config: Config, num_train: int) -> str | None:
     if num_epochs > config.train.epochs:
         text += f" and is more than train.epochs = {config.train.epochs:g}, so this run is a single iteration"
     return text
+
+
+def _config_class(settings: dict[str, object]) -> type[Config]:
+    """`Config`, or where `data.name` names a data set of an installed package, that which takes its section."""
+    data = settings.get("data")
+    name = data.get("name") if isinstance(data, dict) else None
+    own = own_data_set(name) if isinstance(name, str) else None
+    return Config if own is None else config_with(own)
 
 
 def _nearest_divisors(number: int, near: int) -> str:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from kfac_dist.config.entry_points import DATASETS, installed_names
 from kfac_dist.config.sections import KeyProblem, Kind
 
 _RULES = {
@@ -67,7 +68,9 @@ def describe(problem: ErrorDetails, model: type[BaseModel]) -> str:
         tag = f"{key}.{context['discriminator'].strip(chr(39))}"
         if kind == "union_tag_not_found":
             return f"{tag} is required; it has no default"
-        return f"{tag} must be one of {context['expected_tags']}, got {context['tag']!r}"
+        own = installed_names(DATASETS) if tag == "data.name" else []
+        others = f", or of an installed package: {', '.join(map(repr, own))}" if own else ""
+        return f"{tag} must be one of {context['expected_tags']}{others}, got {context['tag']!r}"
     if kind == "string_type" and type(found) in _NOT_TEXT:
         shell = "" if key.endswith("]") else f" (on a command line: \"{key}='...'\")"
         return f"{key} must be text, got {_NOT_TEXT[type(found)]} {_show(found)}; quotes make it text{shell}"

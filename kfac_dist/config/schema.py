@@ -4,7 +4,8 @@ The attribute names are the YAML keys. A key has a default only where no paper s
 of a configuration are reported at once, each as the dotted key, the rule and the value found.
 """
 
-from typing import Annotated, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import (
     Field,
@@ -13,17 +14,19 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
+    create_model,
     field_validator,
 )
 
 from kfac_dist.config import strict_yaml
-from kfac_dist.config.data import DataConfig
+from kfac_dist.config.data import BUILT_IN, DataSet
 from kfac_dist.config.kfac import KfacConfig
 from kfac_dist.config.sections import FractionRange, KeyProblem, Kind, PathText, PositiveRange, Section, Text
 from kfac_dist.vocabulary import (
     BackendChoice,
     BottleneckVariant,
     DeviceChoice,
+    Initialization,
     PrecisionName,
     ReduceScatterChoice,
     WeightRescaling,
@@ -49,11 +52,14 @@ class ModelConfig(Section):
 
     `variant` says where bottleneck ResNets reduce the image: in the first 1x1 convolution of a stage (v1) or
     in its 3x3 convolution (v1.5, the default). `zero_init_last_gamma` starts each residual branch at zero.
+    `initialization` draws the weights as the recipes do (HeNormal, biases zero), or leaves those that the network's own
+    constructor gave (`own`); without it, only networks of installed packages keep their own.
     """
 
     name: Text
     variant: BottleneckVariant | None = None
     zero_init_last_gamma: bool = False
+    initialization: Initialization | None = None
 
 
 class BatchConfig(Section):
@@ -180,6 +186,12 @@ class CommunicationConfig(Section):
     gradient_precision: WirePrecision = "fp32"
 
 
+if TYPE_CHECKING:
+    DataConfig = DataSet
+else:
+    DataConfig = Annotated[Union[(*BUILT_IN,)], Field(discriminator="name")]
+
+
 class Config(Section):
     """A whole, valid configuration of a run."""
 
@@ -225,6 +237,13 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The whole configuration, defaults included, as YAML that `load_config` reads back as the same."""
         return strict_yaml.dump(self.model_dump(mode="json"))
+
+
+@cache
+def config_with(own: type[DataSet]) -> type[Config]:
+    """The configuration whose section `data` may also be of a kind that is not built in."""
+    kinds: Any = Union[(*BUILT_IN, own)]
+    return create_model("Config", __base__=Config, data=(kinds, Field(discriminator="name")))
 
 
 def nearest_multiples(size: int, unit: int) -> str:

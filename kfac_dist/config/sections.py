@@ -76,6 +76,7 @@ class Kind(Section):
     def _leave_out_nulls(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
-        kinds: Sequence[type[BaseModel]] = cls.__mro__[1].__subclasses__()
+        family = next(parent for parent in cls.__mro__ if Kind in parent.__bases__)
+        kinds: Sequence[type[BaseModel]] = family.__subclasses__()
         others = {key for kind in kinds for key in kind.model_fields} - set(cls.model_fields)
         return {key: value for key, value in given.items() if value is not None or key not in others}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kfac_dist.config.entry_points import GUIDE
 from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.base import Dataset
 from kfac_dist.data.cifar10 import read_cifar10
@@ -20,23 +21,14 @@ from kfac_dist.data.imagenet.dataset import FolderDataset, Normalisation
 from kfac_dist.data.imagenet.decoder import Decoder, ThreadDecoder
 from kfac_dist.data.imagenet.folder import list_images
 from kfac_dist.data.imagenet.mean_image import load_mean_image
-from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset
+from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset, check_arrays
 from kfac_dist.data.svhn import read_svhn
 from kfac_dist.data.synthetic import SyntheticDataset
 from kfac_dist.errors import InputError
 
 if TYPE_CHECKING:
-    from kfac_dist.config.data import (
-        Cifar10Config,
-        DataConfig,
-        DigitsConfig,
-        ImagenetConfig,
-        SvhnConfig,
-        SyntheticConfig,
-    )
+    from kfac_dist.config.data import DataSet, ImagenetConfig, SyntheticConfig
     from kfac_dist.config.schema import AugmentConfig
-
-    InMemoryConfig = DigitsConfig | Cifar10Config | SvhnConfig
 
 
 @dataclass(frozen=True)
@@ -48,16 +40,17 @@ class DatasetDescription:
     image_shape: tuple[int, int, int]
 
 
-def describe_dataset(data: DataConfig) -> DatasetDescription:
+def describe_dataset(data: DataSet) -> DatasetDescription:
     """Sizes of the data set that a configuration names, as published; opens no images.
 
-    For `imagenet` the folder is listed where there is one, since any tree of the layout may stand for it.
+    For `imagenet` the folder is listed where there is one, since any tree of the layout may stand for it. A data set of
+    an installed package is read.
     """
-    return _DATA_SETS[data.name].describe(data)
+    return _entry(data).describe(data)
 
 
 def create_dataset(
-    data: DataConfig, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, seed: int
+    data: DataSet, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, seed: int
 ) -> Dataset:
     """Read the data set that a configuration names, or list its files, and cut it to the wanted size.
 
@@ -72,7 +65,7 @@ def create_dataset(
         InputError: If files are missing or damaged, a limit exceeds the images there are, the padding leaves nothing of
             an image, or the loader is not installed.
     """
-    return _DATA_SETS[data.name].create(data, augment, device, dtype, seed)
+    return _entry(data).create(data, augment, device, dtype, seed)
 
 
 # Data sets held in memory ------------------------------------------------------------------------------
@@ -80,7 +73,7 @@ def create_dataset(
 
 def _create_in_memory(
     read: Callable[[Any], ImageArrays],
-    data: InMemoryConfig,
+    data: DataSet,
     augment: AugmentConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -91,14 +84,38 @@ def _create_in_memory(
     if augment.pad_crop >= side:
         raise InputError(f"augment.pad_crop must be < {side}, the side of an image, got {augment.pad_crop}")
     _check_limits(data, len(arrays.train_labels), len(arrays.eval_labels))
+    num_train, num_eval = _limits(data)
     first = replace(
         arrays,
-        train_images=arrays.train_images[: data.train_limit],
-        train_labels=arrays.train_labels[: data.train_limit],
-        eval_images=arrays.eval_images[: data.eval_limit],
-        eval_labels=arrays.eval_labels[: data.eval_limit],
+        train_images=arrays.train_images[:num_train],
+        train_labels=arrays.train_labels[:num_train],
+        eval_images=arrays.eval_images[:num_eval],
+        eval_labels=arrays.eval_labels[:num_eval],
     )
     return InMemoryDataset(first, CropFlip(augment.pad_crop, augment.flip, seed), device, dtype)
+
+
+# Data sets of installed packages ---------------------------------------------------------------------
+
+
+def _read_own(data: Any) -> ImageArrays:
+    """What the section's own `read` returns; every error names the data set."""
+    try:
+        arrays = data.read()
+        if not isinstance(arrays, ImageArrays):
+            raise InputError(
+                f"read must return kfac_dist.data.in_memory.ImageArrays, got {type(arrays).__name__}: see {GUIDE}"
+            )
+        check_arrays(arrays)
+    except (InputError, OSError) as error:
+        raise InputError(f"data.name {data.name} ({type(data).__module__}.{type(data).__name__}): {error}") from error
+    return arrays
+
+
+def _describe_own(data: Any) -> DatasetDescription:
+    arrays = _read_own(data)
+    channels, height, width = arrays.train_images.shape[1:]
+    return _cut(DatasetDescription(len(arrays.train_labels), len(arrays.class_names), (channels, height, width)), data)
 
 
 # ImageNet ----------------------------------------------------------------------------------------------
@@ -161,17 +178,21 @@ def _describe_synthetic(data: SyntheticConfig) -> DatasetDescription:
 # Limits ------------------------------------------------------------------------------------------------
 
 
-def _check_limits(data: InMemoryConfig | ImagenetConfig, num_train: int, num_eval: int) -> None:
-    for key, limit, available in (
-        ("train_limit", data.train_limit, num_train),
-        ("eval_limit", data.eval_limit, num_eval),
-    ):
-        if limit is not None and limit > available:
-            raise InputError(f"data.{key} must be <= {available}, the images there are, got {limit}")
+def _limits(data: DataSet) -> tuple[int | None, int | None]:
+    """Of training and evaluation images; a data set of an installed package need not have these keys."""
+    return getattr(data, "train_limit", None), getattr(data, "eval_limit", None)
 
 
-def _cut(description: DatasetDescription, data: InMemoryConfig | ImagenetConfig) -> DatasetDescription:
-    return replace(description, num_train=min(description.num_train, data.train_limit or description.num_train))
+def _check_limits(data: DataSet, num_train: int, num_eval: int) -> None:
+    available = {"train_limit": num_train, "eval_limit": num_eval}
+    for (key, most), limit in zip(available.items(), _limits(data), strict=True):
+        if limit is not None and limit > most:
+            raise InputError(f"data.{key} must be <= {most}, the images there are, got {limit}")
+
+
+def _cut(description: DatasetDescription, data: DataSet) -> DatasetDescription:
+    train_limit, _ = _limits(data)
+    return replace(description, num_train=min(description.num_train, train_limit or description.num_train))
 
 
 # All of them -------------------------------------------------------------------------------------------
@@ -196,6 +217,7 @@ def _from_root(read: Callable[[Path], ImageArrays]) -> Callable[[Any], ImageArra
     return lambda data: read(Path(data.root).expanduser())
 
 
+# A row for each of `kfac_dist.config.data.BUILT_IN`.
 _DATA_SETS = {
     "digits": _in_memory(lambda data: read_digits(), 1438, 10, (1, 8, 8)),
     "cifar10": _in_memory(_from_root(read_cifar10), 50_000, 10, (3, 32, 32)),
@@ -203,3 +225,8 @@ _DATA_SETS = {
     "imagenet": _DataSet(_create_imagenet, _describe_imagenet),
     "synthetic": _DataSet(_create_synthetic, _describe_synthetic),
 }
+_OWN = _DataSet(partial(_create_in_memory, _read_own), _describe_own)
+
+
+def _entry(data: DataSet) -> _DataSet:
+    return _DATA_SETS.get(data.name, _OWN)

@@ -56,7 +56,7 @@ class InMemoryDataset:
     reads_files = False
 
     def __init__(self, arrays: ImageArrays, crop_flip: CropFlip, device: torch.device, dtype: torch.dtype) -> None:
-        _check_arrays(arrays)
+        check_arrays(arrays)
         self.class_names = arrays.class_names
         self.crop_flip = crop_flip
         self.dtype = dtype
@@ -170,7 +170,15 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def _check_arrays(arrays: ImageArrays) -> None:
+def check_arrays(arrays: ImageArrays) -> None:
+    """Refuse arrays that are not what `ImageArrays` says.
+
+    Raises:
+        InputError: Naming the array, the rule and the value.
+    """
+    names = arrays.class_names
+    if not isinstance(names, tuple | list) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"class_names must be a tuple of one text for each class, got {names!r:.80}")
     for split in ("train", "eval"):
         images, labels = getattr(arrays, f"{split}_images"), getattr(arrays, f"{split}_labels")
         _check_images(f"{split}_images", images)

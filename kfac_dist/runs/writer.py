@@ -3,10 +3,11 @@
 Units: ``top1`` and ``top5`` are percentages (0 to 100), times are seconds, ``epoch`` is fractional.
 """
 
+import errno
 import json
-import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,7 +15,8 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from kfac_dist.errors import InputError
+from kfac_dist.errors import InputError, RankFailed
+from kfac_dist.runs.event_files import EventFiles
 from kfac_dist.runs.reader import METRICS_FILE
 
 KINDS = ("train", "eval", "fisher", "event", "summary")
@@ -24,14 +26,11 @@ DONE_FILE = "DONE"
 
 _SCALAR_KINDS = ("train", "eval", "fisher")  # those that TensorBoard shows
 
-logger = logging.getLogger(__name__)
-
 
 def choose_run_directory(output_dir: str | Path, name: str) -> Path:
     """Return ``output_dir/name``, or the first of ``name-2``, ``name-3``, … that holds no run yet.
 
-    A directory holds a run when it has a ``metrics.jsonl``. Nothing is created. Call it on one rank and
-    broadcast the answer: another rank may look after the first one has created the directory.
+    A directory holds a run when it has a ``metrics.jsonl``. Nothing is created; see :func:`claim_run_directory`.
 
     Raises:
         InputError: If one cannot look there.
@@ -50,13 +49,35 @@ def choose_run_directory(output_dir: str | Path, name: str) -> Path:
     return candidate
 
 
+def claim_run_directory(output_dir: str | Path, name: str) -> Path:
+    """Like :func:`choose_run_directory`, and take it with an empty ``metrics.jsonl``, which only one process can make.
+
+    Call it on one rank and broadcast the answer.
+
+    Raises:
+        InputError: If one cannot look or write there.
+    """
+    while True:
+        directory = choose_run_directory(output_dir, name)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / METRICS_FILE).touch(exist_ok=False)
+        except FileExistsError as error:
+            if not directory.is_dir():
+                raise _not_writable(directory, error) from error
+        except OSError as error:
+            raise _not_writable(directory, error) from error
+        else:
+            return directory
+
+
 class RunWriter:
     """Writes one run's directory: config.yaml, environment.json, metrics.jsonl, TensorBoard events, DONE.
 
     Every rank makes one and calls the same methods; only the main rank touches the disk.
 
     Args:
-        directory: From :func:`choose_run_directory`; created with its parents.
+        directory: From :func:`claim_run_directory`; created with its parents if need be.
         is_main: Whether this rank writes.
         config: The resolved configuration as YAML text.
         environment: From :func:`kfac_dist.runs.environment.describe_environment`.
@@ -77,16 +98,19 @@ class RunWriter:
     ) -> None:
         self.directory = directory
         self._stream: TextIO | None = None
-        self._tensorboard: Any = None
+        self._event_files: EventFiles | None = None
         if not is_main:
             return
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            if metrics_bytes is None:
-                self._stream = (directory / METRICS_FILE).open("x", encoding="utf-8")
-            else:
-                self._stream = _cut_metrics(directory / METRICS_FILE, metrics_bytes)
+            metrics = directory / METRICS_FILE
+            if metrics_bytes is not None:
+                self._stream = _cut_metrics(metrics, metrics_bytes)
                 (directory / DONE_FILE).unlink(missing_ok=True)
+            elif metrics.exists() and metrics.stat().st_size:  # an empty one was claimed for this run
+                raise FileExistsError(errno.EEXIST, "holds a run", str(metrics))
+            else:
+                self._stream = metrics.open("a", encoding="utf-8")
             (directory / "config.yaml").write_text(config, encoding="utf-8")
             record = json.dumps(_json_value(environment), indent=2, ensure_ascii=False, allow_nan=False)
             (directory / "environment.json").write_text(record + "\n", encoding="utf-8")
@@ -96,11 +120,8 @@ class RunWriter:
                 "choose another name"
             ) from error
         except OSError as error:
-            raise InputError(
-                f"run.output_dir: cannot write the run's directory {directory} ({error.strerror}); "
-                "choose a writable folder"
-            ) from error
-        self._tensorboard = _open_tensorboard(directory)
+            raise _not_writable(directory, error) from error
+        self._event_files = EventFiles(directory)
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one object to metrics.jsonl and show its numbers in TensorBoard.
@@ -117,17 +138,21 @@ class RunWriter:
         Raises:
             ValueError: If the kind is unknown.
             TypeError: If a value is of no kind that JSON has.
+            RankFailed: If metrics.jsonl cannot be written. Event files that cannot are given up with a warning.
         """
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}: must be one of {', '.join(KINDS)}")
         if self._stream is None:
             return
         record = _json_value({"kind": kind, **fields})
-        self._stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-        self._stream.flush()
-        if self._tensorboard is not None and kind in _SCALAR_KINDS:
-            for tag, value in _scalars(kind, fields).items():
-                self._tensorboard.add_scalar(tag, value, record["iteration"])
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+        if self._event_files is not None and kind in _SCALAR_KINDS:
+            self._event_files.add_scalars(_scalars(kind, fields), record["iteration"])
+        try:
+            self._stream.write(line)
+            self._stream.flush()
+        except OSError as error:
+            raise self._failed(METRICS_FILE, error) from error
 
     @property
     def metrics_bytes(self) -> int:
@@ -139,16 +164,30 @@ class RunWriter:
         is_main = self._stream is not None
         self.close()
         if is_main:
-            (self.directory / DONE_FILE).write_text(_utc_now() + "\n", encoding="utf-8")
+            try:
+                (self.directory / DONE_FILE).write_text(_utc_now() + "\n", encoding="utf-8")
+            except OSError as error:
+                raise self._failed(DONE_FILE, error) from error
 
     def close(self) -> None:
         """Close the files without marking the run as finished. May be called twice."""
+        if self._event_files is not None:
+            self._event_files.close()
         if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+            stream, self._stream = self._stream, None
+            with suppress(OSError):  # every line was flushed, or its failure told
+                stream.close()
+
+    def _failed(self, name: str, error: OSError) -> RankFailed:
+        return RankFailed(
+            f"cannot write {name} in {self.directory} ({error.strerror}): make room there and start again"
+        )
+
+
+def _not_writable(directory: Path, error: OSError) -> InputError:
+    return InputError(
+        f"run.output_dir: cannot write the run's directory {directory} ({error.strerror}); choose a writable folder"
+    )
 
 
 def _cut_metrics(path: Path, size: int) -> TextIO:
@@ -185,15 +224,6 @@ def _scalars(kind: str, fields: Mapping[str, Any]) -> dict[str, float]:
         elif key != "iteration" and not isinstance(value, str):
             scalars[f"{prefix}/{key}"] = float(value)
     return scalars
-
-
-def _open_tensorboard(directory: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning("TensorBoard is not installed: no event files (metrics.jsonl is complete without them)")
-        return None
-    return SummaryWriter(directory)
 
 
 def _utc_now() -> str:

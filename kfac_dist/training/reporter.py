@@ -14,7 +14,7 @@ from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.runs.environment import describe_environment
 from kfac_dist.runs.progress import Progress
-from kfac_dist.runs.writer import RunWriter, choose_run_directory
+from kfac_dist.runs.writer import RunWriter, claim_run_directory
 from kfac_dist.tensors.host_copy import HostCopy
 from kfac_dist.timing import StageSeconds
 from kfac_dist.training.schedules import Schedules, Settings
@@ -84,7 +84,10 @@ class Reporter:
         with communicator.raise_on_all_ranks():
             self._progress = Progress(schedules.num_iterations, communicator.is_main)
         with communicator.raise_on_all_ranks():
-            chosen = resumed[0] if resumed else choose_run_directory(config.run.output_dir, config.run.name)
+            # Once for all ranks: another would find that this one has taken it.
+            chosen = Path()
+            if communicator.is_main:
+                chosen = resumed[0] if resumed else claim_run_directory(config.run.output_dir, config.run.name)
         self.directory = Path(communicator.gather_bytes(str(chosen).encode())[0].decode())
         hosts = [name.decode() for name in communicator.gather_bytes(socket.gethostname().encode())]
         environment = describe_environment(library_version(), hosts)

@@ -79,7 +79,7 @@ class Trainer:
             self.dataset = create_dataset(config.data, config.augment, device, dtype, seed)
             model = create_model(
                 config.model.name, self.dataset.num_classes, self.dataset.image_shape, seed,
-                config.model.variant, config.model.zero_init_last_gamma,
+                config.model.variant, config.model.zero_init_last_gamma, config.model.initialization,
             )  # fmt: skip
             self.batchnorm = SlotwiseBatchNorm(model)
         self.skipped_images = SkippedImages(self.dataset, communicator)

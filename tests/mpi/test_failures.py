@@ -31,6 +31,8 @@ def seconds_since_failure(finished: CompletedProcess[str]) -> float:
         ("exit 5", 5, "SystemExit: 5", 1),
         ("exit 0", 1, "SystemExit: 0", 1),
         ("input error", 2, "error: injected failure: image 7 cannot be read", 0),
+        ("full disk", 3, "training failed: cannot write metrics.jsonl in ", 0),
+        ("Ctrl-C", 130, "interrupted (Ctrl-C)", 0),
         ("missing package", 3, "ModuleNotFoundError: No module named 'yaml'", 1),
     ],
 )

@@ -1,5 +1,8 @@
 """train.py in which rank 1 fails in iteration 3, or before, in the way that the first argument names."""
 
+import os
+import resource
+import signal
 import sys
 import time
 from importlib.abc import MetaPathFinder
@@ -45,6 +48,9 @@ def failing_iteration(self: Trainer, iteration: int, *others: Any) -> Any:
 
 def fail() -> NoReturn:
     print(f"failing at {time.time()}", flush=True)
+    if way == "Ctrl-C":
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
     if way == "exit 5":
         sys.exit(5)
     if way == "exit 0":
@@ -54,6 +60,15 @@ def fail() -> NoReturn:
     raise RuntimeError("injected failure: disk on fire")
 
 
-if way in ("exception", "exit 5", "exit 0", "input error"):
+def full_disk(self: Trainer, iteration: int, *others: Any) -> Any:
+    if iteration == FAILING_ITERATION and not is_failing_rank:  # rank 0 writes
+        print(f"failing at {time.time()}", flush=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # no file can grow
+    return train_iteration(self, iteration, *others)
+
+
+if way == "full disk":
+    Trainer._train_iteration = full_disk  # type: ignore[assignment]
+if way in ("exception", "exit 5", "exit 0", "input error", "Ctrl-C"):
     Trainer._train_iteration = failing_iteration  # type: ignore[assignment]
 launch.run(train.main)

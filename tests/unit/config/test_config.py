@@ -161,7 +161,10 @@ def test_an_override_that_undoes_another_is_refused(valid_file: Path, first: str
             "optimizer.xyz.name=1",
             "optimizer.xyz is not a known key; known keys of optimizer: name, learning_rate, momentum, weight_decay",
         ),
-        ("model.xyz=1", "model.xyz is not a known key; known keys of model: name, variant, zero_init_last_gamma"),
+        (
+            "model.xyz=1",
+            "model.xyz is not a known key; known keys of model: name, variant, zero_init_last_gamma, initialization",
+        ),
         (
             "schedule.kind=constant",
             "schedule.end_epoch must be left out (schedule.end_epoch=null) when schedule.kind is constant:"

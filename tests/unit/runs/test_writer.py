@@ -1,16 +1,19 @@
 """The run's directory, metrics.jsonl, TensorBoard events."""
 
+import errno
 import json
 import math
+import multiprocessing
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from kfac_dist.errors import InputError
+from kfac_dist.errors import InputError, RankFailed
+from kfac_dist.runs import writer as writer_module
 from kfac_dist.runs.reader import read_metrics
-from kfac_dist.runs.writer import KINDS, RunWriter, choose_run_directory
+from kfac_dist.runs.writer import KINDS, RunWriter, choose_run_directory, claim_run_directory
 
 TRAIN = {
     "iteration": 7,
@@ -60,6 +63,36 @@ def test_folder_names_count_up_past_folders_that_hold_a_run(tmp_path):
     assert choose_run_directory(tmp_path, "a") == tmp_path / "a-3"
     assert choose_run_directory(tmp_path, "b") == tmp_path / "b"
     assert not (tmp_path / "b").exists()
+
+
+def claim(folder, start, names):
+    start.wait()
+    names.put(claim_run_directory(folder, "a").name)
+
+
+def test_starts_at_once_get_a_folder_each(tmp_path):
+    count = 6
+    context = multiprocessing.get_context("fork")
+    start, names = context.Barrier(count), context.Queue()
+    processes = [context.Process(target=claim, args=(tmp_path, start, names)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = sorted(names.get(timeout=30) for _ in range(count))
+    for process in processes:
+        process.join()
+    assert found == ["a", *(f"a-{number}" for number in range(2, count + 1))]
+
+
+def test_a_folder_that_another_takes_in_between_is_left_to_it(tmp_path, monkeypatch):
+    def choose(*arguments):
+        chosen = choose_run_directory(*arguments)
+        if chosen.name == "a":
+            chosen.mkdir()
+            (chosen / "metrics.jsonl").touch()
+        return chosen
+
+    monkeypatch.setattr(writer_module, "choose_run_directory", choose)
+    assert claim_run_directory(tmp_path, "a") == tmp_path / "a-2"
 
 
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
@@ -223,3 +256,58 @@ def test_without_tensorboard_the_run_goes_on_and_says_so_once(tmp_path, monkeypa
     assert [record.message[:31] for record in caplog.records] == ["TensorBoard is not installed: n"]
     assert len(lines_of(tmp_path)) == 2
     assert (tmp_path / "DONE").exists()
+
+
+class FullDisk:
+    """TensorBoard's writer where no room is left: it fails from the second scalar on."""
+
+    def __init__(self, directory):
+        self.calls = 0
+
+    def add_scalar(self, *arguments):
+        self.calls += 1
+        if self.calls > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_costs_the_event_files_first(tmp_path, monkeypatch, caplog, make_writer):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullDisk)
+    writer = make_writer(tmp_path / "run")
+    for _ in range(3):
+        writer.write("train", **TRAIN)
+    writer.finish()
+    assert len(lines_of(tmp_path / "run")) == 3
+    assert (tmp_path / "run" / "DONE").exists()
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert str(tmp_path / "run") in record.getMessage()
+    assert "No space left on device" in record.getMessage()
+
+
+def test_event_files_whose_last_lines_find_no_room(tmp_path, monkeypatch, caplog, make_writer):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullDisk)
+    writer = make_writer(tmp_path / "run")
+    writer.finish()
+    assert (tmp_path / "run" / "DONE").exists()
+    assert caplog.text.count("given up") == 1
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_the_folder(tmp_path, make_writer):
+    writer = make_writer(tmp_path / "run")
+    writer._stream.close()
+    writer._stream = open("/dev/full", "w")  # noqa: SIM115 - the writer closes it
+    with pytest.raises(
+        RankFailed, match=rf"metrics\.jsonl in {tmp_path / 'run'} \(No space left on device\): make room"
+    ):
+        writer.write("train", **TRAIN)
+    writer.close()
+    assert not (tmp_path / "run" / "DONE").exists()
+
+
+def test_no_room_for_the_marker(tmp_path, make_writer):
+    writer = make_writer(tmp_path / "run")
+    (tmp_path / "run" / "DONE").symlink_to("/dev/full")
+    with pytest.raises(RankFailed, match=r"cannot write DONE in .*No space left"):
+        writer.finish()
