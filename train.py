@@ -11,8 +11,9 @@ import torch
 from kfac_dist.communicator import create_communicator, launch
 from kfac_dist.config.load import check_same, load_config
 from kfac_dist.devices import check_precision, choose_device
-from kfac_dist.errors import AgreedInputError, InputError, TrainingFailed
+from kfac_dist.errors import AgreedInputError, InputError, RunStopped, TrainingFailed
 from kfac_dist.planning.explain import explain
+from kfac_dist.training.run_state import find_run
 from kfac_dist.training.trainer import Trainer
 
 
@@ -29,6 +30,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
     parser.add_argument("--explain", action="store_true", help="show layers, owners, bytes and schedules, and stop")
     parser.add_argument("--ranks", type=int, help="ranks that --explain assumes (default: those there are)")
+    parser.add_argument(
+        "--resume", metavar="auto|PATH",
+        help="go on with a run's folder or checkpoint; auto: with the last run of run.name, if it was not finished",
+    )  # fmt: skip
     parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
     arguments = parser.parse_intermixed_args()  # options may stand before, between and behind overrides
     if arguments.help:
@@ -68,12 +73,23 @@ def main() -> int:
             check_precision(config.train.precision, device)
         communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend, device)
         logging.info("%s, %d threads a rank", communicator.description, threads)
-        result = Trainer(config, communicator, device).train()
+        trainer = Trainer(config, communicator, device)
+        if arguments.resume:
+            place, is_done = find_run(arguments.resume, config.run, setup)
+            if is_done:
+                setup.print_once(f"{place} is finished: nothing to do; for a new run leave out --resume")
+                return 0
+            if place is not None and not trainer.resume(place):
+                setup.print_once(f"{place} has no checkpoint that is whole: starting a new run")
+        result = trainer.train()
         setup.print_once(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")
         return 0
     except AgreedInputError as error:
         setup.print_once(f"error: {error}", sys.stderr)
         return launch.EXIT_BAD_INPUT
+    except RunStopped as stop:
+        setup.print_once(f"{stop}; go on with --resume", sys.stderr)
+        return launch.EXIT_STOPPED
     except TrainingFailed as error:
         setup.print_once(f"training failed: {error}", sys.stderr)
         return launch.EXIT_FAILED

@@ -13,7 +13,7 @@ class AgreedInputError(InputError):
     """An `InputError` that every rank raises alike, so that all can leave (`Communicator.raise_on_all_ranks`)."""
 
 
-class RunStopped(Exception):  # noqa: N818  # no error: the run can go on
+class RunStopped(Exception):  # no error: the run can go on
     """A signal stopped the run, on all ranks, after a checkpoint. Exit code 75."""
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,18 +169,11 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], ite
     return record_of(path, items)
 
 
-class _opened:
-    """`safe_open` whose errors name the file and what to do."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self._file = safe_open(self._path, framework="pt", device="cpu")
-            return self._file.__enter__()
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self._path}: must be a readable safetensors file ({error})") from error
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.__exit__(*exception)
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """`safe_open` whose errors name the file."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: must be a readable safetensors file ({error})") from error

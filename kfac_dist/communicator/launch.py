@@ -23,6 +23,8 @@ _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS")
 
 EXIT_BAD_INPUT = 2
 EXIT_FAILED = 3
+EXIT_STOPPED = 75  # after a checkpoint: to be started again with --resume
+EXIT_STOPPED = 75  # after a checkpoint: to be started again with --resume
 EXIT_INTERRUPTED = 130  # as shells have it: 128 and SIGINT's number
 
 

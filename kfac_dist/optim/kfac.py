@@ -415,7 +415,7 @@ class KFAC(DistributedOptimizer):
         mine = {name: own[name] for name in own if self._shared.is_first_owner(name)}
         parts = self.communicator.gather_bytes(encode(mine))
         merged = {name: block for part in parts for name, block in decode(part).items()}
-        state[STATE_KEY] |= {BLOCKS: {block.name: merged[block.name] for block in self._shared.blocks if block.name in merged}}
+        state[STATE_KEY][BLOCKS] = {block.name: merged[block.name] for block in self.blocks if block.name in merged}
         return state
 
     def owned_blocks(self, first_only: bool) -> list[str]:

@@ -35,18 +35,31 @@ def choose_run_directory(output_dir: str | Path, name: str) -> Path:
     Raises:
         InputError: If one cannot look there.
     """
+    return _first_free_and_last_taken(output_dir, name)[0]
+
+
+def last_run_directory(output_dir: str | Path, name: str) -> Path | None:
+    """The newest run of this name: the last of ``name``, ``name-2``, … that holds one; None if none does.
+
+    Raises:
+        InputError: If one cannot look there.
+    """
+    return _first_free_and_last_taken(output_dir, name)[1]
+
+
+def _first_free_and_last_taken(output_dir: str | Path, name: str) -> tuple[Path, Path | None]:
     folder = Path(output_dir).expanduser()
-    candidate = folder / name
+    candidate, taken = folder / name, None
     number = 1
     try:
         while (candidate / METRICS_FILE).exists():
             number += 1
-            candidate = folder / f"{name}-{number}"
+            candidate, taken = folder / f"{name}-{number}", candidate
     except OSError as error:  # no permission, or a name that the file system finds too long
         raise InputError(
             f"run.output_dir, run.name: cannot use {candidate} ({error.strerror}); choose another folder or name"
         ) from error
-    return candidate
+    return candidate, taken
 
 
 def claim_run_directory(output_dir: str | Path, name: str) -> Path:

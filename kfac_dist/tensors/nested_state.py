@@ -18,8 +18,8 @@ def flatten(state: object) -> tuple[dict[str, Tensor], Any]:
     """Take the tensors out of a nested state.
 
     Args:
-        state: Dicts, lists and tuples of tensors, numbers, strings, booleans and None; keys are strings, numbers or tuples
-            of these.
+        state: Dicts, lists and tuples of tensors, numbers, strings, booleans and None; keys are strings, numbers or
+            tuples of these.
 
     Returns:
         Tensors by name, and the tree that `unflatten` needs, which JSON can hold. Names follow the keys.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kfac_dist
+from kfac_dist import __version__
 from kfac_dist.checkpoints.manifest import Manifest, read_manifest
 from kfac_dist.checkpoints.save import MODEL_FILE, ShardSave
 from kfac_dist.checkpoints.shard import FileRecord, ShardReader, check_file, read_tensors
@@ -233,7 +233,7 @@ def read_state(found: Found, rank: int, num_ranks: int, blocks: list[str], slots
 
 def code_version() -> str:
     """Of kfac_dist."""
-    return str(kfac_dist.__version__)
+    return __version__
 
 
 def now() -> str:

@@ -30,8 +30,8 @@ class IterationResult:
         iteration: Its number.
         settings: What the optimizer used.
         loss_scale: What the loss was multiplied with; None where it is not scaled.
-        averages: Loss, share of correct answers, retries, kept inverses and `wishes` over all ranks, on their way to the
-            host.
+        averages: Loss, share of correct answers, retries, kept inverses and what is wanted, over all ranks, on their
+            way to the host.
         stages: Seconds of each stage.
         communication_bytes: Payload of the V-collectives.
         step: What the optimizer reports.
@@ -54,6 +54,23 @@ class Told:
     wants_save: bool
     wants_stop: bool
 
+    def __or__(self, later: "Told") -> "Told":
+        """The later loss, and what is wanted in either."""
+        return Told(later.loss, self.wants_save or later.wants_save, self.wants_stop or later.wants_stop)
+
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """A run that goes on.
+
+    Attributes:
+        directory: Its folder.
+        metrics_bytes: How much of its metrics holds: what was written up to the checkpoint.
+    """
+
+    directory: Path
+    metrics_bytes: int
+
 
 class Reporter:
     """Writes a run's metrics and shows its progress; every rank calls the same methods, rank 0 writes.
@@ -63,7 +80,7 @@ class Reporter:
     """
 
     def __init__(
-        self, config: Config, communicator: Communicator, schedules: Schedules, resumed: tuple[Path, int] | None = None
+        self, config: Config, communicator: Communicator, schedules: Schedules, resumed: ResumedRun | None = None
     ) -> None:
         """Open the run's folder, which rank 0 chooses; collective.
 
@@ -71,7 +88,7 @@ class Reporter:
             config: The run's.
             communicator: Collectives over the ranks.
             schedules: The run's.
-            resumed: Folder of the run that goes on, and how many bytes of its metrics hold; None for a new run.
+            resumed: The run that goes on; None for a new one.
 
         Raises:
             AgreedInputError: If it cannot be written, or KFAC_DIST_PROGRESS is wrong.
@@ -87,13 +104,17 @@ class Reporter:
             # Once for all ranks: another would find that this one has taken it.
             chosen = Path()
             if communicator.is_main:
-                chosen = resumed[0] if resumed else claim_run_directory(config.run.output_dir, config.run.name)
+                chosen = resumed.directory if resumed else claim_run_directory(config.run.output_dir, config.run.name)
         self.directory = Path(communicator.gather_bytes(str(chosen).encode())[0].decode())
         hosts = [name.decode() for name in communicator.gather_bytes(socket.gethostname().encode())]
         environment = describe_environment(library_version(), hosts)
         with communicator.raise_on_all_ranks():
             self._writer = RunWriter(
-                self.directory, communicator.is_main, config.to_yaml(), environment, resumed[1] if resumed else None
+                self.directory,
+                communicator.is_main,
+                config.to_yaml(),
+                environment,
+                resumed.metrics_bytes if resumed else None,
             )
         self._reported_at = time.perf_counter()  # the last iteration, for images per second
 

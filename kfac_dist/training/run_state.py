@@ -1,20 +1,159 @@
-"""A trainer's state as a checkpoint holds it, and back."""
+"""A trainer's state as a checkpoint holds it: when it is saved, and how a run goes on from it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+import logging
+import time
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from kfac_dist.checkpoints.manifest import Manifest
+from kfac_dist.communicator import Communicator
+from kfac_dist.config.load import check_resumable
+from kfac_dist.config.schema import Config, RunConfig
+from kfac_dist.data.augment import Augmentation
+from kfac_dist.data.base import Dataset
+from kfac_dist.data.sampling import SlotSampler
+from kfac_dist.errors import InputError
+from kfac_dist.models import SlotwiseBatchNorm
+from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.distributed_fisher import BLOCKS
 from kfac_dist.optim.kfac import STATE_KEY
-from kfac_dist.training.checkpoint import RankState
+from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.runs.writer import DONE_FILE, last_run_directory
+from kfac_dist.training.checkpoint import Checkpointer, RankState, code_version, find_checkpoint, now, read_state
+from kfac_dist.training.reporter import Reporter, ResumedRun
 
-if TYPE_CHECKING:
-    from kfac_dist.training.trainer import Trainer
+logger = logging.getLogger(__name__)
 
 
-def take_state(trainer: Trainer) -> RankState:
+class Run(Protocol):
+    """What a trainer has that a checkpoint holds, or needs to know; see `Trainer`."""
+
+    config: Config
+    communicator: Communicator
+    dataset: Dataset
+    sampler: SlotSampler
+    model: nn.Module
+    batchnorm: SlotwiseBatchNorm
+    optimizer: DistributedOptimizer
+    augmentation: Augmentation
+    loss_scaler: LossScaler | None
+    iteration: int
+    top1: float
+    best_top1: float
+    seconds_before: float
+
+    def seconds(self) -> float:
+        """Of training so far."""
+
+
+class RunSaver:
+    """Saves a trainer's run into the folder that its reporter writes to."""
+
+    def __init__(self, trainer: Run, reporter: Reporter) -> None:
+        """Set up; the first time to save by the clock is counted from now."""
+        settings = trainer.config.checkpoint
+        self._trainer, self._reporter = trainer, reporter
+        self._checkpointer = Checkpointer(reporter.directory, trainer.communicator, settings.keep, settings.keep_best)
+        self._every_seconds = 60 * settings.every_minutes if settings.every_minutes is not None else float("inf")
+        self._saved_at = time.monotonic()
+
+    @property
+    def wants_save(self) -> bool:
+        """Whether it is time to save, by rank 0's clock; other ranks never want it."""
+        return self._trainer.communicator.is_main and time.monotonic() - self._saved_at > self._every_seconds
+
+    def save(self, wait: bool) -> None:
+        """Save the run as it is between two iterations; collective.
+
+        Args:
+            wait: Return when it is on the disk.
+        """
+        trainer = self._trainer
+        state = take_state(trainer, self._reporter.metrics_bytes)
+        fine = self._checkpointer.save(state, trainer.optimizer.owned_blocks(first_only=True), self._manifest(), wait)
+        self._saved_at = time.monotonic()
+        if not fine:
+            self._reporter.event(trainer.iteration - 1, "checkpoint_failed", failed=self._checkpointer.num_failed)
+
+    def finish(self) -> None:
+        """Wait for what is being written; collective."""
+        if not self._checkpointer.finish():
+            self._reporter.event(self._trainer.iteration - 1, "checkpoint_failed", failed=self._checkpointer.num_failed)
+
+    def _manifest(self) -> Manifest:
+        trainer = self._trainer
+        return Manifest(
+            iteration=trainer.iteration,
+            num_ranks=trainer.communicator.size,
+            top1=trainer.top1 if trainer.best_top1 else None,
+            config=trainer.config.to_yaml(),
+            data=_data_of(trainer),
+            code_version=code_version(),
+            created=now(),
+            files={},
+        )
+
+
+def resume(trainer: Run, place: Path) -> ResumedRun | None:
+    """Put a new trainer where a run was last saved whole; collective. None, and no change, if it never was.
+
+    Args:
+        trainer: That has not trained yet.
+        place: A run's folder, or a checkpoint's.
+
+    Raises:
+        AgreedInputError: If the run's configuration, data or network was another.
+    """
+    communicator = trainer.communicator
+    found = find_checkpoint(place, communicator)
+    if found is None:
+        return None
+    with communicator.raise_on_all_ranks():
+        check_resumable(found.manifest.config, trainer.config)
+        if found.manifest.data != _data_of(trainer):
+            raise InputError(
+                f"{found.path}: was saved with other data: {found.manifest.data}, now there are {_data_of(trainer)}"
+            )
+    with communicator.raise_on_all_ranks():
+        blocks = trainer.optimizer.owned_blocks(first_only=False)
+        slots = list(trainer.sampler.local_slots(communicator.rank, communicator.size))
+        state = read_state(found, communicator.rank, communicator.size, blocks, slots)
+    with communicator.raise_on_all_ranks():
+        restore_state(trainer, state)
+    if communicator.is_main:
+        logger.info("resumed at iteration %d from %s", trainer.iteration, found.path)
+    return ResumedRun(found.path.parent.parent, int(state.run["metrics_bytes"]))
+
+
+def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tuple[Path | None, bool]:
+    """Which run to go on with; collective, rank 0 looks.
+
+    Args:
+        wanted: "auto" for the last run of the configured name, or a path.
+        config: The section `run`.
+        communicator: Of all ranks.
+
+    Returns:
+        The folder of a run or of a checkpoint, None if "auto" finds no run; and whether it is finished.
+
+    Raises:
+        AgreedInputError: If there is nothing at the path.
+    """
+    with communicator.raise_on_all_ranks():
+        place: Path | None = Path(wanted).expanduser()
+        if wanted == "auto":
+            place = last_run_directory(config.output_dir, config.name)
+        elif communicator.is_main and not Path(wanted).expanduser().is_dir():
+            raise InputError(f"--resume must be auto, or the folder of a run or of a checkpoint, got {wanted}")
+        told = f"{place or ''}\n{int(place is not None and (place / DONE_FILE).exists())}"
+    path, is_done = communicator.gather_bytes(told.encode())[0].decode().split("\n")
+    return Path(path) if path else None, bool(int(is_done))
+
+
+def take_state(trainer: Run, metrics_bytes: int = 0) -> RankState:
     """All that this rank's part of the rest of the run depends on; collective, copies little."""
     optimizer = trainer.optimizer.state_dict()
     blocks: dict[str, Any] = {}
@@ -34,6 +173,7 @@ def take_state(trainer: Trainer) -> RankState:
             "best_top1": trainer.best_top1,
             "seconds": trainer.seconds(),
             "communication_bytes": trainer.communicator.payload_bytes,
+            "metrics_bytes": metrics_bytes,
             "optimizer": optimizer,
             "loss_scaler": scaler.state_dict() if scaler is not None else None,
         },
@@ -45,14 +185,17 @@ def take_state(trainer: Trainer) -> RankState:
 
 
 @torch.no_grad()
-def restore_state(trainer: Trainer, state: RankState) -> None:
+def restore_state(trainer: Run, state: RankState) -> None:
     """Go on where `take_state` was called, on this or another number of ranks.
 
     Raises:
-        InputError, RuntimeError: If it is the state of another network.
+        InputError: If it is the state of another network.
     """
     run = state.run
-    trainer.model.load_state_dict(dict(state.weights))
+    try:
+        trainer.model.load_state_dict(dict(state.weights))
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint is of another network: {error}") from error
     for name, buffer in trainer.model.named_buffers():
         if name in state.buffers:
             buffer.copy_(state.buffers[name])
@@ -66,3 +209,13 @@ def restore_state(trainer: Trainer, state: RankState) -> None:
     trainer.iteration, trainer.top1, trainer.best_top1 = run["iteration"], run["top1"], run["best_top1"]
     trainer.seconds_before = run["seconds"]
     trainer.communicator.payload_bytes = run["communication_bytes"]
+
+
+def _data_of(trainer: Run) -> dict[str, Any]:
+    dataset = trainer.dataset
+    return {
+        "num_train": dataset.num_train,
+        "num_eval": dataset.num_eval,
+        "num_classes": dataset.num_classes,
+        "image_shape": list(dataset.image_shape),
+    }

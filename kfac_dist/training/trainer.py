@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from kfac_dist.data.create import create_dataset
 from kfac_dist.data.imagenet.image_file import ImageError
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.skipped import SkippedImages
-from kfac_dist.errors import TrainingFailed
+from kfac_dist.errors import RunStopped, TrainingFailed
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.precision import Precision, configure_backends
@@ -32,8 +31,10 @@ from kfac_dist.tensors.host_copy import HostCopy, to_device
 from kfac_dist.timing import StageTimer
 from kfac_dist.training.build import Parts, create_optimizer
 from kfac_dist.training.evaluation import evaluate
-from kfac_dist.training.reporter import IterationResult, Reporter
+from kfac_dist.training.reporter import IterationResult, Reporter, ResumedRun, Told
+from kfac_dist.training.run_state import RunSaver, resume
 from kfac_dist.training.schedules import Schedules
+from kfac_dist.training.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -94,39 +95,66 @@ class Trainer:
         self.augmentation = Augmentation(config.augment, self.dataset.num_classes, seed)
         self.iteration = 0  # the next one
         self.top1 = self.best_top1 = 0.0
+        self.resumed: ResumedRun | None = None
+        self.seconds_before = 0.0  # of a run that was resumed
+        self._started = time.perf_counter()
+        self._stops = StopSignals()
+
+    def resume(self, run: Path) -> bool:
+        """Go on with a run, or from a checkpoint, where it was last saved whole; collective.
+
+        Returns:
+            Whether there is such a checkpoint; else nothing has changed.
+
+        Raises:
+            InputError: If it was saved with another configuration or other data; the same on every rank.
+        """
+        self.resumed = resume(self, run)
+        return self.resumed is not None
 
     def train(self) -> Result:
         """Train to the end; collective.
 
         Raises:
+            RunStopped: If a signal asked for it, after a checkpoint.
             TrainingFailed: If the loss is no longer finite, or images are damaged.
         """
-        start = time.perf_counter()
+        self._started = time.perf_counter()
         self._log_start()
         num_iterations = self.schedules.num_iterations
-        with closing(Reporter(self.config, self.communicator, self.schedules)) as reporter:
+        with closing(Reporter(self.config, self.communicator, self.schedules, self.resumed)) as reporter, self._stops:
+            saver = RunSaver(self, reporter)
             batches = self._batches()
             launched: deque[IterationResult] = deque()
             while self.iteration < num_iterations:
                 iteration = self.iteration
-                launched.append(self._train_iteration(iteration, batches))
+                launched.append(self._train_iteration(iteration, batches, saver))
                 self.iteration += 1
-                evaluates = self.schedules.evaluation_is_due(iteration)
+                evaluates, saves = (
+                    self.schedules.evaluation_is_due(iteration),
+                    self.schedules.checkpoint_is_due(iteration),
+                )
                 # A GPU goes on while the host looks at the iteration before.
-                num_waiting = 0 if evaluates or self.device.type == "cpu" else 1
-                while len(launched) > num_waiting:
-                    self._report(launched.popleft(), reporter)
-                if evaluates:
-                    self._evaluate(iteration, reporter)
-            seconds = time.perf_counter() - start
+                told = self._report(launched, 0 if evaluates or saves or self.device.type == "cpu" else 1, reporter)
+                is_best = evaluates and self._evaluate(iteration, reporter)
+                if told.wants_stop or told.wants_save or saves or (is_best and self.config.checkpoint.keep_best):
+                    self._report(launched, 0, reporter)
+                    saver.save(wait=told.wants_stop or self.iteration == num_iterations)
+                if told.wants_stop and self.iteration < num_iterations:
+                    raise RunStopped(f"stopped by a signal at iteration {self.iteration}; run: {reporter.directory}")
+            saver.finish()
             reporter.finish(
-                top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=seconds,
+                top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=self.seconds(),
                 communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.skipped_images.skipped),
                 skipped_updates=self.loss_scaler.num_overflows if self.loss_scaler is not None else 0,
             )  # fmt: skip
-        return Result(self.top1, num_iterations, seconds, reporter.directory)
+        return Result(self.top1, num_iterations, self.seconds(), reporter.directory)
 
-    def _train_iteration(self, iteration: int, batches: Iterator[Batch]) -> IterationResult:
+    def seconds(self) -> float:
+        """Of training so far, those before a resumption included."""
+        return self.seconds_before + time.perf_counter() - self._started
+
+    def _train_iteration(self, iteration: int, batches: Iterator[Batch], saver: RunSaver) -> IterationResult:
         """One update. On a GPU it is queued rather than done when this returns."""
         bytes_before = self.communicator.payload_bytes
         settings = self.schedules.settings(iteration)
@@ -148,7 +176,8 @@ class Trainer:
         step = self.optimizer.report
         if step.skipped:  # an overflow in the forward pass has spoilt these, too
             self.batchnorm.restore(running)
-        counts = torch.tensor([step.retries, step.kept_inverses], dtype=torch.float64)
+        wishes = [saver.wants_save, bool(self._stops.received)]
+        counts = torch.tensor([step.retries, step.kept_inverses, *map(float, wishes)], dtype=torch.float64)
         averages = sums / (self.num_local_slots * self.communicator.size)
         totals = self.communicator.all_reduce_(torch.cat([averages, to_device(counts, self.device)]))
         moved = self.communicator.payload_bytes - bytes_before
@@ -171,9 +200,17 @@ class Trainer:
         correct = (logits.detach().argmax(dim=1) == batch.labels.argmax(dim=1)).double().mean()
         return torch.stack([loss.detach().double(), correct])
 
-    def _report(self, result: IterationResult, reporter: Reporter) -> None:
+    def _report(self, launched: deque[IterationResult], num_waiting: int, reporter: Reporter) -> Told:
+        """Report all iterations but the last `num_waiting`; what ranks want, from any of them."""
+        told = Told(0.0, wants_save=False, wants_stop=False)
+        while len(launched) > num_waiting:
+            told |= self._report_one(launched.popleft(), reporter)
+        return told
+
+    def _report_one(self, result: IterationResult, reporter: Reporter) -> Told:
         """Report an iteration, and stop if training diverged."""
-        loss = reporter.iteration(result)
+        told = reporter.iteration(result)
+        loss = told.loss
         reporter.skipped_images(result.iteration, self.skipped_images.take_new())
         gave_up = self.loss_scaler is not None and self.loss_scaler.is_exhausted
         if gave_up or not (math.isfinite(loss) or result.step.skipped):
@@ -183,39 +220,21 @@ class Trainer:
                 f"{'; it overflows fp16 even without a loss scale' if gave_up else ''}): training diverged. Lower "
                 f"optimizer.learning_rate, raise the damping, or keep a running average (kfac.ema_decay)"
             )
+        return told
 
-    def _evaluate(self, iteration: int, reporter: Reporter) -> None:
-        """Top-1 over all evaluation images, with BatchNorm statistics averaged over the ranks."""
+    def _evaluate(self, iteration: int, reporter: Reporter) -> bool:
+        """Top-1 over all evaluation images, BatchNorm statistics averaged over the ranks; whether it is the best."""
         for buffer in self.batchnorm.running_buffers():
             self.communicator.all_reduce_(buffer, "mean")
         with self.precision.autocast(self.device):
             loss, self.top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.skipped_images)
+        is_best = self.top1 > self.best_top1
         self.best_top1 = max(self.best_top1, self.top1)
         reporter.skipped_images(iteration, self.skipped_images.take_new())
         reporter.evaluation(iteration, loss, self.top1, top5)
         if reporter.wants_spectra:
             reporter.spectra(iteration, self.optimizer.spectra())
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; the optimizer's part is this rank's share of the Fisher."""
-        return {
-            "iteration": self.iteration,
-            "top1": self.top1,
-            "best_top1": self.best_top1,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "augmentation": self.augmentation.state_dict(),
-            "loss_scaler": self.loss_scaler.state_dict() if self.loss_scaler is not None else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on the same number of ranks."""
-        self.iteration, self.top1, self.best_top1 = state["iteration"], state["top1"], state["best_top1"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.augmentation.load_state_dict(state["augmentation"])
-        if self.loss_scaler is not None:
-            self.loss_scaler.load_state_dict(state["loss_scaler"])
+        return is_best
 
     def _batches(self) -> Iterator[Batch]:
         rank, size = self.communicator.rank, self.communicator.size
