@@ -164,6 +164,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], ite
         save_file(tensors, path, metadata)
     except SafetensorError as error:  # it wraps what the operating system said
         raise OSError(f"{path}: {error}") from error
+    path.chmod(0o644)  # the library lets nobody else read it
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return record_of(path, items)
