@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from typing import NoReturn
 
@@ -47,11 +46,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run one rank; returns the exit code, which is the same on every rank."""
-    setup = create_communicator("reduce", "mpi", torch.device("cpu"))  # until the devices are known
+    setup = create_communicator("reduce", device=torch.device("cpu"))  # until the devices are known
     logging.basicConfig(level=logging.INFO if setup.is_main else logging.ERROR, format="%(message)s")
     try:
         with setup.raise_on_all_ranks():
-            launch.check_world_size(setup.size, os.environ)
             arguments = parse_arguments()
         if arguments.help:
             setup.print_once(arguments.help_text)

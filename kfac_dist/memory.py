@@ -19,11 +19,22 @@ def main() -> int:
     arguments = parser.parse_args()
     shape = (arguments.channels, arguments.image_size, arguments.image_size)
     try:
+        _check_positive("--image-size", arguments.image_size)
+        _check_positive("--channels", arguments.channels)
+        _check_positive("--classes", arguments.classes)
+        _check_positive("--batch", arguments.batch)
+        _check_positive("--ranks", *arguments.ranks)
         print(report(arguments.model, shape, arguments.classes, arguments.batch, arguments.ranks))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_positive(option: str, *values: int) -> None:
+    for value in values:
+        if value < 1:
+            raise InputError(f"{option} must be >= 1, got {value}")
 
 
 if __name__ == "__main__":

@@ -47,12 +47,16 @@ class HostClock:
 
 
 class CudaClock:
-    """The GPU's clock: a mark is passed when all work queued before it on the current stream is done."""
+    """A GPU's clock: a mark is passed when all work queued before it on the GPU's current stream is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Set the GPU, which need not be torch's current one; its stream is looked up at every mark."""
+        self._device = device
 
     def mark(self) -> torch.cuda.Event:
-        """This place in the current stream."""
+        """This place in the GPU's current stream."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
@@ -98,7 +102,7 @@ class StageTimer:
     @classmethod
     def on(cls, device: torch.device) -> "StageTimer":
         """A timer for work on this device."""
-        return cls(CudaClock() if device.type == "cuda" else HostClock())
+        return cls(CudaClock(device) if device.type == "cuda" else HostClock())
 
     @classmethod
     def off(cls) -> "StageTimer":

@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from kfac_dist.doctor import findings
@@ -27,8 +29,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace, rank: int, guard: findings.HangGuard) -> int:
     """Run one rank, by the launcher's number; returns the exit code, the same on all but where --json fails."""
-    # Over MPI and the CPU, whatever GPUs there are: the checks must run where they do not go together.
-    communicator = create_communicator("reduce", "mpi", torch.device("cpu"))
+    # On the CPU and unchecked, whatever ranks and GPUs there are: the checks must run where they do not go together.
+    communicator = connect_ranks()
     found = examine(communicator, arguments.output, arguments.data, guard)
     # Where every process became a job of its own, the launcher's first still speaks for all.
     if communicator.is_main and (communicator.size > 1 or rank == 0):
@@ -50,10 +52,19 @@ if __name__ == "__main__":
     arguments, rank = parse_arguments(), launcher_rank(os.environ)
     guard = findings.HangGuard(rank)
     try:
-        import torch
-
-        from kfac_dist.communicator import create_communicator, launch
+        from kfac_dist.communicator import Communicator, launch
+        from kfac_dist.communicator.launcher_variables import launched_by_torchrun
         from kfac_dist.doctor.examine import examine
+
+        connect_ranks: Callable[[], Communicator]
+        if launched_by_torchrun(os.environ):
+            from kfac_dist.communicator.connect import connect_by_default_group
+
+            connect_ranks = connect_by_default_group
+        else:
+            from kfac_dist.communicator import MpiCommunicator
+
+            connect_ranks = partial(MpiCommunicator, "reduce")
     except Exception as error:  # say what is missing, not where Python stumbled over it
         found = f"torch or MPI cannot be loaded: {type(error).__name__}: {error}"
         remedy = "scripts/setup.sh; on a cluster load the MPI module that mpi4py was built with"

@@ -101,6 +101,20 @@ def check_device(name: str) -> None:
         )
 
 
+def check_output(output: Path) -> None:
+    """Make the folder of the report.
+
+    Raises:
+        UnusableError: If nothing can be written there.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UnusableError(f"--output must lie in a folder that can be written, got {output}: {error}") from error
+
+
 def run_tests(environment: dict[str, str], limit: float) -> dict[str, Any]:
     """Run the tests that need a GPU."""
     if subprocess.run([sys.executable, "-c", "import pytest"], env=environment, capture_output=True).returncode:
@@ -202,6 +216,7 @@ def main() -> int:
     try:
         environment = environment_with_wheels(arguments.wheels)
         check_device(arguments.device)
+        check_output(arguments.output)
     except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -210,7 +225,6 @@ def main() -> int:
     command = f"python scripts/gpu_check.py --device {arguments.device}{' --small' * arguments.small}"
     parts: dict[str, Any] = {}
     report = {"command": command, "machine": describe_machine(arguments.device), "parts": parts}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for name in arguments.parts:
         parts[name] = run_part(name, arguments, environment, end - time.monotonic())
         print(f"{name}: {parts[name]['status']}, {parts[name]['seconds']} s", flush=True)

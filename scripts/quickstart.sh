@@ -9,8 +9,6 @@ scripts/setup.sh
 ranks=2
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}"
-# mpirun hands output on through a pipe, so a rank cannot see that a terminal is at its end.
-if [ -t 2 ]; then export KFAC_DIST_PROGRESS="${KFAC_DIST_PROGRESS:-bar}"; fi
 scripts/mpirun.sh -n "$ranks" .venv/bin/python train.py configs/quickstart.yaml "$@"
 
 cat <<'NEXT'

@@ -2,6 +2,7 @@
 # Makes .venv in the checkout with everything that training and the tests need, or returns at once if it is there.
 #
 #   scripts/setup.sh [extra ...]      extras of setup.py on top of dev (and mpi); PYTHON=... chooses the interpreter
+#   scripts/setup.sh --try extra      goes on with a warning where the extra cannot be installed
 #
 # One environment serves both: the tools of the tests are small beside torch.
 set -euo pipefail
@@ -47,6 +48,11 @@ is_installed() {
     for extra in "${extras[@]}"; do grep -qx "$extra" "$stamp" || return 1; done
 }
 
+tried=
+if [ "${1:-}" = --try ]; then
+    tried=${2:?setup.sh --try: name an extra of setup.py}
+    shift 2
+fi
 extras=(dev "$@")
 # An mpirun that lies in .venv itself is the wheel's, on PATH because the environment is active.
 system_mpirun=$(type -aP mpirun | grep -v "^$venv/" | head -n 1 || true)
@@ -56,7 +62,24 @@ if command -v flock >/dev/null; then # two calls at once: the second waits
     exec 9<scripts/setup.sh
     flock 9
 fi
-is_installed && exit 0
+# The stamp names what is installed; an extra that could not be is tried again, but not where it has no wheel.
+try_extra() {
+    [ -n "$tried" ] && ! grep -qx "$tried" "$stamp" || return 0
+    case "$tried $(uname -sm)" in
+        "dali Linux x86_64" | "dali Linux aarch64") ;;
+        dali*) say "warning: DALI has no wheel for $(uname -sm): its tests are skipped" && return ;;
+    esac
+    say "installing the extra $tried"
+    if "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 --editable ".[$tried]"; then
+        echo "$tried" >>"$stamp"
+    else
+        say "warning: the extra $tried could not be installed, see above: tests that need it are skipped"
+    fi
+}
+if is_installed; then
+    try_extra
+    exit 0
+fi
 
 "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
     && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
@@ -67,4 +90,5 @@ say "installing kfac_dist[$wanted] into .venv (torch is large: this can take min
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".[$wanted]" \
     || die "pip failed, see above; call again to go on from here"
 { fingerprint; printf '%s\n' "${extras[@]}"; } >"$stamp"
+try_extra
 say "done in $SECONDS s"

@@ -2,9 +2,32 @@
 # Sets up where needed, then checks format, lint and types and runs all tests. All stages run even if one fails.
 #
 #   scripts/test.sh [pytest arguments]      such as -k config, or -m "not slow"
+#
+# Tests on real data use the folder that KFAC_DIST_DATA names. Where that is not set, and a folder beside this checkout
+# holds data/unpack.py (called as: unpack.py NAME FOLDER), its data are unpacked once into the user's cache.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup.sh
+scripts/setup.sh --try dali
+
+unpack_real_data() {
+    local unpack name cache="${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/kfac_dist/test-data"
+    for unpack in ../*/data/unpack.py; do
+        [ -f "$unpack" ] || continue
+        mkdir -p "$cache" || return 0
+        for name in cifar10 imagenette-mini imagenet-photos; do
+            [ -e "$cache/.$name" ] && continue
+            echo "== data: unpacking $name into $cache"
+            if .venv/bin/python "$unpack" "$name" "$cache" >/dev/null; then
+                touch "$cache/.$name"
+            else
+                echo "warning: $unpack could not unpack $name: tests that need it are skipped" >&2
+            fi
+        done
+        export KFAC_DIST_DATA="$cache"
+        return 0
+    done
+}
+[ -n "${KFAC_DIST_DATA:-}" ] || unpack_real_data
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # small tensors, and several processes at once
 failed=()

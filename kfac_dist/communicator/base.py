@@ -25,6 +25,8 @@ ReduceOp = Literal["sum", "mean", "min", "max"]
 Result = TypeVar("Result")
 Completion = Callable[[], None]
 """Completes what a backend has started."""
+PartNumels = Sequence[Sequence[int]]
+"""For each rank's segment the number of values in each of its parts."""
 
 
 class Pending(Generic[Result]):
@@ -75,13 +77,21 @@ class Communicator(ABC):
 
     # V-collectives ------------------------------------------------------------------------------------
 
-    def reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype | None = None) -> Tensor:
+    def reduce_scatter_v(
+        self,
+        buffer: Tensor,
+        counts: Sequence[int],
+        comm_dtype: torch.dtype | None = None,
+        part_numels: PartNumels | None = None,
+    ) -> Tensor:
         """Average the ranks' buffers, leaving in each rank's buffer the mean of its own segment.
 
         Args:
             buffer: (Σ counts,), one segment a rank in rank order. Other ranks' segments become undefined.
             counts: Values in each rank's segment; zero is allowed; the same on every rank.
             comm_dtype: bfloat16 or float16 to send the values as; None, or the buffer's dtype, sends them as they are.
+            part_numels: What float16 must not scale together, for each segment: the numbers of values in its parts
+                (`FlatBuffer.part_numels`), Σ = counts; the same on every rank. Each segment is one part if None.
 
         Returns:
             (counts[rank],), a view of this rank's segment.
@@ -89,23 +99,34 @@ class Communicator(ABC):
         Raises:
             ValueError: If `comm_dtype` is another dtype.
         """
-        return self.start_reduce_scatter_v(buffer, counts, comm_dtype).wait()
+        return self.start_reduce_scatter_v(buffer, counts, comm_dtype, part_numels).wait()
 
-    def all_gather_v(self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype | None = None) -> None:
+    def all_gather_v(
+        self,
+        buffer: Tensor,
+        counts: Sequence[int],
+        comm_dtype: torch.dtype | None = None,
+        part_numels: PartNumels | None = None,
+    ) -> None:
         """Complete a buffer of which each rank has filled its own segment, in place.
 
         Args:
             buffer: (Σ counts,), one segment a rank in rank order.
             counts: Values in each rank's segment; zero is allowed; the same on every rank.
             comm_dtype: As in `reduce_scatter_v`. All ranks end with the same rounded values, the owner too.
+            part_numels: As in `reduce_scatter_v`.
 
         Raises:
             ValueError: If `comm_dtype` is another dtype.
         """
-        self.start_all_gather_v(buffer, counts, comm_dtype).wait()
+        self.start_all_gather_v(buffer, counts, comm_dtype, part_numels).wait()
 
     def start_reduce_scatter_v(
-        self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype | None = None
+        self,
+        buffer: Tensor,
+        counts: Sequence[int],
+        comm_dtype: torch.dtype | None = None,
+        part_numels: PartNumels | None = None,
     ) -> Pending[Tensor]:
         """Start `reduce_scatter_v`; `wait()` gives its result."""
         own: Tensor = buffer.split(list(counts))[self.rank]
@@ -113,7 +134,7 @@ class Communicator(ABC):
             self.payload_bytes += buffer.numel() * buffer.element_size()
             finish = self._start_reduce_scatter_v(buffer, counts)
         else:
-            finish = self._start_encoded_reduce_scatter_v(buffer, counts, comm_dtype)
+            finish = self._start_encoded_reduce_scatter_v(buffer, _parts_of(counts, part_numels), comm_dtype)
 
         def mean() -> Tensor:
             finish()
@@ -122,53 +143,59 @@ class Communicator(ABC):
         return Pending(mean)
 
     def start_all_gather_v(
-        self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype | None = None
+        self,
+        buffer: Tensor,
+        counts: Sequence[int],
+        comm_dtype: torch.dtype | None = None,
+        part_numels: PartNumels | None = None,
     ) -> Pending[None]:
         """Start `all_gather_v`."""
         if comm_dtype is None or comm_dtype == buffer.dtype:
             self.payload_bytes += buffer.numel() * buffer.element_size()
             return Pending(self._start_all_gather_v(buffer, counts))
-        return Pending(self._start_encoded_all_gather_v(buffer, counts, comm_dtype))
+        return Pending(self._start_encoded_all_gather_v(buffer, _parts_of(counts, part_numels), comm_dtype))
 
     def _start_encoded_reduce_scatter_v(
-        self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype
+        self, buffer: Tensor, part_numels: PartNumels, comm_dtype: torch.dtype
     ) -> Completion:
         """Send every owner its segment encoded; the owner decodes and sums, in rank order."""
-        sizes = [encoded_bytes(count, comm_dtype) for count in counts]
+        sizes = [encoded_bytes(numels, comm_dtype) for numels in part_numels]
         self.payload_bytes += sum(sizes)
-        segments = buffer.split(list(counts))
+        segments = buffer.split([sum(numels) for numels in part_numels])
         sent = _empty_bytes(sum(sizes), buffer)
-        for segment, message in zip(segments, sent.split(sizes), strict=True):
-            encode(segment, comm_dtype, out=message)
+        for segment, numels, message in zip(segments, part_numels, sent.split(sizes), strict=True):
+            encode(segment, numels, comm_dtype, out=message)
         received = _empty_bytes(self.size * sizes[self.rank], buffer)
         finish = self._start_all_to_all_v(sent, received, sizes)
 
         def add_up() -> None:
             finish()
-            own = segments[self.rank]
+            own, numels = segments[self.rank], part_numels[self.rank]
             first, *others = received.view(self.size, sizes[self.rank])
-            decode(first, comm_dtype, out=own)
+            decode(first, numels, comm_dtype, out=own)
             term = torch.empty_like(own)
             for other in others:
-                decode(other, comm_dtype, out=term)
+                decode(other, numels, comm_dtype, out=term)
                 own += term
 
         return add_up
 
-    def _start_encoded_all_gather_v(self, buffer: Tensor, counts: Sequence[int], comm_dtype: torch.dtype) -> Completion:
+    def _start_encoded_all_gather_v(
+        self, buffer: Tensor, part_numels: PartNumels, comm_dtype: torch.dtype
+    ) -> Completion:
         """Gather all segments encoded; every rank decodes all of them."""
-        sizes = [encoded_bytes(count, comm_dtype) for count in counts]
+        sizes = [encoded_bytes(numels, comm_dtype) for numels in part_numels]
         self.payload_bytes += sum(sizes)
-        segments = buffer.split(list(counts))
+        segments = buffer.split([sum(numels) for numels in part_numels])
         gathered = _empty_bytes(sum(sizes), buffer)
         messages = gathered.split(sizes)
-        encode(segments[self.rank], comm_dtype, out=messages[self.rank])
+        encode(segments[self.rank], part_numels[self.rank], comm_dtype, out=messages[self.rank])
         finish = self._start_all_gather_v(gathered, sizes)
 
         def read() -> None:
             finish()
-            for message, segment in zip(messages, segments, strict=True):
-                decode(message, comm_dtype, out=segment)
+            for message, numels, segment in zip(messages, part_numels, segments, strict=True):
+                decode(message, numels, comm_dtype, out=segment)
 
         return read
 
@@ -200,9 +227,17 @@ class Communicator(ABC):
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         """Overwrite every rank's tensor with the root's; returned for convenience."""
 
-    @abstractmethod
     def gather_bytes(self, message: bytes) -> list[bytes]:
         """Every rank's message, in rank order, on every rank (start-up only: not fast, not pickled)."""
+        lengths = torch.zeros(self.size, dtype=torch.int64, device="cpu")
+        lengths[self.rank] = len(message)
+        self._start_all_gather_v(lengths, [1] * self.size)()
+        counts = lengths.tolist()
+        gathered = torch.zeros(sum(counts), dtype=torch.uint8, device="cpu")
+        if message:
+            gathered[own_segment(self.rank, counts)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        self._start_all_gather_v(gathered, counts)()
+        return [segment.numpy().tobytes() for segment in gathered.split(counts)]
 
     @abstractmethod
     def barrier(self) -> None:
@@ -239,6 +274,15 @@ def own_segment(rank: int, counts: Sequence[int]) -> slice:
     """Where a rank's segment lies in a buffer."""
     starts = [0, *accumulate(counts)]
     return slice(starts[rank], starts[rank + 1])
+
+
+def _parts_of(counts: Sequence[int], part_numels: PartNumels | None) -> PartNumels:
+    """The parts of each segment, which is one part where nothing is known of it."""
+    if part_numels is None:
+        return [[count] for count in counts]
+    found = [sum(numels) for numels in part_numels]
+    assert found == list(counts), f"part_numels must add up to counts {list(counts)}, got {found}"
+    return part_numels
 
 
 def already_complete() -> None:

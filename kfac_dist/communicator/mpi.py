@@ -10,13 +10,15 @@ depends on the MPI library and the network (on one host Open MPI's native call i
     reduce    one MPI_Reduce to each owner, in turn
     ireduce   the same reductions, all in flight at once; reduce instead for device buffers, which Open MPI's
               non-blocking reductions do not take
+
+MPI before version 4 counts values in 32 bits. What is longer goes in pieces, by calls that take no offset: one
+broadcast from each owner for AllGatherV, the reductions for ReduceScatterV, messages for the exchange of encoded
+segments. That needs no MPI 4, and is the same on every rank, for all know all counts.
 """
 
-import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +26,13 @@ from mpi4py import MPI
 from torch import Tensor
 
 from kfac_dist.communicator.base import Communicator, Completion, ReduceOp, already_complete, own_segment
+from kfac_dist.communicator.fastest import Algorithm, measure_algorithms
 from kfac_dist.communicator.staging import NOTHING, WHOLE, Staging
 from kfac_dist.communicator.staging import is_cuda_aware as is_cuda_aware
 from kfac_dist.vocabulary import ReduceScatterAlgorithm, ReduceScatterChoice
 
-logger = logging.getLogger(__name__)
-
 _OPERATIONS = {"sum": MPI.SUM, "mean": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
-_MEASURED_BYTES = 8 << 20
-_MEASURED_REPEATS = 3
+_MAX_COUNT = 2**31 - 1
 
 
 class MpiCommunicator(Communicator):
@@ -46,7 +46,8 @@ class MpiCommunicator(Communicator):
         """Set up; collective.
 
         Args:
-            reduce_scatter: The ReduceScatterV algorithm; "auto" measures all three.
+            reduce_scatter: The ReduceScatterV algorithm; "auto" measures, for a second at most and the call that is
+                then under way.
             device: Where the buffers will be, for the description; the CPU if None.
 
         Raises:
@@ -60,12 +61,16 @@ class MpiCommunicator(Communicator):
         self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
         local.Free()
         self._device = device or torch.device("cpu")
-        self._is_cuda_aware = self._all_are_cuda_aware()
         self._staging = Staging()
+        self._is_cuda_aware = self._all_are_cuda_aware()
         self.reduce_scatter_seconds: dict[str, float] = {}
-        if reduce_scatter == "auto":
-            reduce_scatter = self._fastest_reduce_scatter()
-        self.reduce_scatter_algorithm: ReduceScatterAlgorithm = reduce_scatter
+        self.reduce_scatter_algorithm: ReduceScatterAlgorithm = "reduce"
+        if reduce_scatter != "auto":
+            self.reduce_scatter_algorithm = reduce_scatter
+        elif self.size > 1:
+            self.reduce_scatter_seconds = measure_algorithms(self, dict(self._algorithms().items()))
+            if self.reduce_scatter_seconds:
+                self.reduce_scatter_algorithm = min(self._algorithms(), key=self._measured)
 
     @property
     def description(self) -> str:
@@ -93,7 +98,11 @@ class MpiCommunicator(Communicator):
             with self._for_mpi(buffer, fetch=own_segment(self.rank, counts)) as shared:
                 if shared.dtype.is_floating_point and shared.element_size() == 2:
                     shared = shared.view(torch.int16)  # MPI has no name for half precision
-                self._comm.Allgatherv(MPI.IN_PLACE, [_mpi_buffer(shared), (list(counts), None)])
+                if shared.numel() <= _MAX_COUNT:
+                    self._comm.Allgatherv(MPI.IN_PLACE, [_mpi_buffer(shared), (list(counts), None)])
+                else:
+                    for owner, segment in enumerate(shared.split(list(counts))):
+                        self._broadcast_pieces(segment, owner)
         return already_complete
 
     def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Completion:
@@ -102,34 +111,50 @@ class MpiCommunicator(Communicator):
             return already_complete
         arriving = [sizes[self.rank]] * self.size
         with self._for_mpi(sent, store=NOTHING) as outgoing, self._for_mpi(received, fetch=NOTHING) as incoming:
-            self._comm.Alltoallv(
-                [_mpi_buffer(outgoing), (list(sizes), None)], [_mpi_buffer(incoming), (arriving, None)]
-            )
+            if max(sum(sizes), self.size * max(sizes)) <= _MAX_COUNT:
+                self._comm.Alltoallv(
+                    [_mpi_buffer(outgoing), (list(sizes), None)], [_mpi_buffer(incoming), (arriving, None)]
+                )
+            else:
+                self._exchange_pieces(outgoing.split(list(sizes)), incoming.split(arriving))
         return already_complete
 
     def all_reduce_(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
         if self.size > 1:
             with self._for_mpi(tensor) as shared:
-                self._comm.Allreduce(MPI.IN_PLACE, _mpi_buffer(shared), op=_OPERATIONS[op])
+                for piece in _pieces(shared.view(-1)):
+                    self._comm.Allreduce(MPI.IN_PLACE, _mpi_buffer(piece), op=_OPERATIONS[op])
         return tensor.div_(self.size) if op == "mean" else tensor
 
     def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
         # Weights come in any layout (channels-last) and in types that MPI has no name for (bfloat16): send bytes,
         # through the host, since this happens at the start only.
         host = tensor.detach().cpu().contiguous()
-        self._comm.Bcast(host.view(-1).view(torch.uint8).numpy(), root=root)
+        self._broadcast_pieces(host.view(-1).view(torch.uint8), root)
         return tensor.copy_(host)
-
-    def gather_bytes(self, message: bytes) -> list[bytes]:
-        lengths = np.empty(self.size, dtype=np.int64)
-        self._comm.Allgather(np.array([len(message)], dtype=np.int64), lengths)
-        gathered = np.empty(int(lengths.sum()), dtype=np.uint8)
-        self._comm.Allgatherv(np.frombuffer(message, dtype=np.uint8), [gathered, (lengths.tolist(), None)])
-        pieces = np.split(gathered, np.cumsum(lengths)[:-1])
-        return [piece.tobytes() for piece in pieces]
 
     def barrier(self) -> None:
         self._comm.Barrier()
+
+    # Buffers of more values than MPI counts -----------------------------------------------------------
+
+    def _broadcast_pieces(self, flat: Tensor, root: int) -> None:
+        for piece in _pieces(flat):
+            self._comm.Bcast(_mpi_buffer(piece), root=root)
+
+    def _exchange_pieces(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        """Send each rank its segment, and receive from each."""
+        requests = [
+            self._comm.Irecv(_mpi_buffer(piece), source=other)
+            for other, segment in enumerate(incoming)
+            for piece in _pieces(segment)
+        ]
+        requests += [
+            self._comm.Isend(_mpi_buffer(piece), dest=other)
+            for other, segment in enumerate(outgoing)
+            for piece in _pieces(segment)
+        ]
+        MPI.Request.Waitall(requests)
 
     # Device buffers -----------------------------------------------------------------------------------
 
@@ -162,11 +187,16 @@ class MpiCommunicator(Communicator):
 
     # ReduceScatterV -----------------------------------------------------------------------------------
 
-    def _algorithms(self) -> dict[ReduceScatterAlgorithm, Callable[[Tensor, Sequence[int]], Tensor]]:
+    def _algorithms(self) -> dict[ReduceScatterAlgorithm, Algorithm]:
         return {"native": self._native, "reduce": self._reduce, "ireduce": self._ireduce}
+
+    def _measured(self, algorithm: ReduceScatterAlgorithm) -> float:
+        return self.reduce_scatter_seconds.get(algorithm, float("inf"))
 
     def _algorithm_for(self, buffer: Tensor) -> ReduceScatterAlgorithm:
         if self.reduce_scatter_algorithm == "ireduce" and buffer.is_cuda and self._is_cuda_aware:
+            return "reduce"
+        if self.reduce_scatter_algorithm == "native" and buffer.numel() > _MAX_COUNT:
             return "reduce"
         return self.reduce_scatter_algorithm
 
@@ -178,54 +208,30 @@ class MpiCommunicator(Communicator):
     def _reduce(self, shared: Tensor, counts: Sequence[int]) -> Tensor:
         segments = torch.split(shared, list(counts))
         for owner, segment in enumerate(segments):
-            if counts[owner]:
-                self._comm.Reduce(*self._reduce_buffers(segment, owner), root=owner)
+            for piece in _pieces(segment):
+                self._comm.Reduce(*self._reduce_buffers(piece, owner), root=owner)
         return segments[self.rank]
 
     def _ireduce(self, shared: Tensor, counts: Sequence[int]) -> Tensor:
         segments = torch.split(shared, list(counts))
         MPI.Request.Waitall(
             [
-                self._comm.Ireduce(*self._reduce_buffers(segment, owner), root=owner)
+                self._comm.Ireduce(*self._reduce_buffers(piece, owner), root=owner)
                 for owner, segment in enumerate(segments)
-                if counts[owner]
+                for piece in _pieces(segment)
             ]
         )
         return segments[self.rank]
 
-    def _reduce_buffers(self, segment: Tensor, owner: int) -> tuple[Any, Any]:
+    def _reduce_buffers(self, piece: Tensor, owner: int) -> tuple[Any, Any]:
         """Send and receive buffers of a reduction that ends in the owner's own segment."""
-        buffer = _mpi_buffer(segment)
+        buffer = _mpi_buffer(piece)
         return (MPI.IN_PLACE, buffer) if owner == self.rank else (buffer, None)
 
-    def _fastest_reduce_scatter(self) -> ReduceScatterAlgorithm:
-        """Time the algorithms on a buffer of a few MiB; rank 0's figures decide for all."""
-        algorithms = self._algorithms()
-        if self.size == 1:
-            return "reduce"
-        count = _MEASURED_BYTES // 4 // self.size
-        counts = [count] * self.size
-        host = torch.zeros(count * self.size, device="cpu")
-        seconds = torch.zeros(len(algorithms), dtype=torch.float64, device="cpu")
-        for number, algorithm in enumerate(algorithms.values()):
-            times = []
-            for _ in range(1 + _MEASURED_REPEATS):
-                self.barrier()
-                start = time.perf_counter()
-                algorithm(host, counts)
-                self.barrier()
-                times.append(time.perf_counter() - start)
-            seconds[number] = min(times[1:])  # the first call sets up connections
-        self.broadcast_(seconds)
-        self.reduce_scatter_seconds = dict(zip(algorithms, seconds.tolist(), strict=True))
-        return get_args(ReduceScatterAlgorithm)[int(seconds.argmin())]  # type: ignore[no-any-return]
 
-
-def library_version() -> str:
-    """First line of what the MPI library says of itself, and the mpi4py version."""
-    import mpi4py
-
-    return f"{MPI.Get_library_version().splitlines()[0].strip(chr(0))} (mpi4py {mpi4py.__version__})"
+def _pieces(flat: Tensor) -> Iterator[Tensor]:
+    """Cut (numel,) into views that MPI can count; none of an empty tensor."""
+    return iter(flat.split(_MAX_COUNT) if flat.numel() else ())
 
 
 def _mpi_buffer(tensor: Tensor) -> Any:

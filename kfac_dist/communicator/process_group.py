@@ -1,148 +1,197 @@
-"""Starting torch.distributed from MPI: the user sets no environment variable and no address.
+"""The communicator over torch.distributed: NCCL for ranks with a GPU each, gloo for CPU tensors; it needs no MPI.
 
-Rank 0 opens a TCPStore on a free port; address and port travel over MPI. The store listens on all of rank 0's network
-interfaces for as long as the job runs and, like MPI and NCCL themselves, lets in whoever reaches it.
+CUDA tensors go through NCCL on its own stream, beside the computation: starting a collective does not hold up the
+host, and waiting for it holds up the current stream only. CPU tensors, messages and the barrier go over a host
+communicator, which is MPI's or another of this class, over gloo.
 
-A default process group that the user's program has made is left alone: ours is then a new group beside it. Else ours
-becomes the default, since that is the only public way to make one. All are destroyed when Python exits.
+NCCL has AllGather and ReduceScatter for segments of one length only. Uneven ones are given to `all_gather` and
+`reduce_scatter` as lists of tensors: then torch calls one ncclBroadcast from, or one ncclReduce to, each owner between
+ncclGroupStart and ncclGroupEnd, so that NCCL sees one operation. That is so in torch's older NCCL backend and in the
+new one that the name `nccl` stands for since torch 2.15 (`nccl2`, src/…/c10d/nccl2/ProcessGroupNCCL.cpp), whose
+startCoalescing groups sends and receives only: `_coalescing_manager` would launch every collective by itself there.
+This is read from torch's source; the lists have run over stand-ins on gloo (tests/mpi), not yet over NCCL.
+
+Gloo refuses lists of uneven tensors and makes a reduce_scatter of whole all-reduces, so over any backend but NCCL each
+owner's segment is a reduce, or a broadcast, of its own, all in flight at once.
 """
 
-import atexit
-import contextlib
-import logging
 import socket
-import sys
-import threading
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from os import environ
 
 import torch
 import torch.distributed as dist
-from mpi4py import MPI
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch import Tensor
 
-from kfac_dist.communicator.base import Communicator
-from kfac_dist.errors import InputError
+from kfac_dist.communicator.base import Communicator, Completion, ReduceOp, already_complete, own_segment
+from kfac_dist.communicator.launcher_variables import launched_by_torchrun
+from kfac_dist.communicator.staging import NOTHING, WHOLE, Staging
 
-logger = logging.getLogger(__name__)
+# Under their names since torch 2.13, and before.
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-DEFAULT_TIMEOUT = timedelta(minutes=10)
-_SLOW_SECONDS = 60.0
-_HINT = (
-    "Can the hosts reach each other, and does NCCL choose the network between them? It may have taken Docker's bridge: "
-    "mpirun -x NCCL_SOCKET_IFNAME=^docker0,lo (or =NAME, see `ip addr`) rules that out, -x NCCL_DEBUG=INFO shows what "
-    "it took; communication.backend=mpi does without NCCL"
-)
-
-_opened: list[dist.ProcessGroup] = []
-_store: TCPStore | None = None  # it serves the other ranks for as long as it is referred to
+_OPERATIONS = {
+    "sum": dist.ReduceOp.SUM,
+    "mean": dist.ReduceOp.SUM,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+}
 
 
-def open_group(parent: Communicator, backend: str, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
-    """A process group over all ranks, connected; collective.
+class ProcessGroupCommunicator(Communicator):
+    """Collectives of a connected torch.distributed process group over all ranks of the job."""
 
-    Args:
-        parent: Tells the ranks each other's address.
-        backend: torch.distributed's name of it.
-        device: This rank's.
-        timeout: For connecting, and for each collective later.
+    def __init__(
+        self, group: dist.ProcessGroup, backend: str, device: torch.device, host: Communicator | None = None
+    ) -> None:
+        """Set up; collective.
 
-    Raises:
-        AgreedInputError: If the program's default process group does not have MPI's ranks.
-        InputError: If this rank could not connect.
-    """
-    with parent.raise_on_all_ranks():
-        _check_default_group(parent)
-    try:
-        with _warning_when_slow(backend):
-            group = _new_group(parent, backend, device, timeout)
-            dist.all_reduce(torch.zeros(1, device=device), group=group)  # backends connect lazily
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-    except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
-        raise InputError(f"{backend} could not connect the {parent.size} ranks: {error}. {_HINT}") from error
-    if not _opened:
-        atexit.register(_close_groups)
-    _opened.append(group)
-    return group
+        Args:
+            group: The process group.
+            backend: torch.distributed's name of what the group uses on the device.
+            device: The CPU, or this rank's own GPU: tensors there go through the group.
+            host: Carries CPU tensors and messages where the device is a GPU. None where it is the CPU; then CUDA
+                tensors go through pinned host memory.
+        """
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
+        self._backend = backend
+        self._device = device
+        self._host = host
+        self._staging = Staging()
+        if host is not None:
+            self.local_rank, self.local_size = host.local_rank, host.local_size
+        else:
+            self.local_rank, self.local_size = self._find_local_rank()
 
+    @property
+    def description(self) -> str:
+        version = ""
+        if self._is_nccl:
+            version = " " + ".".join(str(part) for part in torch.cuda.nccl.version())
+        return f"{self.size} ranks over {self._backend.upper()}{version}, {self.local_size} on this host"
 
-def _check_default_group(parent: Communicator) -> None:
-    if not dist.is_initialized():
-        return
-    theirs, ours = (dist.get_rank(), dist.get_world_size()), (parent.rank, parent.size)
-    if theirs != ours:
-        raise InputError(
-            f"torch.distributed's default process group must number its ranks as MPI does, but it has rank "
-            f"{theirs[0]} of {theirs[1]} where MPI has {ours[0]} of {ours[1]}; make the communicator first, or "
-            "initialise torch.distributed from MPI's rank and size"
+    # Collectives --------------------------------------------------------------------------------------
+
+    def _start_reduce_scatter_v(self, buffer: Tensor, counts: Sequence[int]) -> Completion:
+        own = own_segment(self.rank, counts)
+        if not self._is_ours(buffer):
+            if self._host is not None:
+                return self._host._start_reduce_scatter_v(buffer, counts)
+            with self._staging.staged(buffer, fetch=WHOLE, store=own) as staged:
+                self._start_reduce_scatter_v(staged, counts)()
+            return already_complete
+        if not self._is_nccl:
+            return self._start_with_each_owner(dist.reduce, buffer, counts)
+        if _are_equal(counts):
+            return _finish_of(_reduce_scatter_single(buffer[own], buffer, group=self._group, async_op=True))
+        segments = _none_empty(buffer, counts)
+        return _finish_of(dist.reduce_scatter(segments[self.rank], segments, group=self._group, async_op=True))
+
+    def _start_all_gather_v(self, buffer: Tensor, counts: Sequence[int]) -> Completion:
+        own = own_segment(self.rank, counts)
+        if not self._is_ours(buffer):
+            if self._host is not None:
+                return self._host._start_all_gather_v(buffer, counts)
+            with self._staging.staged(buffer, fetch=own, store=WHOLE) as staged:
+                self._start_all_gather_v(staged, counts)()
+            return already_complete
+        if _are_equal(counts):
+            return _finish_of(_all_gather_single(buffer, buffer[own], group=self._group, async_op=True))
+        if not self._is_nccl:
+            return self._start_with_each_owner(dist.broadcast, buffer, counts)
+        segments = _none_empty(buffer, counts)
+        return _finish_of(dist.all_gather(segments, segments[self.rank], group=self._group, async_op=True))
+
+    def _start_all_to_all_v(self, sent: Tensor, received: Tensor, sizes: Sequence[int]) -> Completion:
+        if not self._is_ours(sent):
+            if self._host is not None:
+                return self._host._start_all_to_all_v(sent, received, sizes)
+            with (
+                self._staging.staged(sent, fetch=WHOLE, store=NOTHING) as outgoing,
+                self._staging.staged(received, fetch=NOTHING, store=WHOLE) as incoming,
+            ):
+                self._start_all_to_all_v(outgoing, incoming, sizes)()
+            return already_complete
+        arriving = [sizes[self.rank]] * self.size
+        return _finish_of(
+            dist.all_to_all_single(received, sent, arriving, list(sizes), group=self._group, async_op=True)
         )
 
+    def all_reduce_(self, tensor: Tensor, op: ReduceOp = "sum") -> Tensor:
+        if not self._is_ours(tensor):
+            if self._host is not None:
+                return self._host.all_reduce_(tensor, op)
+            with self._staging.staged(tensor, fetch=WHOLE, store=WHOLE) as staged:
+                self.all_reduce_(staged, op)
+            return tensor
+        assert tensor.is_contiguous()
+        dist.all_reduce(tensor.detach(), op=_OPERATIONS[op], group=self._group)
+        return tensor.div_(self.size) if op == "mean" else tensor
 
-def _new_group(parent: Communicator, backend: str, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
-    global _store
-    device_id = device if device.type == "cuda" else None
-    if dist.is_initialized():
-        return dist.new_group(backend=backend, timeout=timeout, device_id=device_id)  # type: ignore[return-value]
-    _store = _share_store(parent, timeout)
-    excepthook = sys.excepthook
-    dist.init_process_group(
-        backend, store=_store, rank=parent.rank, world_size=parent.size, timeout=timeout, device_id=device_id
-    )
-    # Torch's hook holds back what ours prints until ours returns, which it never does: it aborts the job.
-    sys.excepthook = excepthook
-    group = dist.group.WORLD
-    assert group is not None
-    return group
+    def broadcast_(self, tensor: Tensor, root: int = 0) -> Tensor:
+        if self._host is not None and not self._is_ours(tensor):
+            return self._host.broadcast_(tensor, root)
+        # Bytes, for any layout (channels-last) and any type (bool).
+        dense = tensor.detach().to(self._device).contiguous()
+        dist.broadcast(dense.view(-1).view(torch.uint8), root, group=self._group)
+        return tensor.copy_(dense)
 
+    def barrier(self) -> None:
+        self.all_reduce_(torch.zeros(1, device="cpu"))
 
-def _share_store(parent: Communicator, timeout: timedelta) -> TCPStore:
-    """The store on rank 0, which all ranks are clients of."""
-    if parent.is_main:
-        store = TCPStore("127.0.0.1", 0, None, True, timeout=timeout, wait_for_workers=False)
-        where = f"{_address(parent)} {store.port}"
-        parent.gather_bytes(where.encode())
-        return store
-    address, port = parent.gather_bytes(b"")[0].decode().rsplit(" ", 1)
-    return TCPStore(address, int(port), None, False, timeout=timeout)
+    # torch.distributed --------------------------------------------------------------------------------
 
+    @property
+    def _is_nccl(self) -> bool:
+        return self._backend.startswith("nccl")
 
-def _address(parent: Communicator) -> str:
-    """Where the other ranks find this one: its host name's address, if that is one which others can use."""
-    if parent.local_size == parent.size:
-        return "127.0.0.1"
-    name = socket.gethostname()
-    with contextlib.suppress(OSError):
-        address = socket.gethostbyname(name)
-        if not address.startswith("127."):  # Debian writes the own name into /etc/hosts as 127.0.1.1
-            return address
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: asks for the source address of the default route
-        return str(probe.getsockname()[0])
-    return name
+    def _is_ours(self, tensor: Tensor) -> bool:
+        """Whether the process group takes the tensor."""
+        return tensor.device.type == self._device.type
 
+    def _start_with_each_owner(
+        self, collective: Callable[..., dist.Work | None], buffer: Tensor, counts: Sequence[int]
+    ) -> Completion:
+        """Reduce every segment to its owner, or broadcast it from there."""
+        segments = buffer.split(list(counts))
+        return _finish_of(
+            *[
+                collective(segment, owner, group=self._group, async_op=True)
+                for owner, segment in enumerate(segments)
+                if counts[owner]
+            ]
+        )
 
-@contextlib.contextmanager
-def _warning_when_slow(backend: str, seconds: float = _SLOW_SECONDS) -> Iterator[None]:
-    """Say what may be wrong while it hangs: NCCL itself may wait for ever on a wrong network."""
-    timer = threading.Timer(
-        seconds, logger.warning, ("%s has not connected the ranks within %.0f s. %s", backend, seconds, _HINT)
-    )
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def _find_local_rank(self) -> tuple[int, int]:
+        """This rank's number on its host and their number there: torchrun's, or else by the hosts' names."""
+        names = self.gather_bytes(socket.gethostname().encode())
+        said = [environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+        if launched_by_torchrun(environ) and said[:2] == [str(self.rank), str(self.size)] and said[3].isdigit():
+            return int(said[2]), int(said[3])
+        ranks = [rank for rank, name in enumerate(names) if name == names[self.rank]]
+        return ranks.index(self.rank), len(ranks)
 
 
-def _close_groups() -> None:
-    """At exit: end the groups, the default one last, and keep the store until no rank needs it."""
-    global _store
-    for group in reversed(_opened):
-        with contextlib.suppress(ValueError, AssertionError):  # the program has destroyed it
-            dist.destroy_process_group(group)
-    _opened.clear()
-    if not MPI.Is_finalized():
-        MPI.COMM_WORLD.Barrier()
-    _store = None
+def _are_equal(counts: Sequence[int]) -> bool:
+    return len(set(counts)) == 1
+
+
+def _none_empty(buffer: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The segments, one value of no meaning in place of each empty one.
+
+    Torch takes a list whose first tensors have the same address, as empty ones have, for one tensor given twice.
+    """
+    placeholders = iter(buffer.new_zeros(len(counts)).split(1))
+    segments = buffer.split(list(counts))
+    return [segment if len(segment) else next(placeholders) for segment in segments]
+
+
+def _finish_of(*works: dist.Work | None) -> Completion:
+    def finish() -> None:
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    return finish

@@ -7,11 +7,13 @@ checkpointing) leaves no trace.
 
 The input is kept as autograd keeps what it saves: activation checkpointing frees it until it is recomputed, and a
 change in place is found out. A copied or pickled model carries hooks that do nothing, and hooks go with the `Capture`.
+
+A compiled model runs the hooks as plain Python between its graphs, which break there: at each covered layer.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,17 +52,21 @@ class Capture:
         ]
 
     def begin(self, destinations: Mapping[FactorKey, Tensor]) -> None:
-        """Forget what was captured and start anew.
+        """Forget what was captured and start anew; forwards until now count no more.
 
         Args:
             destinations: Where each factor that is wanted goes: a flat view for the packed upper triangles.
                 A factor without a destination costs nothing.
         """
-        self.captured = set()
         self._destinations = destinations
+        self._generation += 1  # a backward through a graph from before is none of this step's
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was captured; a forward whose backward is still to come counts."""
+        self.captured = set()
         self._weights = {}
         self._passes = {}
-        self._generation += 1  # a backward through a graph from before is none of this step's
 
     @property
     def num_passes(self) -> int:
@@ -133,6 +139,15 @@ class Capture:
             destination.add_(packed)
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _not_compiled(function: _F) -> _F:
+    """Keep `torch.compile` out of it: traced, it would be compiled anew for each layer's name, which is limited."""
+    kept_out: _F = torch.compiler.disable(function, reason="K-FAC's hooks cannot be part of a graph (fullgraph=False)")
+    return kept_out
+
+
 class _LayerHook:
     """A layer's forward hook; holds the capture weakly. A copy of it, as in a copied model, does nothing."""
 
@@ -140,6 +155,7 @@ class _LayerHook:
         self._capture: weakref.ref[Capture] | None = weakref.ref(capture)
         self._name = name
 
+    @_not_compiled
     def __call__(
         self, module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
     ) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,10 @@ from kfac_dist.errors import AgreedInputError, InputError
 
 def main(options: argparse.Namespace) -> int:
     """Run one rank; returns the exit code, which is the same on every rank."""
-    communicator = create_communicator("reduce", "mpi", torch.device("cpu"))
+    communicator = create_communicator("reduce", device=torch.device("cpu"))
     logging.basicConfig(level=logging.WARNING if communicator.is_main else logging.ERROR, format="%(message)s")
     try:
         with communicator.raise_on_all_ranks():
-            launch.check_world_size(communicator.size, os.environ)
             workers = options.workers or launch.set_threads_per_rank(communicator.local_size)
             if options.image_size < 1 or workers < 1:
                 raise InputError("--image-size and --workers must be >= 1")

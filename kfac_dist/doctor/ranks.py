@@ -16,6 +16,7 @@ _HIGH_LATENCY_SECONDS = 1e-3
 _LOW_BYTES_PER_SECOND = 125e6  # between hosts: 1 Gbit/s
 # What each launcher leaves in the environment, the most telling first.
 _LAUNCHERS = {
+    "TORCHELASTIC_RUN_ID": "torchrun; torch.distributed connects its ranks, not MPI",
     "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
     "PMI_SIZE": "mpirun of the MPICH family, or srun with PMI",
     "PMIX_RANK": "srun or another launcher with PMIx",
@@ -46,9 +47,6 @@ class RankFacts:
 
 def check_launcher(environment: Mapping[str, str]) -> Finding:
     """What started this process, as far as its environment tells."""
-    if "TORCHELASTIC_RUN_ID" in environment:
-        remedy = "mpirun -n P .venv/bin/python train.py …"
-        return Finding("launcher", "error", "torchrun, whose ranks MPI does not know", remedy)
     names = [name for variable, name in _LAUNCHERS.items() if variable in environment]
     return Finding("launcher", "ok", names[0] if names else "none: plain python is one rank")
 

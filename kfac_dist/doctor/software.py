@@ -39,7 +39,8 @@ def software_findings() -> list[Finding]:
 
 def launcher_rank(environment: Mapping[str, str]) -> int:
     """The rank that the launcher gave this process, for when MPI cannot be asked; 0 without a launcher."""
-    for variable in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"):
+    first = ("RANK",) if "TORCHELASTIC_RUN_ID" in environment else ()  # one torchrun a host may be under srun
+    for variable in (*first, "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"):
         if environment.get(variable, "").isdigit():
             return int(environment[variable])
     return 0

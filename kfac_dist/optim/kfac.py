@@ -53,6 +53,9 @@ class KFAC(DistributedOptimizer):
     Each rank calls `backward` on its own part of the batch; `step` averages gradients and Fisher factors over the
     ranks, so the model needs no DistributedDataParallel. At construction every rank takes rank 0's weights.
 
+    Beside DistributedDataParallel, give this `ddp.module` and call that, or call `ddp` within `ddp.no_sync()`. Else
+    both average the gradients: the result is the same, at the price of a second all-reduce.
+
     `lr`, `momentum`, `damping`, `batchnorm_damping_ratio`, `weight_decay` and `weight_rescaling` are settings of
     parameter groups and are read at every step, so that learning-rate schedulers work; a layer takes its damping
     from the group of its first parameter.
@@ -222,7 +225,8 @@ class KFAC(DistributedOptimizer):
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
-            self.communicator.all_gather_v(updates.data, updates.counts, self._comm_dtypes.gradients)
+            comm_dtype = self._comm_dtypes.gradients
+            self.communicator.all_gather_v(updates.data, updates.counts, comm_dtype, updates.part_numels)
             changes = fisher.gather_changes(present, own_changes)
         with self._timer.stage("update"):
             self._update_parameters()
@@ -267,7 +271,7 @@ class KFAC(DistributedOptimizer):
         """
         communicator, factors, gradients = self.communicator, self._fisher.factors, self._shared.buffers.gradients
         *earlier, last = [
-            communicator.start_reduce_scatter_v(buffer.data, buffer.counts, comm_dtype)
+            communicator.start_reduce_scatter_v(buffer.data, buffer.counts, comm_dtype, buffer.part_numels)
             for buffer, comm_dtype in ((factors, self._comm_dtypes.factors), (gradients, self._comm_dtypes.gradients))
             if buffer.data.numel()
         ]
@@ -330,7 +334,8 @@ class KFAC(DistributedOptimizer):
         """Drop the gradients, and with them the Fisher factors captured since the last step."""
         super().zero_grad(set_to_none)
         self._follow_freezing()
-        self._fisher.begin_capture()
+        # Many a loop calls zero_grad between forward and backward, so what the forward kept must not go.
+        self._fisher.capture.forget()
 
     def close(self) -> None:
         """Take the hooks off the model; the optimizer cannot be used any more. Hooks also go with the optimizer."""

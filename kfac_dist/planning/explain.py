@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kfac_dist.config.load import batch_slots
+from kfac_dist.config.load import batch_slots, batch_warning
 from kfac_dist.config.schema import Config
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks.base import Block
@@ -40,7 +40,13 @@ def explain(config: Config, num_ranks: int) -> str:
         f"{schedules.num_iterations} iterations ({config.train.epochs:g} epochs of {data.num_train} images) of "
         f"{batch.global_size} images: {slots} slots of {batch.per_rank} a rank",
     ]
-    model = create_model(config.model.name, data.num_classes, data.image_shape, config.run.seed, config.model.variant)
+    warning = batch_warning(config, data.num_train)
+    if warning:
+        lines.append(f"warning: {warning}")
+    model = create_model(
+        config.model.name, data.num_classes, data.image_shape, config.run.seed, config.model.variant,
+        config.model.zero_init_last_gamma, config.model.initialization,
+    )  # fmt: skip
     if config.kfac is not None:
         blocks = create_blocks(model, list(model.parameters()), config.kfac.batchnorm, config.kfac.skip)
         lines += ["", *_layer_table(blocks, num_ranks, 8 if config.train.precision == "fp64" else 4)]

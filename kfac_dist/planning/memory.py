@@ -126,12 +126,18 @@ def report(name: str, image_shape: tuple[int, int, int], num_classes: int, batch
         lines.append(f"  A and G, BatchNorm {form:<10}         {_mib(whole)}  {_mib(packed)}")
     lines += [
         "",
-        "a rank, BatchNorm diagonal     buffers  running   solvers    tables  (but for buffers: the largest owner)",
+        "a rank, BatchNorm diagonal     buffers   running   solvers    tables     total",
     ]
     for num_ranks in ranks:
         of_rank = rank_memory(model, "diagonal", num_ranks)
         cells = [of_rank.buffers, of_rank.largest_running, of_rank.largest_solvers, of_rank.largest_tables]
-        lines.append(f"  {num_ranks:>5} ranks              " + "  ".join(_mib(cell) for cell in cells))
+        lines.append(f"  {num_ranks:>5} ranks              " + "  ".join(_mib(cell) for cell in [*cells, sum(cells)]))
+    lines += [
+        "  buffers: what is sent in stages 3 and 6, the same on every rank; the others: of the rank that owns the most",
+        "  running: the running Fisher matrices that a rank owns",
+        "  solvers: their Cholesky factors or inverses, as large again",
+        "  tables: where each value of a triangle lies in its matrix, kept to pack and unpack quickly",
+    ]
     im2col, unfolded = largest_unfolding(model, image_shape, batch)
     lines += ["", f"largest convolution at batch {batch}: im2col {_mib(im2col)}, unfolded at once {_mib(unfolded)}"]
     return "\n".join(lines)

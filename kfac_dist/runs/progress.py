@@ -15,9 +15,10 @@ PROGRESS_VARIABLE = "KFAC_DIST_PROGRESS"
 class Progress:
     """Progress of a run on stderr: a bar in a terminal, else a line now and then.
 
-    mpirun hands stderr on through a pipe, so a rank cannot see whether a terminal is at the other end. The
-    environment variable KFAC_DIST_PROGRESS decides where it is set: ``bar``, ``lines`` or ``off``. Lines
-    come every 5 % of the run, and after a minute without one.
+    mpirun hands stderr on through a pipe, and Open MPI's holds text back until its line ends, which a bar's never does:
+    under mpirun there are lines. The environment variable KFAC_DIST_PROGRESS decides where it is set: ``bar``,
+    ``lines`` or ``off``. Lines come every 5 % of the run, and after 5 seconds without one; as the run grows older these
+    become a minute, so that a log of days stays short.
 
     Args:
         total: Iterations of the run.
@@ -29,7 +30,7 @@ class Progress:
     """
 
     _LINES = 20
-    _QUIET_SECONDS = 60.0
+    _QUIET_SECONDS = (5.0, 60.0)  # at first, and after ten minutes
 
     def __init__(self, total: int, is_main: bool, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
@@ -75,7 +76,9 @@ class Progress:
     def _line_is_due(self) -> bool:
         now = time.monotonic()
         crossed = self._done * self._LINES // self._total > (self._done - 1) * self._LINES // self._total
-        due = crossed or now - self._last_line >= self._QUIET_SECONDS
+        shortest, longest = self._QUIET_SECONDS
+        quiet = min(max((now - self._started) / 10, shortest), longest)
+        due = crossed or now - self._last_line >= quiet
         if due:
             self._last_line = now
         return due

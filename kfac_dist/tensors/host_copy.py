@@ -26,7 +26,8 @@ class HostCopy:
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor.detach(), non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        # The copy went there, whichever device is torch's current one.
+        self._event.record(torch.cuda.current_stream(tensor.device))
 
     def read(self) -> Tensor:
         """The values; waits until they have arrived."""

@@ -86,13 +86,15 @@ class FlatBuffer:
     Attributes:
         data: (total,), the whole buffer.
         counts: Values in each rank's segment.
+        part_numels: Values in each part of each rank's segment, in the order in which they lie there.
     """
 
     def __init__(self, parts: Sequence[Part], num_ranks: int, storage: Tensor) -> None:
         """Lay the parts out over the front of `storage` (1-D; at least as long as all parts together)."""
-        self.counts = [0] * num_ranks
+        self.part_numels: list[list[int]] = [[] for _ in range(num_ranks)]
         for part in parts:
-            self.counts[part.rank] += part.numel
+            self.part_numels[part.rank].append(part.numel)
+        self.counts = [sum(numels) for numels in self.part_numels]
         starts = [0]
         for count in self.counts:
             starts.append(starts[-1] + count)

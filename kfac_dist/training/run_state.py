@@ -23,6 +23,7 @@ from kfac_dist.optim.kfac import STATE_KEY
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.runs.writer import DONE_FILE, last_run_directory
 from kfac_dist.training.checkpoint import Checkpointer, RankState, code_version, find_checkpoint, now, read_state
+from kfac_dist.training.divergence import DivergenceCheck
 from kfac_dist.training.reporter import Reporter, ResumedRun
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Run(Protocol):
     optimizer: DistributedOptimizer
     augmentation: Augmentation
     loss_scaler: LossScaler | None
+    divergence: DivergenceCheck
     iteration: int
     top1: float
     best_top1: float
@@ -174,6 +176,7 @@ def take_state(trainer: Run, metrics_bytes: int = 0) -> RankState:
             "seconds": trainer.seconds(),
             "communication_bytes": trainer.communicator.payload_bytes,
             "metrics_bytes": metrics_bytes,
+            "divergence": trainer.divergence.state_dict(),
             "optimizer": optimizer,
             "loss_scaler": scaler.state_dict() if scaler is not None else None,
         },
@@ -207,6 +210,7 @@ def restore_state(trainer: Run, state: RankState) -> None:
     if trainer.loss_scaler is not None and run["loss_scaler"] is not None:
         trainer.loss_scaler.load_state_dict(run["loss_scaler"])
     trainer.iteration, trainer.top1, trainer.best_top1 = run["iteration"], run["top1"], run["best_top1"]
+    trainer.divergence.load_state_dict(run["divergence"])
     trainer.seconds_before = run["seconds"]
     trainer.communicator.payload_bytes = run["communication_bytes"]
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.communicator import Communicator
-from kfac_dist.config.load import batch_slots
+from kfac_dist.config.load import batch_slots, batch_warning
 from kfac_dist.config.schema import Config
 from kfac_dist.data.augment import Augmentation
 from kfac_dist.data.base import Batch
@@ -22,7 +22,7 @@ from kfac_dist.data.create import create_dataset
 from kfac_dist.data.imagenet.image_file import ImageError
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.skipped import SkippedImages
-from kfac_dist.errors import RunStopped, TrainingFailed
+from kfac_dist.errors import RunStopped
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.precision import Precision, configure_backends
@@ -30,6 +30,7 @@ from kfac_dist.random_streams import RandomStream, keyed_generator
 from kfac_dist.tensors.host_copy import HostCopy, to_device
 from kfac_dist.timing import StageTimer
 from kfac_dist.training.build import Parts, create_optimizer
+from kfac_dist.training.divergence import DivergenceCheck
 from kfac_dist.training.evaluation import evaluate
 from kfac_dist.training.reporter import IterationResult, Reporter, ResumedRun, Told
 from kfac_dist.training.run_state import RunSaver, resume
@@ -93,6 +94,9 @@ class Trainer:
             parts = Parts(self.model, communicator, self.num_local_slots, self.schedules, self.timer, self.loss_scaler)
             self.optimizer = create_optimizer(config, parts)
         self.augmentation = Augmentation(config.augment, self.dataset.num_classes, seed)
+        self.divergence = DivergenceCheck(
+            self.dataset.num_classes, math.ceil(self.dataset.num_train / batch.global_size)
+        )
         self.iteration = 0  # the next one
         self.top1 = self.best_top1 = 0.0
         self.resumed: ResumedRun | None = None
@@ -117,7 +121,7 @@ class Trainer:
 
         Raises:
             RunStopped: If a signal asked for it, after a checkpoint.
-            TrainingFailed: If the loss is no longer finite, or images are damaged.
+            TrainingFailed: If the loss is no longer finite or hopeless in the end, or images are damaged.
         """
         self._started = time.perf_counter()
         self._log_start()
@@ -130,10 +134,8 @@ class Trainer:
                 iteration = self.iteration
                 launched.append(self._train_iteration(iteration, batches, saver))
                 self.iteration += 1
-                evaluates, saves = (
-                    self.schedules.evaluation_is_due(iteration),
-                    self.schedules.checkpoint_is_due(iteration),
-                )
+                evaluates = self.schedules.evaluation_is_due(iteration)
+                saves = self.schedules.checkpoint_is_due(iteration)
                 # A GPU goes on while the host looks at the iteration before.
                 told = self._report(launched, 0 if evaluates or saves or self.device.type == "cpu" else 1, reporter)
                 is_best = evaluates and self._evaluate(iteration, reporter)
@@ -142,6 +144,7 @@ class Trainer:
                     saver.save(wait=told.wants_stop or self.iteration == num_iterations)
                 if told.wants_stop and self.iteration < num_iterations:
                     raise RunStopped(f"stopped by a signal at iteration {self.iteration}; run: {reporter.directory}")
+            self.divergence.check_end()
             saver.finish()
             reporter.finish(
                 top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=self.seconds(),
@@ -210,16 +213,10 @@ class Trainer:
     def _report_one(self, result: IterationResult, reporter: Reporter) -> Told:
         """Report an iteration, and stop if training diverged."""
         told = reporter.iteration(result)
-        loss = told.loss
         reporter.skipped_images(result.iteration, self.skipped_images.take_new())
         gave_up = self.loss_scaler is not None and self.loss_scaler.is_exhausted
-        if gave_up or not (math.isfinite(loss) or result.step.skipped):
-            epoch = self.schedules.epoch_at(result.iteration + 1)
-            raise TrainingFailed(
-                f"the training loss is {loss} at iteration {result.iteration} (epoch {epoch:.2f}"
-                f"{'; it overflows fp16 even without a loss scale' if gave_up else ''}): training diverged. Lower "
-                f"optimizer.learning_rate, raise the damping, or keep a running average (kfac.ema_decay)"
-            )
+        epoch = self.schedules.epoch_at(result.iteration + 1)
+        self.divergence.see(told.loss, result.iteration, epoch, result.step.skipped, gave_up)
         return told
 
     def _evaluate(self, iteration: int, reporter: Reporter) -> bool:
@@ -246,5 +243,8 @@ class Trainer:
             self.dataset.num_train, self.dataset.num_eval, self.dataset.num_classes, self.schedules.num_iterations,
             self.sampler.global_size, self.num_local_slots, self.sampler.per_slot,
         )  # fmt: skip
+        warning = batch_warning(self.config, self.dataset.num_train)
+        if warning:
+            logger.warning("warning: %s", warning)
         for line in self.optimizer.describe():
             logger.info("%s", line)

@@ -1,10 +1,13 @@
 """How these tests start their programs."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+
+from tests.conftest import run_limited
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -18,5 +21,17 @@ def run_program(mpirun: Callable[..., CompletedProcess[str]]) -> Callable[..., C
         # A program's own folder leads its sys.path, not the checkout.
         env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off"}
         return mpirun(num_ranks, [HERE / "programs" / name, *args], env=env, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., CompletedProcess[str]]:
+    """``torchrun(n, script, *args, timeout=120)`` runs a script on n ranks, which know nothing of MPI."""
+
+    def run(num_ranks: int, script: Path, *args: str | Path, timeout: float = 120) -> CompletedProcess[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+        env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off"}
+        return run_limited([sys.executable, *launcher, script, *args], env, timeout)
 
     return run

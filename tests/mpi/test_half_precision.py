@@ -57,6 +57,17 @@ def test_half_precision_on_the_wire_rounds_on_one_rank_too(one_rank: Path) -> No
         assert 1e-7 < difference < tolerance, f"{comm_dtype}: {difference:.1e}"
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_small_factors_on_fp16_keep_their_digits(num_ranks: int, run_program: RunProgram) -> None:
+    """Defect: output factors of 1e-8 that shared a scale with input factors of 1e4 arrived as zeros."""
+    finished = run_program(num_ranks, "factors_on_fp16.py", str(num_ranks))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    lines = finished.stdout.splitlines()
+    assert len(lines) == num_ranks
+    for line in lines:
+        assert 1e-7 < float(line.rpartition(" ")[2]) < 1e-3, line
+
+
 @pytest.mark.gpu
 def test_ranks_that_share_a_gpu_equal_one_rank(run_program: RunProgram, tmp_path: Path) -> None:
     one = train(run_program, 1, tmp_path / "1", "cuda", "mpi", *PRECISIONS)

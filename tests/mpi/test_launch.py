@@ -1,4 +1,4 @@
-"""What the launcher's environment promises is checked against the ranks that MPI has."""
+"""What the launcher's environment promises is checked against the ranks that there are."""
 
 from collections.abc import Callable
 from subprocess import CompletedProcess
@@ -11,7 +11,7 @@ from kfac_dist.errors import InputError
 OPT_OUT = "KFAC_DIST_ALLOW_SIZE_MISMATCH"
 
 
-@pytest.mark.parametrize("variable", ["PMI_SIZE", "SLURM_NTASKS"])
+@pytest.mark.parametrize("variable", ["PMI_SIZE", "SLURM_NTASKS", "WORLD_SIZE"])
 def test_lone_process_of_a_larger_job_is_refused(
     variable: str, run_python: Callable[..., CompletedProcess[str]]
 ) -> None:
@@ -37,9 +37,11 @@ def test_opt_out(run_python: Callable[..., CompletedProcess[str]]) -> None:
         ({"SLURM_NTASKS": "2", "OMPI_COMM_WORLD_SIZE": "8"}, ("OMPI_COMM_WORLD_SIZE", 8)),
         ({"SLURM_NTASKS": "2", "PMI_SIZE": "4"}, ("PMI_SIZE", 4)),
         ({"SLURM_NTASKS": "8(x2)"}, None),
+        ({"SLURM_NTASKS": "2", "WORLD_SIZE": "16"}, ("WORLD_SIZE", 16)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "16"}, ("OMPI_COMM_WORLD_SIZE", 2)),
     ],
 )
-def test_mpi_outranks_slurm(environment: dict[str, str], expected: tuple[str, int] | None) -> None:
+def test_which_promise_counts(environment: dict[str, str], expected: tuple[str, int] | None) -> None:
     assert launch.promised_size(environment) == expected
 
 

@@ -1,4 +1,4 @@
-"""NcclCommunicator, over gloo where there is no GPU, and how MPI takes a device's buffers."""
+"""ProcessGroupCommunicator, over gloo where there is no GPU, and how MPI takes a device's buffers."""
 
 import logging
 import socket
@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kfac_dist.communicator import MpiCommunicator, create_communicator, nccl, process_group
-from kfac_dist.communicator import create as package
+from kfac_dist.communicator import MpiCommunicator, connect, create, create_communicator
+from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.devices import RankDevice
 from kfac_dist.errors import InputError
 from kfac_dist.vocabulary import BackendChoice
@@ -24,14 +24,21 @@ Run = Callable[..., CompletedProcess[str]]
 def check_backend(run_program: Run, num_ranks: int, backend: str) -> str:
     finished = run_program(num_ranks, "backend_checks.py", str(num_ranks), backend)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert f"13 checks passed on {num_ranks} ranks" in finished.stdout
+    assert f"14 checks passed on {num_ranks} ranks" in finished.stdout
     assert finished.stderr == "", "neither warnings nor complaints at exit"
     return finished.stdout
 
 
 @pytest.mark.parametrize(
     ("backend", "num_ranks"),
-    [("gloo", 1), ("gloo", 2), ("gloo", 3), ("gloo", 4), ("staged", 1), ("staged", 3), ("dlpack", 2)],
+    [
+        *(("gloo", num_ranks) for num_ranks in (1, 2, 3, 4)),
+        *(("lists", num_ranks) for num_ranks in (2, 3)),
+        *(("pieces", num_ranks) for num_ranks in (1, 2, 3)),
+        ("staged", 1),
+        ("staged", 3),
+        ("dlpack", 2),
+    ],
 )
 def test_collectives(backend: str, num_ranks: int, run_program: Run) -> None:
     check_backend(run_program, num_ranks, backend)
@@ -96,10 +103,10 @@ def test_nccl_without_gpus(num_ranks: int, run_program: Run) -> None:
 
 def test_a_slow_start_is_explained(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        with process_group._warning_when_slow("nccl", seconds=30):
+        with connect._explaining("nccl", 2, seconds=30):
             pass
         assert not caplog.records
-        with process_group._warning_when_slow("nccl", seconds=0.01):
+        with connect._explaining("nccl", 2, seconds=0.01):
             time.sleep(0.5)
     assert "nccl has not connected the ranks" in caplog.text
     assert "NCCL_SOCKET_IFNAME" in caplog.text
@@ -116,37 +123,46 @@ def test_address(local_size: int, resolved: str | None, expected: str | None, mo
         return resolved
 
     monkeypatch.setattr(socket, "gethostbyname", look_up)
-    found = process_group._address(SimpleNamespace(size=4, local_size=local_size))  # type: ignore[arg-type]
+    found = connect._address(SimpleNamespace(size=4, local_size=local_size))  # type: ignore[arg-type]
     assert found == expected or (expected is None and not found.startswith("127."))
 
 
 @pytest.mark.parametrize(
     ("wanted", "device", "has_nccl", "taken"),
     [
-        ("auto", "cuda", True, "nccl"),
-        ("auto", "cuda", False, "mpi"),
-        ("auto", "cpu", True, "mpi"),
-        ("mpi", "cuda", True, "mpi"),
-        ("nccl", "cuda", True, "nccl"),
+        ("auto", "cuda", True, LocalCommunicator),
+        ("auto", "cpu", True, LocalCommunicator),
+        ("mpi", "cuda", True, MpiCommunicator),
+        ("nccl", "cuda", True, tuple),
         ("nccl", "cuda", False, "needs a torch with NCCL"),
         ("nccl", "cpu", True, "needs a GPU of its own"),
     ],
 )
-def test_choice_of_backend(
-    wanted: BackendChoice, device: str, has_nccl: bool, taken: str, monkeypatch: pytest.MonkeyPatch
+def test_choice_of_backend_on_one_rank(
+    wanted: BackendChoice, device: str, has_nccl: bool, taken: type | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = RankDevice("alpha", device, "GPU-1" if device == "cuda" else "", "A100", 1)
-    monkeypatch.setattr(package, "describe_device", lambda device: said)
-    monkeypatch.setattr(package.dist, "is_nccl_available", lambda: has_nccl)
-    monkeypatch.setattr(nccl, "NcclCommunicator", lambda parent, device: (parent, device))
+    monkeypatch.setattr(create, "describe_device", lambda device: said)
+    monkeypatch.setattr(create, "running_mpi", lambda: None)  # other tests of this process may have started it
+    monkeypatch.setattr(create.dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(connect, "connect_gpus", lambda host, device: (host, device))
     where = torch.device(device, 0)
-    if taken not in ("mpi", "nccl"):
+    if isinstance(taken, str):
         with pytest.raises(InputError, match=taken):
             create_communicator("reduce", wanted, where)
         return
     made = create_communicator("reduce", wanted, where)
-    if taken == "mpi":
-        assert isinstance(made, MpiCommunicator)
-    else:
-        assert isinstance(made, tuple)
-        assert made[1] == where
+    assert isinstance(made, taken)
+    assert taken is not tuple or made[1] == where  # type: ignore[index]
+
+
+@pytest.mark.parametrize("wanted", ["auto", "torch", "mpi", "nccl"])
+@pytest.mark.parametrize(("gpus", "has_own"), [("a b", True), ("a a", False), ("a -", False)])
+@pytest.mark.parametrize("has_nccl", [True, False])
+def test_nccl_is_taken_for_a_gpu_each(wanted: create.Backend, gpus: str, has_own: bool, has_nccl: bool) -> None:
+    devices = [
+        RankDevice("alpha", "cpu") if gpu == "-" else RankDevice("alpha", "cuda", gpu, "A100", 2)
+        for gpu in gpus.split()
+    ]
+    expected = wanted == "nccl" or (wanted in ("auto", "torch") and has_own and has_nccl)
+    assert create._takes_nccl(wanted, devices, has_nccl) == expected

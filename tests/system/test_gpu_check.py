@@ -124,3 +124,10 @@ def test_what_the_user_can_fix_is_one_line_and_exit_code_2(
     assert finished.stderr.count("\n") == 1
     assert finished.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_cannot_be_written_is_told_before_anything_runs(run_python: Callable[..., Any]) -> None:
+    finished = run_python([GPU_CHECK, "--device", "cpu", "--small", "--output", "/dev/null/x"])
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: --output must lie in a folder that can be written, got /dev/null/x: ")
+    assert finished.stderr.count("\n") == 1

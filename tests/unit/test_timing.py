@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from kfac_dist import timing
 from kfac_dist.timing import STAGES, StageTimer
 
 
@@ -121,6 +122,24 @@ def test_marks_are_compared_only_when_the_seconds_are_read():
     assert clock.num_compared == 0
     assert first.read()["forward"] == 2.0
     assert timer.lap()["forward"] == 7.0
+
+
+def test_a_gpus_marks_stand_in_its_own_stream(monkeypatch):
+    """Defect: they stood in that of torch's current device, and so measured another GPU."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream="of the current device"):
+            recorded.append(stream)
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "current_stream", lambda device=None: f"of {device}")
+    with StageTimer.on(torch.device("cuda", 1)).stage("forward"):
+        pass
+    assert recorded == ["of cuda:1"] * 2
 
 
 @pytest.mark.gpu

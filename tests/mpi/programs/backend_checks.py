@@ -1,23 +1,30 @@
 """The collectives of one backend; arguments: number of ranks, backend.
 
-gloo      NcclCommunicator over gloo, on CPU tensors
+gloo      a process group over gloo, on CPU tensors, connected by MPI
 staged    MPI, as if CPU tensors were a device's: through the buffers of Staging
 dlpack    MPI, tensors handed over by DLPack, as a device's are where MPI is CUDA-aware
+pieces    MPI, as if it counted no further than 1000
+lists     a process group over gloo that is treated as NCCL's is: uneven segments go as lists of tensors
+torch     torch.distributed's default group, started by torchrun; nothing may load MPI
+torch-staged  the same, as if CPU tensors were a device's
 nccl      on this rank's GPU, as the next
 mpi-gpu   MPI; ranks may share a GPU
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import communicator_checks as checks
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from kfac_dist.communicator import Communicator, MpiCommunicator, create_communicator, launch, mpi
-from kfac_dist.communicator.nccl import NcclCommunicator
-from kfac_dist.communicator.staging import WHOLE
+from kfac_dist.communicator import Communicator, create_communicator, launch
+from kfac_dist.communicator.connect import connect_by_default_group, connect_gpus
+from kfac_dist.communicator.process_group import ProcessGroupCommunicator
+from kfac_dist.communicator.staging import WHOLE, Staging
 from kfac_dist.devices import choose_device
 from kfac_dist.tensors.encoding import decode, encode, encoded_bytes
 from kfac_dist.vocabulary import ReduceScatterAlgorithm
@@ -25,24 +32,97 @@ from kfac_dist.vocabulary import ReduceScatterAlgorithm
 COMM_DTYPES = (torch.bfloat16, torch.float16)
 
 
-class StagedCommunicator(MpiCommunicator):
-    @contextmanager
-    def _for_mpi(self, tensor: Tensor, fetch: slice = WHOLE, store: slice = WHOLE) -> Iterator[Tensor]:
-        self._staging._pin_memory = False
-        with self._staging.staged(tensor, fetch, store) as host:
-            assert not tensor.numel() or host.data_ptr() != tensor.data_ptr()
-            yield host
+MAX_COUNT = 1000
 
 
-def create(backend: str, algorithm: ReduceScatterAlgorithm) -> Communicator:
+def create_over_mpi(backend: str, algorithm: ReduceScatterAlgorithm) -> Communicator:
+    from kfac_dist.communicator import MpiCommunicator, mpi
+
+    class StagedCommunicator(MpiCommunicator):
+        @contextmanager
+        def _for_mpi(self, tensor: Tensor, fetch: slice = WHOLE, store: slice = WHOLE) -> Iterator[Tensor]:
+            self._staging._pin_memory = False
+            with self._staging.staged(tensor, fetch, store) as host:
+                assert not tensor.numel() or host.data_ptr() != tensor.data_ptr()
+                yield host
+
+    def as_it_is(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def counted(tensor: Tensor) -> Any:
+        assert tensor.numel() <= MAX_COUNT, f"{tensor.numel()} values in one call"
+        return tensor.numpy()
+
     if backend == "staged":
         return StagedCommunicator(algorithm)
     if backend == "dlpack":
-        mpi._mpi_buffer = lambda tensor: tensor  # type: ignore[assignment]
-        return MpiCommunicator(algorithm)
-    if backend == "gloo":
-        return NcclCommunicator(MpiCommunicator("reduce"), torch.device("cpu"), "gloo")
-    device = choose_device("cuda", MpiCommunicator("reduce").local_rank)
+        mpi._mpi_buffer = as_it_is
+    if backend == "pieces":
+        mpi._MAX_COUNT, mpi._mpi_buffer = MAX_COUNT, counted
+    return MpiCommunicator(algorithm)
+
+
+class Works(list[Any]):
+    def wait(self) -> None:
+        for work in self:
+            work.wait()
+
+
+def reduce_scatter_of_lists(output: Tensor, segments: Sequence[Tensor], **settings: Any) -> Any:
+    """What torch makes of uneven lists over NCCL, in pieces that gloo knows; in place, as it is called here."""
+    assert output.data_ptr() == segments[dist.get_rank()].data_ptr()
+    assert all_addresses_differ(segments)
+    return Works([dist.reduce(segment, owner, **settings) for owner, segment in enumerate(segments)])
+
+
+def all_gather_of_lists(segments: Sequence[Tensor], own: Tensor, **settings: Any) -> Any:
+    assert own.data_ptr() == segments[dist.get_rank()].data_ptr()
+    assert all_addresses_differ(segments)
+    return Works([dist.broadcast(segment, owner, **settings) for owner, segment in enumerate(segments)])
+
+
+def all_addresses_differ(segments: Sequence[Tensor]) -> bool:
+    addresses = {segment.data_ptr() for segment in segments}
+    return len(addresses) == len(segments) == dist.get_world_size() and 0 not in addresses
+
+
+class StagedGroupCommunicator(ProcessGroupCommunicator):
+    """Takes the group's tensors for those that are staged, and all others for a GPU's."""
+
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self._staging = CountingStaging(pin_memory=False)
+
+    def _is_ours(self, tensor: Tensor) -> bool:
+        return getattr(self._staging, "num_borrowed", 1) > 0
+
+
+class CountingStaging(Staging):
+    num_borrowed = 0
+
+    @contextmanager
+    def staged(self, tensor: Tensor, fetch: slice, store: slice) -> Iterator[Tensor]:
+        with super().staged(tensor, fetch, store) as host:
+            self.num_borrowed += 1
+            yield host
+            self.num_borrowed -= 1
+
+
+def create(backend: str, algorithm: ReduceScatterAlgorithm) -> Communicator:
+    if backend in ("staged", "dlpack", "pieces"):
+        return create_over_mpi(backend, algorithm)
+    if backend == "torch":
+        return create_communicator(algorithm, "torch", torch.device("cpu"))
+    if backend == "torch-staged":
+        group = connect_by_default_group()
+        return StagedGroupCommunicator(group._group, "gloo", torch.device("cpu"))
+    if backend in ("gloo", "lists"):
+        communicator = connect_gpus(create_over_mpi("mpi", "reduce"), torch.device("cpu"), "gloo")
+        if backend == "lists":
+            communicator._backend = "nccl"
+            dist.reduce_scatter, dist.all_gather = reduce_scatter_of_lists, all_gather_of_lists
+        return communicator
+    device = choose_device("cuda", create_over_mpi("mpi", "reduce").local_rank)
     torch.set_default_device(device)
     return create_communicator(algorithm, "nccl" if backend == "nccl" else "mpi", device)
 
@@ -59,10 +139,10 @@ def random_values(rank: int, count: int, dtype: torch.dtype) -> Tensor:
 
 
 def through(values: Tensor, comm_dtype: torch.dtype) -> Tensor:
-    message = torch.empty(encoded_bytes(len(values), comm_dtype), dtype=torch.uint8)
-    encode(values, comm_dtype, message)
+    message = torch.empty(encoded_bytes([len(values)], comm_dtype), dtype=torch.uint8)
+    encode(values, [len(values)], comm_dtype, message)
     out = torch.empty_like(values)
-    decode(message, comm_dtype, out)
+    decode(message, [len(values)], comm_dtype, out)
     return out
 
 
@@ -80,7 +160,7 @@ def check_encoded_reduce_scatter(communicator: Communicator) -> None:
                     "each value rounded once, summed in dtype"
                 )
                 assert torch.equal(own, buffer.split(counts)[rank])
-                expected_bytes = sum(encoded_bytes(count, comm_dtype) for count in counts)
+                expected_bytes = sum(encoded_bytes([count], comm_dtype) for count in counts)
                 assert communicator.payload_bytes - before == expected_bytes
 
 
@@ -96,8 +176,34 @@ def check_encoded_all_gather(communicator: Communicator) -> None:
                 before = communicator.payload_bytes
                 communicator.all_gather_v(buffer, counts, comm_dtype)
                 assert torch.equal(buffer, expected), "all ranks hold the rounded values, the owner too"
-                expected_bytes = sum(encoded_bytes(count, comm_dtype) for count in counts)
+                expected_bytes = sum(encoded_bytes([count], comm_dtype) for count in counts)
                 assert communicator.payload_bytes - before == expected_bytes
+
+
+def check_parts(communicator: Communicator) -> None:
+    """Each part of a segment is scaled by itself: beside 1e2, values of 1e-9 keep their 11 bits."""
+    size, rank = communicator.size, communicator.rank
+    parts = [[5, 0, 1200 + owner, 3] for owner in range(size)]
+    counts = [sum(numels) for numels in parts]
+    magnitudes = torch.cat(
+        [
+            torch.full((numel,), magnitude)
+            for own in parts
+            for numel, magnitude in zip(own, (1e2, 1.0, 1e-9, 1e4), strict=True)
+        ]
+    )
+    for call in ("reduce", "gather"):
+        buffer = magnitudes * (1 + rank)
+        expected = magnitudes * (size + 1) / 2
+        before = communicator.payload_bytes
+        if call == "reduce":
+            buffer = communicator.reduce_scatter_v(buffer, counts, torch.float16, parts)
+            expected = expected.split(counts)[rank]
+        else:
+            buffer = expected.clone()
+            communicator.all_gather_v(buffer, counts, torch.float16, parts)
+        torch.testing.assert_close(buffer, expected, rtol=2**-10, atol=0)
+        assert communicator.payload_bytes - before == sum(encoded_bytes(own, torch.float16) for own in parts)
 
 
 def check_one_rank_is_not_finite(communicator: Communicator) -> None:
@@ -170,7 +276,7 @@ def check_bad_wire(communicator: Communicator) -> None:
 def main() -> int:
     backend = sys.argv[2]
     algorithms: list[ReduceScatterAlgorithm] = ["reduce"]
-    if backend in ("staged", "dlpack", "mpi-gpu"):
+    if backend in ("staged", "dlpack", "pieces", "mpi-gpu"):
         algorithms += ["native", "ireduce"]
     communicators = [create(backend, algorithm) for algorithm in algorithms]
     every: list[Callable[[Communicator], None]] = [
@@ -182,6 +288,7 @@ def main() -> int:
         checks.check_ranks,
         check_encoded_reduce_scatter,
         check_encoded_all_gather,
+        check_parts,
         check_one_rank_is_not_finite,
         check_equal_segments,
         check_other_types,
@@ -192,6 +299,8 @@ def main() -> int:
         for check in every:
             check(communicator)
             communicator.barrier()
+    if backend.startswith("torch"):
+        assert "mpi4py" not in sys.modules
     communicators[0].print_once(communicators[0].description)
     communicators[0].print_once(f"{len(every)} checks passed on {communicators[0].size} ranks")
     return 0

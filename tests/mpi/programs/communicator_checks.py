@@ -1,11 +1,11 @@
 """Checks of every collective on however many ranks it is started with; the last line counts what was checked."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import get_args
 
 import torch
-from mpi4py import MPI
 from torch import Tensor
 
 from kfac_dist.communicator import Communicator, create_communicator, launch
@@ -121,13 +121,22 @@ def check_agree(communicator: Communicator) -> None:
 
 def check_ranks(communicator: Communicator) -> None:
     size = communicator.size
-    assert size == MPI.COMM_WORLD.Get_size() == int(sys.argv[1])
-    assert communicator.rank == MPI.COMM_WORLD.Get_rank()
+    assert size == int(sys.argv[1])
+    assert (communicator.rank, size) == launcher_says()
     assert communicator.is_main == (communicator.rank == 0)
     # All ranks of a test run on one host.
     local_ranks = communicator.gather_bytes(str(communicator.local_rank).encode())
     assert sorted(int(text) for text in local_ranks) == list(range(size))
     assert communicator.local_size == size
+
+
+def launcher_says() -> tuple[int, int]:
+    """This rank and the number of ranks: torchrun's, or else MPI's."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
 
 
 def check_automatic_choice(communicator: Communicator) -> None:

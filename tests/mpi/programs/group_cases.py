@@ -7,13 +7,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from kfac_dist.communicator import Communicator, MpiCommunicator, create_communicator, launch, process_group
-from kfac_dist.communicator.nccl import NcclCommunicator
+from kfac_dist.communicator import Communicator, MpiCommunicator, connect, create_communicator, launch
+from kfac_dist.communicator.connect import connect_gpus
+from kfac_dist.communicator.process_group import ProcessGroupCommunicator
 from kfac_dist.errors import AgreedInputError
 
 
-def join(parent: MpiCommunicator, backend: str = "gloo", timeout: float = 60) -> NcclCommunicator:
-    return NcclCommunicator(parent, torch.device("cpu"), backend, timedelta(seconds=timeout))  # type: ignore[arg-type]
+def join(parent: MpiCommunicator, backend: str = "gloo", timeout: float = 60) -> ProcessGroupCommunicator:
+    return connect_gpus(parent, torch.device("cpu"), backend, timedelta(seconds=timeout))
 
 
 def mean_rank(communicator: Communicator) -> float:
@@ -22,7 +23,7 @@ def mean_rank(communicator: Communicator) -> float:
 
 def init_by_hand(parent: MpiCommunicator, ranks: int, rank: int) -> None:
     """What a user's program may have done before."""
-    store = process_group._share_store(parent, timedelta(seconds=60))
+    store = connect._share_store(parent, timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
 
 
@@ -58,7 +59,7 @@ def check_other_order(parent: MpiCommunicator) -> None:
 
 def check_unreachable(parent: MpiCommunicator) -> None:
     """Ends the job: rank 1 looks for the store where there is none."""
-    process_group._address = lambda parent: "127.0.0.1:1"  # type: ignore[assignment]
+    connect._address = lambda parent: "127.0.0.1:1"  # type: ignore[assignment]
     join(parent, timeout=3)
 
 

@@ -161,7 +161,7 @@ def test_a_stale_iteration_sends_gradients_alone_and_captures_nothing():
         before = optimizer.communicator.payload_bytes
         optimizer.zero_grad()
         backward(net, step)
-        assert bool(optimizer._capture.captured) == (step % 3 == 0)
+        assert bool(optimizer._fisher.capture.captured) == (step % 3 == 0)
         optimizer.step()
         assert optimizer.communicator.payload_bytes - before == 8 * count
 
@@ -179,10 +179,10 @@ def test_tracked_changes_are_diffs_of_successive_factors():
     optimizer = make_kfac(net, lr=0.0, track_changes=True)
     train(net, optimizer, steps=1)
     assert set(optimizer.report.changes.values()) == {math.inf}
-    before = {key: value.clone() for key, value in optimizer._owned["0"].running.items()}
+    before = {key: value.clone() for key, value in optimizer._fisher.owned["0"].running.items()}
     train(net, optimizer, steps=1, first=1)
     for matrix in ("A", "G"):
-        expected = relative_change(optimizer._owned["0"].running[matrix], before[matrix]).item()
+        expected = relative_change(optimizer._fisher.owned["0"].running[matrix], before[matrix]).item()
         assert optimizer.report.changes["0", matrix] == pytest.approx(expected, rel=1e-12)
     assert len(optimizer.report.changes) == 5
 
@@ -191,9 +191,9 @@ def test_tracked_changes_of_a_running_average():
     net = make_net()
     optimizer = make_kfac(net, lr=0.0, track_changes=True, ema_decay=0.9)
     train(net, optimizer, steps=3)
-    before = optimizer._owned["4"].running["G"].clone()
+    before = optimizer._fisher.owned["4"].running["G"].clone()
     train(net, optimizer, steps=1, first=3)
-    expected = relative_change(optimizer._owned["4"].running["G"], before).item()
+    expected = relative_change(optimizer._fisher.owned["4"].running["G"], before).item()
     assert optimizer.report.changes["4", "G"] == pytest.approx(expected, rel=1e-10)
 
 

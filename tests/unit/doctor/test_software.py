@@ -24,6 +24,8 @@ def test_rank_of_the_launcher() -> None:
     assert software.launcher_rank({}) == 0
     assert software.launcher_rank({"SLURM_PROCID": "3"}) == 3
     assert software.launcher_rank({"SLURM_PROCID": "0", "OMPI_COMM_WORLD_RANK": "5"}) == 5
+    assert software.launcher_rank({"SLURM_PROCID": "0", "RANK": "5"}) == 0
+    assert software.launcher_rank({"SLURM_PROCID": "0", "RANK": "5", "TORCHELASTIC_RUN_ID": "none"}) == 5
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,13 @@ class Counting(MpiCommunicator):
         super().__init__("reduce")
         self.calls: list[str] = []
 
-    def start_reduce_scatter_v(self, buffer: Tensor, counts: Any, comm_dtype: Any = None) -> Pending[Tensor]:
+    def start_reduce_scatter_v(self, buffer: Tensor, counts: Any, *settings: Any) -> Pending[Tensor]:
         self.calls.append("reduce_scatter_v")
-        return super().start_reduce_scatter_v(buffer, counts, comm_dtype)
+        return super().start_reduce_scatter_v(buffer, counts, *settings)
 
-    def start_all_gather_v(self, buffer: Tensor, counts: Any, comm_dtype: Any = None) -> Pending[None]:
+    def start_all_gather_v(self, buffer: Tensor, counts: Any, *settings: Any) -> Pending[None]:
         self.calls.append("all_gather_v")
-        return super().start_all_gather_v(buffer, counts, comm_dtype)
+        return super().start_all_gather_v(buffer, counts, *settings)
 
 
 def test_accumulation_communicates_once_an_update() -> None:

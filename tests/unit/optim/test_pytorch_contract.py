@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from kfac_dist import KFAC, SGD, create_communicator
 from kfac_dist.optim.buffers import read_update
-from tests.small_net import assert_equal, backward, make_kfac, make_net, train, weights
+from tests.small_net import assert_equal, backward, make_batch, make_kfac, make_net, train, weights
 
 # Closures, schedulers, groups ----------------------------------------------------------------------------
 
@@ -36,6 +37,25 @@ def test_closure_runs_with_gradients_and_its_loss_is_returned() -> None:
     train(other, ordinary)
     ordinary.step()
     assert_equal(weights(net), weights(other))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_zero_grad_may_stand_between_forward_and_backward(passes: int) -> None:
+    nets = [make_net(), make_net()]
+    for late, net in zip((False, True), nets, strict=True):
+        optimizer = make_kfac(net)
+        for step in range(3):
+            for part in range(passes):
+                x, y = make_batch(2 * step + part)
+                if part == 0 and not late:
+                    optimizer.zero_grad()
+                loss = F.cross_entropy(net(x), y) / passes
+                if part == 0 and late:
+                    optimizer.zero_grad()
+                loss.backward()
+            assert optimizer._fisher.capture.num_passes == passes
+            optimizer.step()
+    assert_equal(weights(nets[0]), weights(nets[1]))
 
 
 def test_one_cycle_schedule_sets_learning_rate_and_momentum() -> None:

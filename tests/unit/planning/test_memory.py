@@ -67,6 +67,34 @@ def test_report_and_its_errors(capsys, monkeypatch):
     assert "model.name must be a known model, got 'resnet2'" in capsys.readouterr().err
 
 
+def test_the_report_gives_a_total_and_says_what_it_counts():
+    text = memory.report("resnet20", (3, 32, 32), 10, batch=32, ranks=[1, 4])
+    for line, num_ranks in zip([line for line in text.splitlines() if " ranks  " in line], (1, 4), strict=True):
+        words = line.split()
+        assert words[:2] == [str(num_ranks), "ranks"]
+        *cells, total = map(float, words[2:])
+        assert len(cells) == 4
+        assert total == pytest.approx(sum(cells), abs=0.25)  # of rounded figures
+    for word in ("buffers", "running", "solvers", "tables"):
+        assert sum(line.startswith(f"  {word}: ") for line in text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--ranks", "4", "0"], "--ranks must be >= 1, got 0"),
+        (["--batch", "-3"], "--batch must be >= 1, got -3"),
+        (["--image-size", "0"], "--image-size must be >= 1, got 0"),
+        (["--channels", "0"], "--channels must be >= 1, got 0"),
+        (["--classes", "-1"], "--classes must be >= 1, got -1"),
+    ],
+)
+def test_numbers_that_make_no_sense(arguments, problem, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["memory", "resnet20", *arguments])
+    assert main() == 2
+    assert capsys.readouterr().err == f"error: {problem}\n"
+
+
 def test_index_tables_are_those_that_packing_keeps():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
     packing._triangle_index.cache_clear()

@@ -53,10 +53,21 @@ def test_short_runs_get_a_line_an_iteration_and_long_ones_twenty(manual_time, to
     assert len(run_progress(total, manual_time, 0.01, io.StringIO())) == num_lines
 
 
-def test_a_slow_run_is_never_quiet_for_more_than_a_minute(manual_time):
-    lines = run_progress(200, manual_time, 25.0, io.StringIO())
-    # Of 10 iterations (250 s) between two 5 % lines, the third, sixth and ninth end a quiet minute.
-    assert len(lines) == 80
+def test_a_slow_run_tells_every_few_seconds_at_first_and_every_minute_later(manual_time):
+    lines = run_progress(4000, manual_time, 1.0, io.StringIO())
+    told = [int(line.split("iteration ")[1].split("/")[0]) for line in lines]
+    gaps = [after - before for before, after in zip([0, *told], told, strict=False)]
+    assert told[:10] == [5 * number for number in range(1, 11)]
+    assert max(gaps) == 60
+    assert all(gap <= max(5, time / 10 + 1) for gap, time in zip(gaps, told, strict=True))
+    assert len(lines) < 120
+
+
+def test_a_line_is_whole_when_it_is_written(manual_time):
+    stream = io.StringIO()
+    run_progress(3, manual_time, 7.0, stream)
+    assert stream.getvalue().endswith("\n")  # Open MPI hands on whole lines only
+    assert "\r" not in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar(manual_time):

@@ -1,6 +1,7 @@
 """Half precision on the comm_dtype: errors within their bounds, whatever the magnitudes."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,19 +15,22 @@ COMM_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64)
 
 
-def through(values: Tensor, comm_dtype: torch.dtype) -> Tensor:
+def through(values: Tensor, comm_dtype: torch.dtype, part_numels: list[int] | None = None) -> Tensor:
     """What arrives; behind another segment, so that nothing depends on lying at the front of its storage."""
-    size = encoded_bytes(len(values), comm_dtype)
+    part_numels = part_numels or [len(values)]
+    size = encoded_bytes(part_numels, comm_dtype)
     message = torch.full((4 + size,), 0xFF, dtype=torch.uint8)
-    encode(values, comm_dtype, message[4:])
+    encode(values, part_numels, comm_dtype, message[4:])
     out = torch.full_like(values, math.nan)
-    decode(message.clone()[4:], comm_dtype, out)
+    decode(message.clone()[4:], part_numels, comm_dtype, out)
     return out
 
 
-def largest_by_block(values: Tensor) -> Tensor:
+def largest_by_block(values: Tensor, part_numels: list[int] | None = None) -> Tensor:
     """The largest magnitude in each value's block."""
-    return torch.cat([block.abs().amax().expand(len(block)) for block in values.split(BLOCK)])
+    parts = values.split(part_numels or [len(values)])
+    blocks = [block for part in parts for block in part.split(BLOCK) if len(block)]
+    return torch.cat([block.abs().amax().expand(len(block)) for block in blocks])
 
 
 @st.composite
@@ -48,14 +52,38 @@ def test_bfloat16_error(values: Tensor) -> None:
     assert bool((error <= 2**-8 * values.abs()).all())
 
 
-@given(buffers())
-def test_float16_error(values: Tensor) -> None:
-    error = (through(values, torch.float16) - values).abs()
-    largest = largest_by_block(values)
+@given(buffers(), st.lists(st.integers(0, 2 * BLOCK), max_size=6))
+def test_float16_error(values: Tensor, cuts: list[int]) -> None:
+    ends = sorted(min(cut, len(values)) for cut in cuts)
+    part_numels = [end - begin for begin, end in pairwise([0, *ends, len(values)])]
+    error = (through(values, torch.float16, part_numels) - values).abs()
+    largest = largest_by_block(values, part_numels)
     near = values.abs() >= 2**-28 * largest
     assert bool(near.any())
     assert bool((error <= 2**-11 * values.abs())[near].all())
     assert bool((error <= 2**-39 * largest).logical_or(near).all()), "smaller values: to half a unit in the last place"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numels", [(3, 5), (1, 2 * BLOCK + 1, 0, 7), (BLOCK, BLOCK), (BLOCK + 1, 1, 1, BLOCK - 1)])
+def test_float16_scales_each_matrix_by_itself(numels: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Defect: a block straddled an input factor of 1e2 and an output factor of 1e-9, which arrived as zeros."""
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = (1e2, 1e-9, 1e4, 1e-12)
+    parts = [
+        magnitude * (1 + torch.rand(numel, generator=generator, dtype=dtype))
+        for magnitude, numel in zip(magnitudes, numels, strict=False)
+    ]
+    arrived = through(torch.cat(parts), torch.float16, list(numels)).split(numels)
+    for part, values in zip(parts, arrived, strict=True):
+        torch.testing.assert_close(values, part, rtol=2**-11, atol=0)
+
+
+def test_float16_carries_no_padding() -> None:
+    """Parts cost a scale a block each, not a whole block."""
+    assert encoded_bytes([3, 0, BLOCK + 1], torch.float16) == 4 * (1 + 0 + 2) + 2 * (3 + BLOCK + 1)
+    assert encoded_bytes([3, 2], torch.float16) == 4 * 2 + 2 * (5 + 1)
+    assert encoded_bytes([3, 0, BLOCK + 2], torch.bfloat16) == 2 * (BLOCK + 5)
 
 
 @given(buffers(), st.sampled_from(COMM_DTYPES))
@@ -88,7 +116,7 @@ def test_zeros_and_sizes(comm_dtype: torch.dtype, count: int) -> None:
     assert torch.equal(through(torch.zeros(count), comm_dtype), torch.zeros(count))
     num_blocks = math.ceil(count / BLOCK)
     expected = 2 * count if comm_dtype == torch.bfloat16 else 4 * num_blocks + 2 * count + 2 * (count % 2)
-    assert encoded_bytes(count, comm_dtype) == expected
+    assert encoded_bytes([count], comm_dtype) == expected
 
 
 def test_float16_at_the_ends_of_float32() -> None:
@@ -113,4 +141,4 @@ def test_buffers_of_half_precision(dtype: torch.dtype, comm_dtype: torch.dtype) 
 
 def test_other_types_are_refused() -> None:
     with pytest.raises(ValueError, match=r"comm_dtype must be torch.bfloat16, torch.float16 or None, got torch.int8"):
-        encoded_bytes(3, torch.int8)
+        encoded_bytes([3], torch.int8)

@@ -78,6 +78,7 @@ def test_flat_buffer_by_hand() -> None:
     parts = [Part("a", 1, 2), Part("b", 0, 3), Part("a", 0, 2), Part("c", 3, 1)]
     buffer = FlatBuffer(parts, num_ranks=4, storage=torch.arange(20.0))
     assert buffer.counts == [5, 2, 0, 1]
+    assert buffer.part_numels == [[3, 2], [2], [], [1]]
     assert buffer.data.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert buffer.part("b", 0).tolist() == [0, 1, 2]
     assert buffer.part("a", 0).tolist() == [3, 4]
@@ -114,6 +115,7 @@ def test_flat_buffer_invariants(layout: tuple[int, list[Part]], spare: int) -> N
     by_rank = [[part for part in parts if part.rank == rank] for rank in range(num_ranks)]
 
     assert buffer.counts == [sum(part.numel for part in own) for own in by_rank]
+    assert buffer.part_numels == [[part.numel for part in own] for own in by_rank]
     assert buffer.data.numel() == total
     assert [buffer.segment(rank).numel() for rank in range(num_ranks)] == buffer.counts
     # Parts are told apart by writing a number of its own into each; in the buffer they stand by rank, in order.

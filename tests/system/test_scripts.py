@@ -1,0 +1,111 @@
+"""scripts/setup.sh and scripts/test.sh in a checkout whose tools are stand-ins: what they ask for, and when."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.paths import ROOT
+
+# Stands for every program of .venv/bin: notes how it was called, and fails where the file `failing` says so.
+STUB = """#!/bin/sh
+echo "$(basename "$0") $* data=$KFAC_DIST_DATA" >>"$LOG"
+case "$*" in *unpack.py*) exec {python} "$@" ;; esac
+case "$*" in *"$(cat "$LOG.failing")"*) exit 1 ;; esac
+"""
+UNPACK = "import pathlib, sys; (pathlib.Path(sys.argv[2]) / sys.argv[1]).mkdir()"
+BROKEN = "import sys; sys.exit(f'no {sys.argv[1]} here' if sys.argv[1] == 'cifar10' else 0)"
+
+
+class Checkout:
+    """Scripts with stand-ins in .venv, in a folder beside which others can be put."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.log = folder / "checkout", folder / "log"
+        self.beside, self.cache = folder / "beside", folder / "cache/kfac_dist/test-data"
+        shutil.copytree(ROOT / "scripts", self.root / "scripts")
+        shutil.copy(ROOT / "setup.py", self.root)
+        tools = self.root / ".venv/bin"
+        tools.mkdir(parents=True)
+        for tool in ("python", "ruff", "mypy"):
+            (tools / tool).write_text(STUB.format(python=sys.executable))
+            (tools / tool).chmod(0o755)
+        self.env = os.environ | {"LOG": str(self.log), "XDG_CACHE_HOME": str(folder / "cache")}
+        self.env.pop("KFAC_DIST_DATA", None)
+        self.failing("nothing fails")
+
+    def failing(self, words: str) -> None:
+        self.log.with_name("log.failing").write_text(words)
+
+    def run(self, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+        self.log.write_text("")
+        return subprocess.run(
+            ["bash", *command], cwd=self.root, env=self.env | env, capture_output=True, text=True, timeout=60
+        )
+
+    def calls(self, word: str) -> list[str]:
+        return [line for line in self.log.read_text(encoding="utf-8").splitlines() if word in line]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def write_unpack(checkout: Checkout, text: str) -> None:
+    (checkout.beside / "data").mkdir(parents=True, exist_ok=True)
+    (checkout.beside / "data/unpack.py").write_text(text)
+
+
+def test_tests_run_without_real_data(checkout: Checkout) -> None:
+    finished = checkout.run("scripts/test.sh", "-k", "config")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert checkout.calls("-m pytest") == ["python -m pytest -k config data="]
+    assert not checkout.cache.exists()
+
+
+def test_real_data_beside_the_checkout_are_unpacked_once(checkout: Checkout) -> None:
+    write_unpack(checkout, UNPACK)
+    for times in (3, 0):
+        finished = checkout.run("scripts/test.sh")
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert len(checkout.calls("unpack.py")) == times
+        assert checkout.calls("-m pytest") == [f"python -m pytest data={checkout.cache}"]
+    assert (checkout.cache / "imagenette-mini").is_dir()
+    checkout.run("scripts/test.sh", KFAC_DIST_DATA="/elsewhere")
+    assert checkout.calls("-m pytest") == ["python -m pytest data=/elsewhere"]
+
+
+def test_data_that_cannot_be_unpacked_are_told_and_tried_again(checkout: Checkout) -> None:
+    write_unpack(checkout, BROKEN)
+    for times in (3, 1):
+        finished = checkout.run("scripts/test.sh")
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        assert "could not unpack cifar10" in finished.stderr
+        assert len(checkout.calls("unpack.py")) == times
+
+
+@pytest.mark.skipif(os.uname().sysname != "Linux", reason="DALI has wheels for Linux only")
+def test_dali_is_installed_for_the_tests_and_done_without_where_that_fails(checkout: Checkout) -> None:
+    checkout.failing("[dali]")
+    finished = checkout.run("scripts/test.sh")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "warning: the extra dali could not be installed" in finished.stdout
+    assert len(checkout.calls("-m pytest")) == 1
+    checkout.failing("nothing fails")
+    for times in (1, 0):  # tried again, and not once it is there
+        finished = checkout.run("scripts/test.sh")
+        assert "warning" not in finished.stdout
+        assert len(checkout.calls("[dali]")) == times
+        assert len(checkout.calls("[dev")) == 0
+
+
+def test_what_must_be_there_is_not_only_tried(checkout: Checkout) -> None:
+    checkout.failing("[dev")
+    finished = checkout.run("scripts/test.sh")
+    assert finished.returncode == 1
+    assert "pip failed" in finished.stderr
+    assert checkout.calls("-m pytest") == []
