@@ -23,7 +23,7 @@ EVERYTHING = (
     "kfac.refresh={schedule: adaptive, threshold: 0.3, max_interval: 6}",
     "checkpoint={every_epochs: 0.2, keep: 3}",
 )
-"""20 iterations in 8 slots of 18, with all that a state can hold but a loss scale; a checkpoint every other iteration."""
+"""20 iterations in 8 slots of 18, all that a state can hold but a loss scale; a checkpoint every other iteration."""
 
 Run = Callable[..., CompletedProcess[str]]
 

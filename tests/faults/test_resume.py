@@ -50,10 +50,10 @@ def test_killed_anywhere(fault: str, train: Run, whole_run: Whole, tmp_path: Pat
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(
     name: str, train: Run, whole_run: Whole, tmp_path: Path
 ) -> None:
-    stopped = train(2, "part", "checkpoint.every_epochs=null", fault=f"{name}:1:{ITERATION}:8")
+    stopped = train(2, "part", fault=f"{name}:1:{ITERATION}:8")
     assert stopped.returncode == 75, stopped.stderr
     assert "stopped by a signal at iteration 8" in stopped.stderr
-    resumed = train(2, "part", "--resume", "auto", "checkpoint.every_epochs=null")
+    resumed = train(2, "part", "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert_same(whole_run(2), tmp_path / "part")
 
