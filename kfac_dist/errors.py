@@ -21,5 +21,9 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on, on any rank: it diverged or lost its data. Exit code 3."""
 
 
+class NoProgress(RuntimeError):
+    """A run was restarted again and again at the same iteration. Exit code 93: not to be queued again."""
+
+
 class RankFailed(RuntimeError):
     """One rank cannot go on, and the others do not know: `launch.run` ends the job without a traceback. Exit code 3."""

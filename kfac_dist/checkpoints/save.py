@@ -92,6 +92,9 @@ class ShardSave:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not self._folder.is_dir() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
+        for weight, tensor in (self._weights or {}).items():
+            if not bool(tensor.isfinite().all()):  # nobody could go on from there
+                raise InputError(f"the network's {weight} is not finite")
         name = shard_name(self._rank)
         records = {name: write_shard(self._folder / name, self._items)}
         if self._weights is not None:

@@ -203,6 +203,10 @@ class KFAC(DistributedOptimizer):
             self.report = self._step()
         return loss
 
+    def skip_step(self) -> None:
+        super().skip_step()
+        self._fisher.begin_capture()
+
     def _step(self) -> StepReport:
         self._follow_freezing()
         fisher, updates = self._fisher, self._shared.updates

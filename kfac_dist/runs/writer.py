@@ -172,6 +172,19 @@ class RunWriter:
         """Length of metrics.jsonl so far; 0 where this rank does not write."""
         return self._stream.tell() if self._stream is not None else 0
 
+    def cut(self, metrics_bytes: int) -> None:
+        """Drop the metrics after this length, because the run goes back to where they had it.
+
+        Raises:
+            RankFailed: If that fails.
+        """
+        if self._stream is not None:
+            try:
+                self._stream.seek(metrics_bytes)
+                self._stream.truncate()
+            except OSError as error:
+                raise self._failed(METRICS_FILE, error) from error
+
     def finish(self) -> None:
         """Close the files and mark the run as finished: DONE holds the time (UTC), and comes last."""
         is_main = self._stream is not None

@@ -2,13 +2,16 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from kfac_dist.checkpoints.manifest import Manifest
+from kfac_dist.checkpoints.manifest import MANIFEST_FILE, Manifest
+from kfac_dist.checkpoints.save import MODEL_FILE
+from kfac_dist.checkpoints.shard import read_tensors
 from kfac_dist.communicator import Communicator
 from kfac_dist.config.load import check_resumable
 from kfac_dist.config.schema import Config, RunConfig
@@ -21,9 +24,19 @@ from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.distributed_fisher import BLOCKS
 from kfac_dist.optim.kfac import STATE_KEY
 from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.runs.lock import RunLock
 from kfac_dist.runs.writer import DONE_FILE, last_run_directory
-from kfac_dist.training.checkpoint import Checkpointer, RankState, code_version, find_checkpoint, now, read_state
+from kfac_dist.training.checkpoint import (
+    Checkpointer,
+    Found,
+    RankState,
+    code_version,
+    find_checkpoint,
+    now,
+    read_state,
+)
 from kfac_dist.training.divergence import DivergenceCheck
+from kfac_dist.training.recovery import Recovery
 from kfac_dist.training.reporter import Reporter, ResumedRun
 
 logger = logging.getLogger(__name__)
@@ -42,6 +55,7 @@ class Run(Protocol):
     augmentation: Augmentation
     loss_scaler: LossScaler | None
     divergence: DivergenceCheck
+    recovery: Recovery
     iteration: int
     top1: float
     best_top1: float
@@ -110,8 +124,13 @@ def resume(trainer: Run, place: Path) -> ResumedRun | None:
         AgreedInputError: If the run's configuration, data or network was another.
     """
     communicator = trainer.communicator
+    run = run_of(place)
+    with communicator.raise_on_all_ranks():  # before another job deletes what is read here
+        lock = RunLock(run) if communicator.is_main else None
     found = find_checkpoint(place, communicator)
     if found is None:
+        if lock is not None:
+            lock.release()
         return None
     with communicator.raise_on_all_ranks():
         check_resumable(found.manifest.config, trainer.config)
@@ -119,15 +138,27 @@ def resume(trainer: Run, place: Path) -> ResumedRun | None:
             raise InputError(
                 f"{found.path}: was saved with other data: {found.manifest.data}, now there are {_data_of(trainer)}"
             )
+    metrics_bytes = load_checkpoint(trainer, found)
+    if communicator.is_main:
+        logger.info("resumed at iteration %d from %s", trainer.iteration, found.path)
+    return ResumedRun(run, metrics_bytes, trainer.iteration, lock)
+
+
+def load_checkpoint(trainer: Run, found: Found) -> int:
+    """Put a trainer where this checkpoint was made; how long the metrics were then. Collective."""
+    communicator = trainer.communicator
     with communicator.raise_on_all_ranks():
         blocks = trainer.optimizer.owned_blocks(first_only=False)
         slots = list(trainer.sampler.local_slots(communicator.rank, communicator.size))
         state = read_state(found, communicator.rank, communicator.size, blocks, slots)
     with communicator.raise_on_all_ranks():
         restore_state(trainer, state)
-    if communicator.is_main:
-        logger.info("resumed at iteration %d from %s", trainer.iteration, found.path)
-    return ResumedRun(found.path.parent.parent, int(state.run["metrics_bytes"]))
+    return int(state.run["metrics_bytes"])
+
+
+def run_of(place: Path) -> Path:
+    """The run that a folder is, or that the checkpoint in it belongs to."""
+    return place.resolve().parent.parent if (place / MANIFEST_FILE).exists() else place
 
 
 def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tuple[Path | None, bool]:
@@ -155,6 +186,40 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
     return Path(path) if path else None, bool(int(is_done))
 
 
+def load_weights(trainer: Run, wanted: str) -> Path:
+    """Take over the weights of a checkpoint, or of the newest whole one of a run, and nothing else; collective.
+
+    Returns:
+        Where they were.
+
+    Raises:
+        AgreedInputError: If there is none, or it is of another network or other data.
+    """
+    communicator = trainer.communicator
+    place = Path(wanted).expanduser()
+    with communicator.raise_on_all_ranks():
+        if not place.is_dir():
+            raise InputError(f"--evaluate must be the folder of a run or of a checkpoint, got {wanted}")
+    found = find_checkpoint(place, communicator)
+    with communicator.raise_on_all_ranks():
+        if found is None:
+            raise InputError(f"--evaluate: {wanted} has no checkpoint that is whole")
+        before, now_there = found.manifest.data, _data_of(trainer)
+        for key in ("num_classes", "image_shape"):
+            if before.get(key) != now_there[key]:
+                raise InputError(f"{found.path}: its data.{key} was {before.get(key)}, now there are {now_there[key]}")
+        _load_model(trainer, read_tensors(found.path / MODEL_FILE))
+    assert found is not None, "refused above"
+    return found.path
+
+
+def _load_model(trainer: Run, weights: Mapping[str, torch.Tensor]) -> None:
+    try:
+        trainer.model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint is of another network: {error}") from error
+
+
 def take_state(trainer: Run, metrics_bytes: int = 0) -> RankState:
     """All that this rank's part of the rest of the run depends on; collective, copies little."""
     optimizer = trainer.optimizer.state_dict()
@@ -177,6 +242,7 @@ def take_state(trainer: Run, metrics_bytes: int = 0) -> RankState:
             "communication_bytes": trainer.communicator.payload_bytes,
             "metrics_bytes": metrics_bytes,
             "divergence": trainer.divergence.state_dict(),
+            "recovery": trainer.recovery.state_dict(),
             "optimizer": optimizer,
             "loss_scaler": scaler.state_dict() if scaler is not None else None,
         },
@@ -195,10 +261,7 @@ def restore_state(trainer: Run, state: RankState) -> None:
         InputError: If it is the state of another network.
     """
     run = state.run
-    try:
-        trainer.model.load_state_dict(dict(state.weights))
-    except RuntimeError as error:
-        raise InputError(f"the checkpoint is of another network: {error}") from error
+    _load_model(trainer, state.weights)
     for name, buffer in trainer.model.named_buffers():
         if name in state.buffers:
             buffer.copy_(state.buffers[name])
@@ -211,6 +274,7 @@ def restore_state(trainer: Run, state: RankState) -> None:
         trainer.loss_scaler.load_state_dict(run["loss_scaler"])
     trainer.iteration, trainer.top1, trainer.best_top1 = run["iteration"], run["top1"], run["best_top1"]
     trainer.divergence.load_state_dict(run["divergence"])
+    trainer.recovery.load_state_dict(run["recovery"])
     trainer.seconds_before = run["seconds"]
     trainer.communicator.payload_bytes = run["communication_bytes"]
 
