@@ -81,6 +81,10 @@ class CheckpointStore:
         for path in complete:
             if path not in kept:
                 self._remove(path)
+        self.discard_unfinished()
+
+    def discard_unfinished(self) -> None:
+        """Delete what was left half written, by a crash or a full disk; call it while nothing is being written."""
         for path in self._left_over():
             shutil.rmtree(path, ignore_errors=True)
 

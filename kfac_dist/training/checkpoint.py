@@ -123,6 +123,8 @@ class Checkpointer:
             save.join()
             fine = False
         if not fine:
+            if self._communicator.is_main:
+                self._store.discard_unfinished()
             self._say_failed(save.error)
         return fine
 
@@ -132,6 +134,7 @@ class Checkpointer:
         unfinished = self._store.unfinished(iteration, token)
         error = None
         if self._communicator.is_main:
+            self._store.discard_unfinished()  # a full disk may need the room
             try:
                 unfinished.mkdir(parents=True)
             except OSError as problem:

@@ -1,7 +1,7 @@
 """Runs that are stopped or damaged on purpose, and what is compared afterwards."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -28,11 +28,22 @@ EVERYTHING = (
 Run = Callable[..., CompletedProcess[str]]
 
 
+def _without(arguments: Sequence[str]) -> list[str]:
+    """`EVERYTHING` but for what the arguments replace."""
+    keys = {argument.partition("=")[0] for argument in arguments}
+    sections = {key.partition(".")[0] for key in keys if "." not in key}
+    return [
+        text
+        for text in EVERYTHING
+        if text.partition("=")[0] not in keys and text.partition(".")[0].partition("=")[0] not in sections
+    ]
+
+
 def start(
     mpirun: Run, folder: Path, num_ranks: int, name: str, *arguments: str, fault: str = "", timeout: float = 120
 ) -> CompletedProcess[str]:
     program = ROOT / "tests/faults/programs/train_with_fault.py"
-    overrides = [f"run.output_dir={folder}", f"run.name={name}", *EVERYTHING]
+    overrides = [f"run.output_dir={folder}", f"run.name={name}", *_without(arguments)]
     env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off", "FAULT": fault}
     return mpirun(num_ranks, [program, QUICKSTART, *overrides, *arguments], env=env, timeout=timeout)
 

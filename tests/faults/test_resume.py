@@ -28,8 +28,14 @@ KILLS = [
     "kill:0:kfac_dist.checkpoints.store.CheckpointStore.prune:5",
     "kill:0:shutil.rmtree:2",
     "kill:0:kfac_dist.training.evaluation.evaluate:1",
-    "kill:1:kfac_dist.training.reporter.Reporter.finish:1",
 ]
+BASES = {
+    "sgd": ("optimizer.name=sgd", "kfac=null", "train.precision=fp32"),
+    "fp16": ("train.precision=fp16",),
+    "interval": ("kfac.refresh={schedule: every, interval: 3}", "kfac.batchnorm=full"),
+    "eq21": ("kfac.refresh={schedule: eq21, after_iteration: 4}", "kfac.ema_decay=0.8"),
+}
+"""Besides the base of all other tests: how else a run may be configured."""
 
 
 @pytest.mark.parametrize("fault", KILLS)
@@ -44,6 +50,26 @@ def test_killed_anywhere(fault: str, train: Run, whole_run: Whole, tmp_path: Pat
     part = tmp_path / ("part" if (tmp_path / "part" / "DONE").exists() else "part-2")
     assert_same(whole_run(2), part)
     assert not list((part / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_every_kind_of_run_goes_on_bit_for_bit(base: str, train: Run, tmp_path: Path) -> None:
+    assert train(2, "whole", *BASES[base]).returncode == 0
+    # Not where a checkpoint by epochs would be, and within an interval of refreshes.
+    killed = train(2, "part", *BASES[base], fault=f"SIGUSR1:1:{ITERATION}:11;kill:1:{ITERATION}:14")
+    assert killed.returncode == 75, killed.stderr
+    resumed = train(2, "part", "--resume", "auto", *BASES[base])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(tmp_path / "whole", tmp_path / "part")
+
+
+def test_killed_at_the_very_end(train: Run, whole_run: Whole, tmp_path: Path) -> None:
+    """Rank 0 may have finished the run by then, or not."""
+    killed = train(2, "part", fault="kill:1:kfac_dist.training.reporter.Reporter.finish:1")
+    assert killed.returncode != 0
+    resumed = train(2, "part", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(whole_run(2), tmp_path / "part")
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])
