@@ -94,6 +94,15 @@ class RunSaver:
         if not fine:
             self._reporter.event(trainer.iteration - 1, "checkpoint_failed", failed=self._checkpointer.num_failed)
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For the end of the run: checkpoints that failed, and seconds that training has waited for any."""
+        checkpointer = self._checkpointer
+        return {
+            "failed_checkpoints": checkpointer.num_failed,
+            "checkpoint_seconds_blocked": checkpointer.seconds_blocked,
+        }
+
     def finish(self) -> None:
         """Wait for what is being written; collective."""
         if not self._checkpointer.finish():

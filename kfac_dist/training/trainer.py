@@ -193,6 +193,7 @@ class Trainer:
                 communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.skipped_images.skipped),
                 skipped_updates=self.loss_scaler.num_overflows if self.loss_scaler is not None else 0,
                 nonfinite_updates=self.recovery.num_nonfinite, restores=self.recovery.num_restores,
+                **saver.summary,
             )  # fmt: skip
         return Result(self.top1, num_iterations, self.seconds(), reporter.directory)
 

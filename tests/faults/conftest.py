@@ -77,7 +77,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     """Records of a kind, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    drop = {"images_per_second", "stage_seconds", "seconds"}
+    drop = {"images_per_second", "stage_seconds", "seconds", "checkpoint_seconds_blocked", "failed_checkpoints"}
     return [{key: value for key, value in line.items() if key not in drop} for line in lines if line["kind"] == kind]
 
 

@@ -1,5 +1,6 @@
 """Losses that are not finite: skipped, counted, and after several in a row the run goes back to a checkpoint."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def test_one_is_skipped(base: str, spoil: Spoil, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Trainer, "_train_iteration", look)
     trainer.train()
     assert len(states) == 12
-    for number, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+    for number, (before, after) in enumerate(itertools.pairwise(states)):
         same = [torch.equal(one, two) for one, two in zip(before, after, strict=False)]
         assert all(same) == (number == 5), number
     (event,) = [event for event in records(tmp_path, "event") if event["event"] != "retry"]
@@ -145,7 +146,7 @@ def test_if_that_does_not_help_it_ends_with_a_black_box(spoil: Spoil, tmp_path: 
 
 def test_without_a_checkpoint_it_ends_at_once(spoil: Spoil, tmp_path: Path) -> None:
     spoil(lambda iteration, _: iteration >= 2)
-    with pytest.raises(TrainingFailed, match="loss is nan at iteration 4 .*3 updates in a row, after no restart"):
+    with pytest.raises(TrainingFailed, match=r"loss is nan at iteration 4 .*3 updates in a row, after no restart"):
         make(tmp_path).train()
     assert json.loads((tmp_path / "quickstart" / "black_box.json").read_text())["replay"].endswith("config.yaml")
 
