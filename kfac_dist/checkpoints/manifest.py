@@ -80,6 +80,15 @@ def _parse(path: Path, content: dict[str, Any]) -> Manifest:
         manifest = Manifest(files=files, **content)
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: is not a manifest ({error})") from error
+    # Whoever can write here can compute a checksum.
+    fits = isinstance(manifest.iteration, int) and isinstance(manifest.num_ranks, int)
+    fits &= isinstance(manifest.config, str) and isinstance(manifest.data, dict)
+    fits &= isinstance(manifest.top1, float | int | None)
+    for record in files.values():
+        fits &= isinstance(record.size, int) and isinstance(record.sha256, str) and isinstance(record.items, list)
+        fits &= all(isinstance(item, str) for item in record.items)
+    if not fits:
+        raise InputError(f"{path}: is not a manifest: a value in it is of another type")
     for name in files:
         if not _PLAIN_NAME.fullmatch(name):
             raise InputError(f"{path}: file names must be plain, got {name!r:.120}")

@@ -6,7 +6,6 @@ So a run may go on with another number of ranks: each then reads the blocks that
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -53,7 +52,6 @@ class Checkpointer:
 
     Attributes:
         num_failed: Checkpoints that could not be written.
-        seconds_blocked: Time that training has waited for checkpoints.
     """
 
     def __init__(self, run: Path, communicator: Communicator, keep: int, keep_best: bool) -> None:
@@ -70,7 +68,6 @@ class Checkpointer:
         self._keep, self._keep_best = keep, keep_best
         self._save: ShardSave | None = None
         self.num_failed = 0
-        self.seconds_blocked = 0.0
 
     def save(self, state: RankState, first_owned: list[str], manifest: Manifest, wait: bool) -> bool:
         """Begin to write a checkpoint, after the one before is done.
@@ -86,7 +83,6 @@ class Checkpointer:
         Returns:
             Whether nothing has failed that is known by now; the same on every rank.
         """
-        start = time.perf_counter()
         fine = self.finish()
         unfinished = self._open(manifest.iteration)
         if unfinished is None:
@@ -108,7 +104,6 @@ class Checkpointer:
             )
             if wait:
                 fine &= self.finish()
-        self.seconds_blocked += time.perf_counter() - start
         return fine
 
     def finish(self) -> bool:

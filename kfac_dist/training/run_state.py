@@ -75,6 +75,7 @@ class RunSaver:
         self._checkpointer = Checkpointer(reporter.directory, trainer.communicator, settings.keep, settings.keep_best)
         self._every_seconds = 60 * settings.every_minutes if settings.every_minutes is not None else float("inf")
         self._saved_at = time.monotonic()
+        self._seconds_blocked = 0.0
 
     @property
     def wants_save(self) -> bool:
@@ -87,20 +88,20 @@ class RunSaver:
         Args:
             wait: Return when it is on the disk.
         """
-        trainer = self._trainer
+        trainer, start = self._trainer, time.perf_counter()
         state = take_state(trainer, self._reporter.metrics_bytes)
         fine = self._checkpointer.save(state, trainer.optimizer.owned_blocks(first_only=True), self._manifest(), wait)
         self._saved_at = time.monotonic()
+        self._seconds_blocked += time.perf_counter() - start
         if not fine:
             self._reporter.event(trainer.iteration - 1, "checkpoint_failed", failed=self._checkpointer.num_failed)
 
     @property
     def summary(self) -> dict[str, Any]:
         """For the end of the run: checkpoints that failed, and seconds that training has waited for any."""
-        checkpointer = self._checkpointer
         return {
-            "failed_checkpoints": checkpointer.num_failed,
-            "checkpoint_seconds_blocked": checkpointer.seconds_blocked,
+            "failed_checkpoints": self._checkpointer.num_failed,
+            "checkpoint_seconds_blocked": self._seconds_blocked,
         }
 
     def finish(self) -> None:
@@ -161,8 +162,13 @@ def load_checkpoint(trainer: Run, found: Found) -> int:
         slots = list(trainer.sampler.local_slots(communicator.rank, communicator.size))
         state = read_state(found, communicator.rank, communicator.size, blocks, slots)
     with communicator.raise_on_all_ranks():
-        restore_state(trainer, state)
-    return int(state.run["metrics_bytes"])
+        try:
+            restore_state(trainer, state)
+            return int(state.run["metrics_bytes"])
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{found.path}: does not hold the state of such a run ({error!r:.200})") from error
 
 
 def run_of(place: Path) -> Path:

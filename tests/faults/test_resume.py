@@ -8,7 +8,8 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from tests.faults.conftest import assert_same, records, weights
+from tests.faults.conftest import EVERYTHING, assert_same, records, weights
+from tests.paths import QUICKSTART, ROOT
 
 pytestmark = pytest.mark.mpi
 
@@ -94,6 +95,16 @@ def test_another_number_of_ranks(before: int, after: int, train: Run, whole_run:
         if not key.endswith("num_batches_tracked"):
             torch.testing.assert_close(part[key], value, rtol=1e-9, atol=1e-11)
     assert [record["iteration"] for record in records(tmp_path / "part")] == list(range(20))
+
+
+def test_other_owners_have_the_same_curvature_bit_for_bit(mpirun: Run, train: Run, tmp_path: Path) -> None:
+    assert train(4, "part", fault=f"SIGUSR1:0:{ITERATION}:11").returncode == 75
+    program = ROOT / "tests/faults/programs/reown.py"
+    for num_ranks in (1, 2):
+        overrides = [f"run.output_dir={tmp_path}", "run.name=part", *EVERYTHING]
+        looked = mpirun(num_ranks, [program, tmp_path / "part", QUICKSTART, *overrides], env={"PYTHONPATH": str(ROOT)})
+        assert looked.returncode == 0, looked.stdout + looked.stderr
+        assert looked.stdout.count(" owns ['0'") >= 1
 
 
 def test_a_finished_run_has_nothing_to_go_on_with(train: Run, tmp_path: Path) -> None:
