@@ -28,13 +28,13 @@ EVERYTHING = (
 Run = Callable[..., CompletedProcess[str]]
 
 
-def _without(arguments: Sequence[str]) -> list[str]:
-    """`EVERYTHING` but for what the arguments replace."""
+def _without(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """The overrides but for those that the arguments replace."""
     keys = {argument.partition("=")[0] for argument in arguments}
     sections = {key.partition(".")[0] for key in keys if "." not in key}
     return [
         text
-        for text in EVERYTHING
+        for text in overrides
         if text.partition("=")[0] not in keys and text.partition(".")[0].partition("=")[0] not in sections
     ]
 
@@ -43,7 +43,7 @@ def start(
     mpirun: Run, folder: Path, num_ranks: int, name: str, *arguments: str, fault: str = "", timeout: float = 120
 ) -> CompletedProcess[str]:
     program = ROOT / "tests/faults/programs/train_with_fault.py"
-    overrides = [f"run.output_dir={folder}", f"run.name={name}", *_without(arguments)]
+    overrides = _without([f"run.output_dir={folder}", f"run.name={name}", *EVERYTHING], arguments)
     env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off", "FAULT": fault}
     return mpirun(num_ranks, [program, QUICKSTART, *overrides, *arguments], env=env, timeout=timeout)
 

@@ -36,10 +36,10 @@ def test_the_writers_thread_fails_once(fault: str, train: Run, whole_run: Whole,
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for two checkpoints, 250 KB each, but not for three."""
+    """A file system of its own with room for two checkpoints, 830 KB each, but not for three."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2200k", "tmpfs", folder], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip("may not mount a tmpfs here")
     yield folder
@@ -67,15 +67,15 @@ def test_nan_on_one_rank_is_skipped_on_all(train: Run, tmp_path: Path) -> None:
     assert event["iteration"] == 7
     (summary,) = records(tmp_path / "run", "summary")
     assert summary["nonfinite_updates"] == 1
-    assert summary["top1"] > 80
+    assert summary["top1"] > 50
 
 
 def test_an_indefinite_factor_is_damped_and_counted(train: Run, tmp_path: Path) -> None:
-    finished = train(2, "run", fault="negative:1:kfac_dist.optim.distributed_fisher.unpack_symmetric:9")
+    finished = train(2, "run", fault="negative:1:kfac_dist.optim.distributed_fisher.unpack_symmetric:1")
     assert finished.returncode == 0, finished.stderr
     retries = [event for event in records(tmp_path / "run", "event") if event["event"] == "retry"]
     assert retries
-    assert records(tmp_path / "run", "summary")[0]["top1"] > 80
+    assert records(tmp_path / "run", "summary")[0]["top1"] > 50
 
 
 def _log(run: Path) -> str:
