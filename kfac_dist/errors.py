@@ -13,8 +13,16 @@ class AgreedInputError(InputError):
     """An `InputError` that every rank raises alike, so that all can leave (`Communicator.raise_on_all_ranks`)."""
 
 
+class RunStopped(Exception):  # no error: the run can go on
+    """A signal stopped the run, on all ranks, after a checkpoint. Exit code 75."""
+
+
 class TrainingFailed(RuntimeError):
     """Training cannot go on, on any rank: it diverged or lost its data. Exit code 3."""
+
+
+class NoProgress(RuntimeError):
+    """A run was restarted again and again at the same iteration. Exit code 93: not to be queued again."""
 
 
 class RankFailed(RuntimeError):

@@ -86,6 +86,9 @@ class StageTimer:
 
     Stages may nest: time belongs to the innermost open stage only, so the stages never count a second
     twice and sum to the wall time spent inside any of them.
+
+    Attributes:
+        num_changes: How often a stage began or ended so far; another thread may look.
     """
 
     def __init__(self, clock: Clock | None = None) -> None:
@@ -98,6 +101,12 @@ class StageTimer:
         self._spans: list[tuple[str, Any, Any]] = []
         self._open: list[str] = []
         self._charged_until: Any = None
+        self.num_changes = 0
+
+    @property
+    def current(self) -> str:
+        """The innermost open stage, empty if none is; another thread may look."""
+        return next(reversed(self._open), "")
 
     @classmethod
     def on(cls, device: torch.device) -> "StageTimer":
@@ -125,11 +134,13 @@ class StageTimer:
             raise ValueError(f"unknown stage {name!r}: must be one of {', '.join(STAGES)}")
         self._charge_innermost()
         self._open.append(name)
+        self.num_changes += 1
         try:
             yield
         finally:
             self._charge_innermost()
             self._open.pop()
+            self.num_changes += 1
 
     def snapshot(self) -> StageSeconds:
         """What was recorded up to now, and start again from zero.

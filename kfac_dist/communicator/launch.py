@@ -22,6 +22,8 @@ __all__ = [
     "EXIT_BAD_INPUT",
     "EXIT_FAILED",
     "EXIT_INTERRUPTED",
+    "EXIT_NO_PROGRESS",
+    "EXIT_STOPPED",
     "check_world_size",
     "promised_size",
     "run",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # after a checkpoint: to be started again with --resume
+EXIT_NO_PROGRESS = 93  # restarted in vain: not to be started again
 EXIT_INTERRUPTED = 130  # as shells have it: 128 and SIGINT's number
 
 

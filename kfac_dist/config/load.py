@@ -179,3 +179,60 @@ def _apply_override_(settings: dict[str, object], override: str, given: dict[str
             raise InputError(f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section")
         section = inner
     section[keys[-1]] = strict_yaml.parse(text, f"override {override!r}")
+
+
+MAY_CHANGE = (
+    "run.name",
+    "run.output_dir",
+    "run.device",
+    "run.watchdog_minutes",
+    "data.root",
+    "data.mean_image",
+    "data.workers",
+    "data.loader",
+    "model.pretrained",
+    "train.epochs",
+    "train.evaluate_every",
+    "train.precision",
+    "train.max_nonfinite",
+    "train.max_restores",
+    "kfac.monitor",
+    "communication",
+    "checkpoint",
+)
+"""Keys, with all below them, that may be other than they were when a run is resumed."""
+
+
+def check_resumable(saved: str, config: Config) -> None:
+    """Refuse to go on with a run under another configuration.
+
+    Args:
+        saved: The configuration as it was saved, YAML.
+        config: As it is now.
+
+    Raises:
+        InputError: Naming the keys that differ and may not, with both values.
+    """
+    before = _leaves(strict_yaml.parse(saved, "the checkpoint's configuration"))
+    after = _leaves(config.model_dump(mode="json"))
+    differing = [
+        f"{key}: {before.get(key, 'absent')} when it was saved, {after.get(key, 'absent')} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+    if differing:
+        raise InputError(
+            "a run goes on only with the configuration that it was saved with, but these keys differ (start a new run, "
+            "or set them back; " + ", ".join(MAY_CHANGE) + " may change):\n  " + "\n  ".join(differing)
+        )
+
+
+def _leaves(value: object, key: str = "") -> dict[str, object]:
+    """Every value of nested mappings by its dotted key."""
+    if not isinstance(value, dict):
+        return {key: value}
+    return {
+        path: leaf
+        for name, inner in value.items()
+        for path, leaf in _leaves(inner, f"{key}.{name}" if key else str(name)).items()
+    }

@@ -37,7 +37,8 @@ from kfac_dist.vocabulary import (
 class RunConfig(Section):
     """What the run is called, where it writes, where it computes, and the seed of all its randomness.
 
-    `deterministic` allows only kernels that give the same bits every time, at some cost on a GPU.
+    `deterministic` allows only kernels that give the same bits every time, at some cost on a GPU. After
+    `watchdog_minutes` without progress every rank writes where it is, and the job ends; null waits for ever.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -45,6 +46,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: DeviceChoice = "auto"
     deterministic: bool = False
+    watchdog_minutes: PositiveFloat | None = 10.0
 
 
 class ModelConfig(Section):
@@ -53,13 +55,15 @@ class ModelConfig(Section):
     `variant` says where bottleneck ResNets reduce the image: in the first 1x1 convolution of a stage (v1) or
     in its 3x3 convolution (v1.5, the default). `zero_init_last_gamma` starts each residual branch at zero.
     `initialization` draws the weights as the recipes do (HeNormal, biases zero), or leaves those that the network's own
-    constructor gave (`own`); without it, only networks of installed packages keep their own.
+    constructor gave (`own`); without it, only networks of installed packages keep their own. `pretrained` is a
+    safetensors file of weights to begin with; a last layer of another shape begins as `initialization` says.
     """
 
     name: Text
     variant: BottleneckVariant | None = None
     zero_init_last_gamma: bool = False
     initialization: Initialization | None = None
+    pretrained: PathText | None = None
 
 
 class BatchConfig(Section):
@@ -82,12 +86,28 @@ class TrainConfig(Section):
     """How long to train, how often to evaluate (both in epochs), and in which precision.
 
     `fp16` and `bf16` compute forward, backward and the Fisher's products in half precision and keep the rest in fp32.
+    An update whose loss is not finite is skipped; `max_nonfinite` of them in a row take the run back to its last
+    checkpoint, with ten times the damping, at most `max_restores` times before it fails.
     """
 
     epochs: PositiveFloat
     evaluate_every: PositiveFloat = 1.0
     precision: PrecisionName = "fp32"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_nonfinite: PositiveInt = 3
+    max_restores: NonNegativeInt = 2
+
+
+class CheckpointConfig(Section):
+    """How often the run is saved, besides at its end and on a signal, and how many checkpoints stay.
+
+    `keep` counts the newest; with `keep_best` the one of the best evaluation so far is made and stays besides.
+    """
+
+    every_minutes: PositiveFloat | None = 15.0
+    every_epochs: PositiveFloat | None = None
+    keep: PositiveInt = 2
+    keep_best: bool = True
 
 
 class OptimizerConfig(Section):
@@ -194,6 +214,7 @@ class Config(Section):
     augment: AugmentConfig = AugmentConfig()
     weight_rescaling: WeightRescaling = "off"
     communication: CommunicationConfig = CommunicationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @field_validator("augment")
     @classmethod

@@ -97,18 +97,19 @@ class OwnedFisher:
         return spectrum(running[matrix]).cpu() if matrix in running else None
 
     def state_dict(self) -> dict[str, Any]:
-        """By block what is kept of it, and what is to be factorised again; nothing is copied."""
+        """By block what is kept of it, and whether it is to be factorised again; nothing is copied."""
+        retries = self._inverses.state_dict()
         return {
-            "retries": self._inverses.state_dict(),
-            "blocks": {name: curvature.state_dict() for name, curvature in self._curvatures.items()},
+            name: {**curvature.state_dict(), "retry": retries.get(name)} for name, curvature in self._curvatures.items()
         }
 
     def missing_from(self, state: Mapping[str, Any]) -> Collection[str]:
-        """Names of the blocks of which a saved state holds nothing."""
-        return sorted(set(self._curvatures) - set(state["blocks"]))
+        """Names of the blocks of which a saved state, by block, holds nothing."""
+        return sorted(set(self._curvatures) - set(state))
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-        """Replace everything by copies of what `state_dict` returned."""
+        """Replace everything by copies of what `state_dict` returned, on this rank or, for other blocks, on others."""
         for name, curvature in self._curvatures.items():
-            curvature.load_state_dict(state["blocks"][name], device, dtype)
-        self._inverses.load_state_dict(state["retries"], self._curvatures)
+            curvature.load_state_dict(state[name], device, dtype)
+        retries = {name: state[name]["retry"] for name in self._curvatures if state[name]["retry"] is not None}
+        self._inverses.load_state_dict(retries, self._curvatures)

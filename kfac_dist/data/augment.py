@@ -133,17 +133,13 @@ class RunningMixup:
         self._previous[slot] = images, labels
         return images, labels
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Virtual batches of the slots seen so far, as `<slot>.images` and `<slot>.labels`; not copied."""
-        state = {}
-        for slot, (images, labels) in sorted(self._previous.items()):
-            state[f"{slot}.images"], state[f"{slot}.labels"] = images, labels
-        return state
+    def state_dict(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Images and labels of the virtual batches of the slots seen so far, by slot; not copied."""
+        return dict(sorted(self._previous.items()))
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Replace the virtual batches by those of `state_dict`; they move to the images' device when used."""
-        slots = [int(key.removesuffix(".images")) for key in state if key.endswith(".images")]
-        self._previous = {slot: (state[f"{slot}.images"], state[f"{slot}.labels"]) for slot in slots}
+        self._previous = dict(state)
 
 
 @dataclass(frozen=True)
@@ -242,10 +238,10 @@ class Augmentation:
             steps.append((f"random erasing\np = {self._erasing.probability:g}", batch))
         return steps
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Running mixup's virtual batches."""
+    def state_dict(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Running mixup's virtual batches, by slot."""
         return self._mixup.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Restore what `state_dict` returned."""
         self._mixup.load_state_dict(state)

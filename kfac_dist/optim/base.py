@@ -45,8 +45,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "loss_scaler=scaler in the constructor, scaler.scale_loss(loss).backward(), optimizer.step()"
             )
 
+    def skip_step(self) -> None:
+        """In place of a `step`: change nothing, and drop what was captured for it. Every rank must do so."""
+        self.report = StepReport(skipped=True)
+
     def describe(self) -> list[str]:
         """What a run's log should say of it, a line each."""
+        return []
+
+    def owned_blocks(self, first_only: bool) -> list[str]:
+        """Names of the blocks whose state this rank keeps; of several owners only the first, if so wanted."""
+        del first_only
         return []
 
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:

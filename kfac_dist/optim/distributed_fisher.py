@@ -18,6 +18,9 @@ from kfac_dist.optim.buffers import all_factor_keys
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.tensors.packing import FlatBuffer, unpack_symmetric
 
+BLOCKS = "blocks"
+"""Key of a state under which each owner's part stands, by name of the block; all else is alike on every rank."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -176,11 +179,15 @@ class DistributedFisher:
 
     def state_dict(self) -> dict[str, Any]:
         """The iteration, the schedule's state and, by block, what this rank owns; nothing is copied."""
-        return {"iteration": self._iteration, "refresh": self._refresh.state_dict(), **self.owned.state_dict()}
+        return {
+            "iteration": self._iteration,
+            "refresh": self._refresh.state_dict(),
+            BLOCKS: self.owned.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         """Replace everything by copies of what `state_dict` returned, and begin the iteration that it was saved in."""
-        self.owned.load_state_dict(state, device, dtype)
+        self.owned.load_state_dict(state[BLOCKS], device, dtype)
         self._iteration = int(state["iteration"])
         self._refresh.load_state_dict(state["refresh"])
         self.begin_iteration()

@@ -17,7 +17,7 @@ from kfac_dist.curvature.owned import OwnedFisher
 from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedule
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.buffers import add_weight_decay, read_update, update_shares
-from kfac_dist.optim.distributed_fisher import DistributedFisher
+from kfac_dist.optim.distributed_fisher import BLOCKS, DistributedFisher
 from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.shared_blocks import SharedBlocks
@@ -25,10 +25,11 @@ from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import momentum_update_, rescale_weights_, rescaled_weights
 from kfac_dist.optim.validation import check, check_choice, check_kfac_group, check_max_norm, check_parameters, is_count
 from kfac_dist.tensors.foreach import copy_all_
+from kfac_dist.tensors.nested_state import decode, encode
 from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
 
-_STATE_KEY = "kfac"
+STATE_KEY = "kfac"
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,10 @@ class KFAC(DistributedOptimizer):
         with torch.autocast(self._device.type, enabled=False):
             self.report = self._step()
         return loss
+
+    def skip_step(self) -> None:
+        super().skip_step()
+        self._fisher.begin_capture()
 
     def _step(self) -> StepReport:
         self._follow_freezing()
@@ -409,8 +414,21 @@ class KFAC(DistributedOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, and under "kfac" the iteration and what *this rank* owns of the Fisher."""
         state = super().state_dict()
-        state[_STATE_KEY] = self._fisher.state_dict()
+        state[STATE_KEY] = self._fisher.state_dict()
         return state
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """`state_dict` with the Fisher of all blocks, which any rank of any number of ranks can load; collective."""
+        state = self.state_dict()
+        own = state[STATE_KEY][BLOCKS]
+        mine = {name: own[name] for name in own if self._shared.is_first_owner(name)}
+        parts = self.communicator.gather_bytes(encode(mine))
+        merged = {name: block for part in parts for name, block in decode(part).items()}
+        state[STATE_KEY][BLOCKS] = {block.name: merged[block.name] for block in self.blocks if block.name in merged}
+        return state
+
+    def owned_blocks(self, first_only: bool) -> list[str]:
+        return [b.name for b in self._shared.owned if not first_only or self._shared.is_first_owner(b.name)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore; the Fisher keeps its precision and returns to the parameters' device.
@@ -419,14 +437,15 @@ class KFAC(DistributedOptimizer):
             ValueError: If the state lacks the Fisher of a block that this rank owns.
         """
         state = dict(state_dict)
-        curvature_state = state.pop(_STATE_KEY, None)
+        curvature_state = state.pop(STATE_KEY, None)
         if curvature_state is None:
             raise ValueError('the state has no "kfac" entry: it was not saved by a KFAC optimizer')
-        missing = self._fisher.owned.missing_from(curvature_state)
+        missing = self._fisher.owned.missing_from(curvature_state[BLOCKS])
         if missing:
             raise ValueError(
                 f"the state lacks the Fisher of {len(missing)} blocks that rank {self.communicator.rank} owns "
-                f"({next(iter(missing))}, …): it was saved by another rank, number of ranks or model"
+                f"({next(iter(missing))}, …): it was saved by another rank, number of ranks or model. A state of "
+                "full_state_dict() has all blocks"
             )
         super().load_state_dict(state)
         self._index_groups()

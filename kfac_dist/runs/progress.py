@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -24,6 +25,7 @@ class Progress:
         total: Iterations of the run.
         is_main: Whether this rank shows anything.
         stream: Where to write; stderr unless given.
+        record: Is given every line, whatever is shown; on the main rank only.
 
     Raises:
         InputError: If KFAC_DIST_PROGRESS has another value.
@@ -32,7 +34,13 @@ class Progress:
     _LINES = 20
     _QUIET_SECONDS = (5.0, 60.0)  # at first, and after ten minutes
 
-    def __init__(self, total: int, is_main: bool, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        total: int,
+        is_main: bool,
+        stream: TextIO | None = None,
+        record: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._stream = sys.stderr if stream is None else stream
         style = os.environ.get(PROGRESS_VARIABLE) or ("bar" if self._stream.isatty() else "lines")
         if style not in ("bar", "lines", "off"):
@@ -40,7 +48,8 @@ class Progress:
         self._style = style if is_main else "off"
         self._is_main = is_main
         self._total = total
-        self._done = 0
+        self._record = record
+        self._done = self._begun_at = 0
         self._started = self._last_line = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if self._style == "bar":
@@ -53,16 +62,29 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()
-        elif self._style == "lines" and self._line_is_due():
+        if self._is_main and self._line_is_due():
             elapsed = self._last_line - self._started
-            remaining = elapsed / self._done * (self._total - self._done)
-            self._print(
+            remaining = elapsed / (self._done - self._begun_at) * (self._total - self._done)
+            line = (
                 f"{100 * self._done / self._total:3.0f} %  iteration {self._done}/{self._total}  {figures}  "
                 f"elapsed {_clock_text(elapsed)}  remaining {_clock_text(remaining)}"
             )
+            self._record(line)
+            if self._style == "lines":
+                self._print(line)
+
+    def go_to(self, done: int) -> None:
+        """So many iterations are done, whatever was counted; the time that remains is judged from here on."""
+        self._done = self._begun_at = done
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.reset()
+            self._bar.update(done)
 
     def say(self, text: str) -> None:
         """Write a line of its own, without breaking the bar; shown with any style, on the main rank."""
+        if self._is_main:
+            self._record(text)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         elif self._is_main:

@@ -21,6 +21,9 @@ from kfac_dist.runs.reader import METRICS_FILE
 
 KINDS = ("train", "eval", "fisher", "event", "summary")
 
+DONE_FILE = "DONE"
+"""Marks a run's folder as that of a finished run."""
+
 _SCALAR_KINDS = ("train", "eval", "fisher")  # those that TensorBoard shows
 
 
@@ -32,18 +35,31 @@ def choose_run_directory(output_dir: str | Path, name: str) -> Path:
     Raises:
         InputError: If one cannot look there.
     """
+    return _first_free_and_last_taken(output_dir, name)[0]
+
+
+def last_run_directory(output_dir: str | Path, name: str) -> Path | None:
+    """The newest run of this name: the last of ``name``, ``name-2``, … that holds one; None if none does.
+
+    Raises:
+        InputError: If one cannot look there.
+    """
+    return _first_free_and_last_taken(output_dir, name)[1]
+
+
+def _first_free_and_last_taken(output_dir: str | Path, name: str) -> tuple[Path, Path | None]:
     folder = Path(output_dir).expanduser()
-    candidate = folder / name
+    candidate, taken = folder / name, None
     number = 1
     try:
         while (candidate / METRICS_FILE).exists():
             number += 1
-            candidate = folder / f"{name}-{number}"
+            candidate, taken = folder / f"{name}-{number}", candidate
     except OSError as error:  # no permission, or a name that the file system finds too long
         raise InputError(
             f"run.output_dir, run.name: cannot use {candidate} ({error.strerror}); choose another folder or name"
         ) from error
-    return candidate
+    return candidate, taken
 
 
 def claim_run_directory(output_dir: str | Path, name: str) -> Path:
@@ -78,12 +94,21 @@ class RunWriter:
         is_main: Whether this rank writes.
         config: The resolved configuration as YAML text.
         environment: From :func:`kfac_dist.runs.environment.describe_environment`.
+        metrics_bytes: To go on with the run that is there: how much of its metrics holds; the rest is cut off. None
+            makes a new run.
 
     Raises:
         InputError: If the directory cannot be created or written, or already holds a run.
     """
 
-    def __init__(self, directory: Path, is_main: bool, config: str, environment: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        is_main: bool,
+        config: str,
+        environment: Mapping[str, Any],
+        metrics_bytes: int | None = None,
+    ) -> None:
         self.directory = directory
         self._stream: TextIO | None = None
         self._event_files: EventFiles | None = None
@@ -92,9 +117,13 @@ class RunWriter:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             metrics = directory / METRICS_FILE
-            if metrics.exists() and metrics.stat().st_size:  # an empty one was claimed for this run
+            if metrics_bytes is not None:
+                self._stream = _cut_metrics(metrics, metrics_bytes)
+                (directory / DONE_FILE).unlink(missing_ok=True)
+            elif metrics.exists() and metrics.stat().st_size:  # an empty one was claimed for this run
                 raise FileExistsError(errno.EEXIST, "holds a run", str(metrics))
-            self._stream = metrics.open("a", encoding="utf-8")
+            else:
+                self._stream = metrics.open("a", encoding="utf-8")
             (directory / "config.yaml").write_text(config, encoding="utf-8")
             record = json.dumps(_json_value(environment), indent=2, ensure_ascii=False, allow_nan=False)
             (directory / "environment.json").write_text(record + "\n", encoding="utf-8")
@@ -138,15 +167,33 @@ class RunWriter:
         except OSError as error:
             raise self._failed(METRICS_FILE, error) from error
 
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl so far; 0 where this rank does not write."""
+        return self._stream.tell() if self._stream is not None else 0
+
+    def cut(self, metrics_bytes: int) -> None:
+        """Drop the metrics after this length, because the run goes back to where they had it.
+
+        Raises:
+            RankFailed: If that fails.
+        """
+        if self._stream is not None:
+            try:
+                self._stream.seek(metrics_bytes)
+                self._stream.truncate()
+            except OSError as error:
+                raise self._failed(METRICS_FILE, error) from error
+
     def finish(self) -> None:
         """Close the files and mark the run as finished: DONE holds the time (UTC), and comes last."""
         is_main = self._stream is not None
         self.close()
         if is_main:
             try:
-                (self.directory / "DONE").write_text(_utc_now() + "\n", encoding="utf-8")
+                (self.directory / DONE_FILE).write_text(_utc_now() + "\n", encoding="utf-8")
             except OSError as error:
-                raise self._failed("DONE", error) from error
+                raise self._failed(DONE_FILE, error) from error
 
     def close(self) -> None:
         """Close the files without marking the run as finished. May be called twice."""
@@ -167,6 +214,17 @@ def _not_writable(directory: Path, error: OSError) -> InputError:
     return InputError(
         f"run.output_dir: cannot write the run's directory {directory} ({error.strerror}); choose a writable folder"
     )
+
+
+def _cut_metrics(path: Path, size: int) -> TextIO:
+    """Open the metrics of a run that goes on, without what was written after its checkpoint."""
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise InputError(f"{path}: must have at least {size} bytes, as when its checkpoint was made, got {found}")
+    stream = path.open("r+", encoding="utf-8")
+    stream.seek(size)
+    stream.truncate()
+    return stream
 
 
 def _json_value(value: Any) -> Any:

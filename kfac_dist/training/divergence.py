@@ -1,12 +1,14 @@
-"""Whether training has diverged: at once where its loss is no longer finite, at the end where it is hopeless."""
+"""Whether training has diverged to a hopeless loss; `recovery` has what happens where it is no longer finite."""
 
 import math
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from kfac_dist.errors import TrainingFailed
 
 _HOPELESS = 3.0
-_REMEDY = "Lower optimizer.learning_rate, raise the damping, or keep a running average (kfac.ema_decay)"
+REMEDY = "Lower optimizer.learning_rate, raise the damping, or keep a running average (kfac.ema_decay)"
 
 
 class DivergenceCheck:
@@ -26,26 +28,34 @@ class DivergenceCheck:
         self._first: float | None = None
         self._recent: deque[float] = deque(maxlen=per_epoch)
 
-    def see(self, loss: float, iteration: int, epoch: float, is_skipped: bool, gave_up: bool) -> None:
+    def see(self, loss: float, iteration: int, epoch: float, gave_up: bool) -> None:
         """Take in an iteration's loss.
 
         Args:
             loss: Mean over the global batch.
             iteration: Its number, for the message.
             epoch: Where it ends, likewise.
-            is_skipped: Whether the update was left out for an overflow, in which case the loss may be infinite.
             gave_up: Whether fp16 overflows even without a loss scale.
 
         Raises:
             TrainingFailed: If training cannot go on.
         """
-        if gave_up or not (math.isfinite(loss) or is_skipped):
-            overflow = "; it overflows fp16 even without a loss scale" if gave_up else ""
-            place = f"iteration {iteration} (epoch {epoch:.2f}{overflow})"
-            raise TrainingFailed(f"the training loss is {loss} at {place}: training diverged. {_REMEDY}")
+        if gave_up:
+            place = f"iteration {iteration} (epoch {epoch:.2f}; it overflows fp16 even without a loss scale)"
+            raise TrainingFailed(f"the training loss is {loss} at {place}: training diverged. {REMEDY}")
         if math.isfinite(loss):
             self._first = loss if self._first is None else self._first
             self._recent.append(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen."""
+        return {"first": self._first, "recent": list(self._recent)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._first = state["first"]
+        self._recent.clear()
+        self._recent.extend(state["recent"])
 
     def check_end(self) -> None:
         """Judge the last epoch.
@@ -59,5 +69,5 @@ class DivergenceCheck:
         if mean > _HOPELESS * max(self._guess, self._first):
             raise TrainingFailed(
                 f"the mean training loss of the last epoch is {mean:.4g}, where guessing gives {self._guess:.4g} and "
-                f"the first iteration gave {self._first:.4g}: training diverged. {_REMEDY}"
+                f"the first iteration gave {self._first:.4g}: training diverged. {REMEDY}"
             )

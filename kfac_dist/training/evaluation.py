@@ -1,6 +1,7 @@
 """Accuracy over the evaluation images, shared out over the ranks."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,16 @@ _PIXELS = 2**22  # of a batch: 83 images of 224x224
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Dataset, communicator: Communicator, skipped_images: SkippedImages
+    model: nn.Module,
+    dataset: Dataset,
+    communicator: Communicator,
+    skipped_images: SkippedImages,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> tuple[float, float, float]:
     """Mean loss, top-1 and top-5 in percent over all evaluation images; collective.
 
-    Every image counts once, however the images divide over the ranks; a rank may have none.
+    Every image counts once, however the images divide over the ranks; a rank may have none. `on_batch` is called after
+    each batch.
 
     Raises:
         TrainingFailed: On every rank, if images are damaged.
@@ -37,6 +43,7 @@ def evaluate(
             loss = F.cross_entropy(logits, labels, reduction="sum")
             counts = [ranked[:, 0].sum(), ranked.any(dim=1).sum(), torch.full_like(loss, len(labels))]
             sums += torch.stack([loss.double(), *(count.double() for count in counts)])
+            on_batch()
     except ImageError as error:  # this rank's alone, until the others know
         problem = str(error)
     skipped_images.gather_and_check(problem)

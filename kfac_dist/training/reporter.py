@@ -5,6 +5,7 @@ import math
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from kfac_dist.config.schema import Config
 from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.runs.environment import describe_environment
+from kfac_dist.runs.lock import RunLock
+from kfac_dist.runs.log import RunLog
 from kfac_dist.runs.progress import Progress
 from kfac_dist.runs.writer import RunWriter, claim_run_directory
 from kfac_dist.tensors.host_copy import HostCopy
@@ -30,7 +33,8 @@ class IterationResult:
         iteration: Its number.
         settings: What the optimizer used.
         loss_scale: What the loss was multiplied with; None where it is not scaled.
-        averages: Loss, share of correct answers, retries and kept inverses over all ranks, on their way to the host.
+        averages: Loss, share of correct answers, retries and kept inverses of the update before, and what is wanted,
+            over all ranks, on their way to the host.
         stages: Seconds of each stage.
         communication_bytes: Payload of the V-collectives.
         step: What the optimizer reports.
@@ -45,6 +49,36 @@ class IterationResult:
     step: StepReport
 
 
+@dataclass(frozen=True)
+class Told:
+    """What all ranks know alike after an iteration: its mean loss, and what some rank wants to be done."""
+
+    loss: float
+    wants_save: bool
+    wants_stop: bool
+
+    def __or__(self, later: "Told") -> "Told":
+        """The later loss, and what is wanted in either."""
+        return Told(later.loss, self.wants_save or later.wants_save, self.wants_stop or later.wants_stop)
+
+
+@dataclass(frozen=True)
+class ResumedRun:
+    """A run that goes on.
+
+    Attributes:
+        directory: Its folder.
+        metrics_bytes: How much of its metrics holds: what was written up to the checkpoint.
+        iteration: The next one.
+        lock: On its folder; rank 0 has it.
+    """
+
+    directory: Path
+    metrics_bytes: int
+    iteration: int
+    lock: RunLock | None
+
+
 class Reporter:
     """Writes a run's metrics and shows its progress; every rank calls the same methods, rank 0 writes.
 
@@ -52,8 +86,22 @@ class Reporter:
         directory: The run's folder.
     """
 
-    def __init__(self, config: Config, communicator: Communicator, schedules: Schedules) -> None:
+    def __init__(
+        self,
+        config: Config,
+        communicator: Communicator,
+        schedules: Schedules,
+        resumed: ResumedRun | None = None,
+        log: RunLog | None = None,
+    ) -> None:
         """Open the run's folder, which rank 0 chooses; collective.
+
+        Args:
+            config: The run's.
+            communicator: Collectives over the ranks.
+            schedules: The run's.
+            resumed: The run that goes on; None for a new one.
+            log: Is opened in the run's folder.
 
         Raises:
             AgreedInputError: If it cannot be written, or KFAC_DIST_PROGRESS is wrong.
@@ -64,22 +112,38 @@ class Reporter:
         self._schedules = schedules
         self._batch_size = config.batch.global_size
         with communicator.raise_on_all_ranks():
-            self._progress = Progress(schedules.num_iterations, communicator.is_main)
+            record = partial(log.write, "INFO") if log is not None else _to_nowhere
+            self._progress = Progress(schedules.num_iterations, communicator.is_main, record=record)
+            if resumed is not None:
+                self._progress.go_to(resumed.iteration)
+        self._lock = resumed.lock if resumed is not None else None
         with communicator.raise_on_all_ranks():
             # Once for all ranks: another would find that this one has taken it.
-            chosen = claim_run_directory(config.run.output_dir, config.run.name) if communicator.is_main else Path()
+            chosen = Path()
+            if communicator.is_main:
+                chosen = resumed.directory if resumed else claim_run_directory(config.run.output_dir, config.run.name)
+                self._lock = self._lock or RunLock(chosen)
         self.directory = Path(communicator.gather_bytes(str(chosen).encode())[0].decode())
         hosts = [name.decode() for name in communicator.gather_bytes(socket.gethostname().encode())]
         environment = describe_environment(library_version(), hosts)
         with communicator.raise_on_all_ranks():
-            self._writer = RunWriter(self.directory, communicator.is_main, config.to_yaml(), environment)
+            self._writer = RunWriter(
+                self.directory,
+                communicator.is_main,
+                config.to_yaml(),
+                environment,
+                resumed.metrics_bytes if resumed else None,
+            )
+        if log is not None:
+            log.open(self.directory)
         self._reported_at = time.perf_counter()  # the last iteration, for images per second
 
-    def iteration(self, result: IterationResult) -> float:
-        """Report an iteration; waits for it. Returns the mean loss over the global batch."""
-        loss, correct, retries, kept = result.averages.read().tolist()
+    def iteration(self, result: IterationResult) -> Told:
+        """Report an iteration; waits for it."""
+        loss, correct, retries, kept, save, stop = result.averages.read().tolist()
         iteration, top1 = result.iteration, 100 * correct
         epoch = self._schedules.epoch_at(iteration + 1)
+        self.retries(iteration - 1, int(retries), int(kept))
         now = time.perf_counter()
         images_per_second, self._reported_at = self._batch_size / (now - self._reported_at), now
         scale = {} if result.loss_scale is None else {"loss_scale": result.loss_scale}
@@ -88,16 +152,26 @@ class Reporter:
             images_per_second=images_per_second, stage_seconds=result.stages.read(),
             communication_bytes=result.communication_bytes,
         )  # fmt: skip
-        if retries:
-            self.event(iteration, "retry", retries=int(retries), kept_inverses=int(kept))
         if self._wants_changes:
             for (layer, matrix), change in result.step.changes.items():
                 if math.isfinite(change):  # the first refresh of a matrix has no Diff
                     self._writer.write("fisher", iteration=iteration, layer=layer, matrix=matrix, diff=change)
-        if result.step.skipped:
+        if not math.isfinite(loss):
+            self.event(iteration, "nonfinite", loss=loss, **scale)
+        elif result.step.skipped:
             self.event(iteration, "overflow", **scale)
         self._progress.update(epoch, loss, top1, images_per_second)
-        return float(loss)
+        return Told(float(loss), bool(save), bool(stop))
+
+    def retries(self, iteration: int, retries: int, kept: int) -> None:
+        """Report factorisations of an iteration that needed more damping, and those of them that failed for good."""
+        if retries:
+            self.event(iteration, "retry", retries=retries, kept_inverses=kept)
+
+    def go_back(self, iteration: int, metrics_bytes: int) -> None:
+        """The run goes on from its last checkpoint: what was written since is dropped."""
+        self._writer.cut(metrics_bytes)
+        self._progress.go_to(iteration)
 
     def evaluation(self, iteration: int, loss: float, top1: float, top5: float) -> None:
         """Report an evaluation after an iteration; accuracies in percent."""
@@ -120,6 +194,11 @@ class Reporter:
             self.event(iteration, "skipped_picture", problem=problem)
             self._progress.say(f"skipped: {problem}")
 
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of the metrics so far; 0 on ranks that do not write."""
+        return self._writer.metrics_bytes
+
     def event(self, iteration: int, event: str, **fields: Any) -> None:
         """Report something out of the ordinary."""
         self._writer.write("event", iteration=iteration, event=event, **fields)
@@ -133,3 +212,9 @@ class Reporter:
         """Close the files and the display; the run is not marked as finished by this."""
         self._writer.close()
         self._progress.close()
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _to_nowhere(text: str) -> None:
+    del text

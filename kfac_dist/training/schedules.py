@@ -195,6 +195,13 @@ class Schedules:
 
     def evaluation_is_due(self, iteration: int) -> bool:
         """Whether to evaluate after an iteration: each `train.evaluate_every` epochs, and at the end."""
-        every = self._config.train.evaluate_every
-        before, after = self.epoch_at(iteration) / every, self.epoch_at(iteration + 1) / every
-        return math.floor(after) > math.floor(before) or iteration == self.num_iterations - 1
+        return self._passes(iteration, self._config.train.evaluate_every) or iteration == self.num_iterations - 1
+
+    def checkpoint_is_due(self, iteration: int) -> bool:
+        """Whether to save after an iteration: each `checkpoint.every_epochs` epochs, and at the end."""
+        every = self._config.checkpoint.every_epochs
+        return (every is not None and self._passes(iteration, every)) or iteration == self.num_iterations - 1
+
+    def _passes(self, iteration: int, every: float) -> bool:
+        """Whether an iteration completes a multiple of so many epochs."""
+        return math.floor(self.epoch_at(iteration + 1) / every) > math.floor(self.epoch_at(iteration) / every)

@@ -6,9 +6,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +22,28 @@ from kfac_dist.data.create import create_dataset
 from kfac_dist.data.imagenet.image_file import ImageError
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.skipped import SkippedImages
+from kfac_dist.errors import RunStopped, TrainingFailed
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.precision import Precision, configure_backends
 from kfac_dist.random_streams import RandomStream, keyed_generator
+from kfac_dist.runs.log import RunLog
 from kfac_dist.tensors.host_copy import HostCopy, to_device
 from kfac_dist.timing import StageTimer
+from kfac_dist.training.agreement import check_ranks_agree
+from kfac_dist.training.black_box import BlackBox
 from kfac_dist.training.build import Parts, create_optimizer
 from kfac_dist.training.divergence import DivergenceCheck
 from kfac_dist.training.evaluation import evaluate
-from kfac_dist.training.reporter import IterationResult, Reporter
+from kfac_dist.training.fallback import fall_back
+from kfac_dist.training.pretrained import load_pretrained
+from kfac_dist.training.recovery import Recovery
+from kfac_dist.training.reporter import IterationResult, Reporter, ResumedRun, Told
+from kfac_dist.training.restarts import count_restart, note_start
+from kfac_dist.training.run_state import RunSaver, resume, run_of
 from kfac_dist.training.schedules import Schedules
+from kfac_dist.training.signals import StopSignals
+from kfac_dist.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -57,18 +67,21 @@ class Trainer:
         report; evaluate where it is due
     """
 
-    def __init__(self, config: Config, communicator: Communicator, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, communicator: Communicator, device: torch.device, log: RunLog | None = None
+    ) -> None:
         """Read the data and build network and optimizer; collective.
 
         Args:
             config: A validated configuration.
             communicator: Collectives over the ranks.
             device: Where this rank computes.
+            log: Is opened in the run's folder.
 
         Raises:
             InputError: If the data, the model or the batch do not fit; the same on every rank.
         """
-        self.config, self.communicator, self.device = config, communicator, device
+        self.config, self.communicator, self.device, self._log = config, communicator, device, log
         self.precision = Precision(config.train.precision)
         dtype, seed, batch = self.precision.weights, config.run.seed, config.batch
         # Tensor Cores convolve images whose channels lie together; a CPU is faster the other way.
@@ -81,7 +94,10 @@ class Trainer:
                 config.model.name, self.dataset.num_classes, self.dataset.image_shape, seed,
                 config.model.variant, config.model.zero_init_last_gamma, config.model.initialization,
             )  # fmt: skip
+            if config.model.pretrained is not None:
+                load_pretrained(model, config.model.pretrained)
             self.batchnorm = SlotwiseBatchNorm(model)
+        check_ranks_agree(communicator, self.dataset, model)
         self.skipped_images = SkippedImages(self.dataset, communicator)
         self.model: nn.Module = model.to(device, dtype).to(memory_format=self.memory_format)
         self.sampler = SlotSampler(self.dataset.num_train, batch.per_rank, batch.global_size // batch.per_rank, seed)
@@ -95,68 +111,155 @@ class Trainer:
         self.divergence = DivergenceCheck(
             self.dataset.num_classes, math.ceil(self.dataset.num_train / batch.global_size)
         )
+        self.recovery = Recovery(config.train.max_nonfinite, config.train.max_restores)
+        self.black_box = BlackBox(self.model, communicator, self.sampler)
         self.iteration = 0  # the next one
         self.top1 = self.best_top1 = 0.0
+        self.resumed: ResumedRun | None = None
+        self.seconds_before = 0.0  # of a run that was resumed
+        self._started = time.perf_counter()
+        self._stops = StopSignals()
+        self._restarts = 0  # without progress
+        self._retries = (0, 0)  # of the last update, not yet told
+        self._watchdog = Watchdog(
+            config.run.watchdog_minutes, communicator.rank, self.timer, lambda: self.iteration, log
+        )
+
+    def resume(self, run: Path) -> bool:
+        """Go on with a run, or from a checkpoint, where it was last saved whole; collective.
+
+        Returns:
+            Whether there is such a checkpoint; else nothing has changed.
+
+        Raises:
+            InputError: If it was saved with another configuration or other data; the same on every rank.
+            NoProgress: If it was restarted too often without coming further; likewise.
+        """
+        self.resumed = resume(self, run)
+        self._restarts = count_restart(run_of(run), self.iteration, self.communicator)
+        return self.resumed is not None
+
+    def evaluate(self) -> tuple[float, float, float]:
+        """Mean loss, top-1 and top-5 in percent over all evaluation images; collective."""
+        for buffer in self.batchnorm.running_buffers():
+            self.communicator.all_reduce_(buffer, "mean")
+        with self.precision.autocast(self.device):
+            return evaluate(self.model, self.dataset, self.communicator, self.skipped_images, self._watchdog.beat)
 
     def train(self) -> Result:
         """Train to the end; collective.
 
         Raises:
+            RunStopped: If a signal asked for it, after a checkpoint.
             TrainingFailed: If the loss is no longer finite or hopeless in the end, or images are damaged.
         """
-        start = time.perf_counter()
+        self._started = time.perf_counter()
         self._log_start()
         num_iterations = self.schedules.num_iterations
-        with closing(Reporter(self.config, self.communicator, self.schedules)) as reporter:
+        reporter = Reporter(self.config, self.communicator, self.schedules, self.resumed, self._log)
+        with closing(reporter), self._stops, self._watchdog:
+            note_start(reporter.directory, self.iteration, self._restarts, self.communicator)
+            saver = RunSaver(self, reporter)
             batches = self._batches()
             launched: deque[IterationResult] = deque()
             while self.iteration < num_iterations:
                 iteration = self.iteration
-                launched.append(self._train_iteration(iteration, batches))
+                launched.append(self._train_iteration(iteration, batches, saver))
                 self.iteration += 1
                 evaluates = self.schedules.evaluation_is_due(iteration)
+                saves = self.schedules.checkpoint_is_due(iteration)
                 # A GPU goes on while the host looks at the iteration before.
-                num_waiting = 0 if evaluates or self.device.type == "cpu" else 1
-                while len(launched) > num_waiting:
-                    self._report(launched.popleft(), reporter)
-                if evaluates:
-                    self._evaluate(iteration, reporter)
+                told = self._report(launched, 0 if evaluates or saves or self.device.type == "cpu" else 1, reporter)
+                if self.recovery.wants_restore:
+                    launched.clear()
+                    batches = self._fall_back(batches, saver, reporter)
+                    continue
+                is_best = evaluates and self._evaluate(iteration, reporter)
+                saves |= told.wants_save or (is_best and self.config.checkpoint.keep_best)
+                # Weights that give no finite loss are not worth keeping.
+                if told.wants_stop or (saves and not self.recovery.in_a_row):
+                    self._report(launched, 0, reporter)
+                    self._tell_retries(reporter)
+                    saver.save(wait=told.wants_stop or self.iteration == num_iterations)
+                if told.wants_stop and self.iteration < num_iterations:
+                    raise RunStopped(f"stopped by a signal at iteration {self.iteration}; run: {reporter.directory}")
+            self._tell_retries(reporter)
             self.divergence.check_end()
-            seconds = time.perf_counter() - start
+            if self.recovery.in_a_row and self.loss_scaler is None:
+                raise TrainingFailed(self.recovery.describe())
+            saver.finish()
             reporter.finish(
-                top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=seconds,
+                top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=self.seconds(),
                 communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.skipped_images.skipped),
                 skipped_updates=self.loss_scaler.num_overflows if self.loss_scaler is not None else 0,
+                nonfinite_updates=self.recovery.num_nonfinite, restores=self.recovery.num_restores,
+                **saver.summary,
             )  # fmt: skip
-        return Result(self.top1, num_iterations, seconds, reporter.directory)
+        return Result(self.top1, num_iterations, self.seconds(), reporter.directory)
 
-    def _train_iteration(self, iteration: int, batches: Iterator[Batch]) -> IterationResult:
+    def seconds(self) -> float:
+        """Of training so far, those before a resumption included."""
+        return self.seconds_before + time.perf_counter() - self._started
+
+    def _train_iteration(self, iteration: int, batches: Iterator[Batch], saver: RunSaver) -> IterationResult:
         """One update. On a GPU it is queued rather than done when this returns."""
         bytes_before = self.communicator.payload_bytes
         settings = self.schedules.settings(iteration)
+        settings = replace(settings, damping=settings.damping * self.recovery.damping_factor)
         settings.apply_to(self.optimizer.param_groups)
         loss_scale = self.loss_scaler.scale if self.loss_scaler is not None else None
         self.model.train()
         self.optimizer.zero_grad()
-        running = self.batchnorm.copy_of_running_buffers() if self.loss_scaler is not None else []
+        running = self.batchnorm.copy_of_running_buffers()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss, correct
+        losses = []
         problem = ""
         try:
             for index in range(self.num_local_slots):
                 self.batchnorm.before_slot(index, self.num_local_slots)
-                sums += self._train_slot(batches)
+                of_slot = self._train_slot(batches)
+                losses.append(of_slot[0])
+                sums += of_slot
         except ImageError as error:  # this rank's alone, until the others know
             problem = str(error)
         self.skipped_images.gather_and_check(problem)
-        self.optimizer.step()
+        self.black_box.record(iteration, settings, losses)
+        totals = self._total(sums, saver)
+        # The loss of all ranks is known before the update. With a loss scale the optimizer asks for itself, and finds
+        # every loss that is not finite; a GPU is waited for once either way.
+        if self.loss_scaler is None and not math.isfinite(totals.read()[0]):
+            self.optimizer.skip_step()
+        else:
+            self.optimizer.step()
         step = self.optimizer.report
-        if step.skipped:  # an overflow in the forward pass has spoilt these, too
+        self._retries = (step.retries, step.kept_inverses)
+        if step.skipped:  # what was not finite in the forward pass has spoilt these, too
             self.batchnorm.restore(running)
-        counts = torch.tensor([step.retries, step.kept_inverses], dtype=torch.float64)
-        averages = sums / (self.num_local_slots * self.communicator.size)
-        totals = self.communicator.all_reduce_(torch.cat([averages, to_device(counts, self.device)]))
         moved = self.communicator.payload_bytes - bytes_before
-        return IterationResult(iteration, settings, loss_scale, HostCopy(totals), self.timer.snapshot(), moved, step)
+        return IterationResult(iteration, settings, loss_scale, totals, self.timer.snapshot(), moved, step)
+
+    def _total(self, sums: Tensor, saver: RunSaver) -> HostCopy:
+        """Loss, share of correct answers, retries of the update before, and what is wanted, over all ranks."""
+        wishes = [saver.wants_save, bool(self._stops.received)]
+        counts = torch.tensor([*self._retries, *wishes], dtype=torch.float64)
+        self._retries = (0, 0)
+        averages = sums / (self.num_local_slots * self.communicator.size)
+        return HostCopy(self.communicator.all_reduce_(torch.cat([averages, to_device(counts, self.device)])))
+
+    def _tell_retries(self, reporter: Reporter) -> None:
+        """Report what the next iteration would, of the last update; collective."""
+        counts = self.communicator.all_reduce_(torch.tensor(self._retries, dtype=torch.float64))
+        self._retries = (0, 0)
+        reporter.retries(self.iteration - 1, *map(int, counts.tolist()))
+
+    def _fall_back(self, batches: Iterator[Batch], saver: RunSaver, reporter: Reporter) -> Iterator[Batch]:
+        """Go back to the last checkpoint; the batches from there on."""
+        fall_back(self, self.black_box, saver, reporter)
+        self._retries = (0, 0)
+        close = getattr(batches, "close", None)  # of a generator: its threads end
+        if close is not None:
+            close()
+        return self._batches()
 
     def _train_slot(self, batches: Iterator[Batch]) -> Tensor:
         """Forward and backward of one micro-batch; returns its mean loss and share of correct answers."""
@@ -175,46 +278,35 @@ class Trainer:
         correct = (logits.detach().argmax(dim=1) == batch.labels.argmax(dim=1)).double().mean()
         return torch.stack([loss.detach().double(), correct])
 
-    def _report(self, result: IterationResult, reporter: Reporter) -> None:
+    def _report(self, launched: deque[IterationResult], num_waiting: int, reporter: Reporter) -> Told:
+        """Report all iterations but the last `num_waiting`; what ranks want, from any of them."""
+        told = Told(0.0, wants_save=False, wants_stop=False)
+        while len(launched) > num_waiting:
+            told |= self._report_one(launched.popleft(), reporter)
+        return told
+
+    def _report_one(self, result: IterationResult, reporter: Reporter) -> Told:
         """Report an iteration, and stop if training diverged."""
-        loss = reporter.iteration(result)
+        told = reporter.iteration(result)
         reporter.skipped_images(result.iteration, self.skipped_images.take_new())
         gave_up = self.loss_scaler is not None and self.loss_scaler.is_exhausted
         epoch = self.schedules.epoch_at(result.iteration + 1)
-        self.divergence.see(loss, result.iteration, epoch, result.step.skipped, gave_up)
+        self.recovery.see(told.loss, result.iteration, epoch)
+        self.divergence.see(told.loss, result.iteration, epoch, gave_up)
+        return told
 
-    def _evaluate(self, iteration: int, reporter: Reporter) -> None:
-        """Top-1 over all evaluation images, with BatchNorm statistics averaged over the ranks."""
-        for buffer in self.batchnorm.running_buffers():
-            self.communicator.all_reduce_(buffer, "mean")
-        with self.precision.autocast(self.device):
-            loss, self.top1, top5 = evaluate(self.model, self.dataset, self.communicator, self.skipped_images)
+    def _evaluate(self, iteration: int, reporter: Reporter) -> bool:
+        """Top-1 over all evaluation images, BatchNorm statistics averaged over the ranks; whether it is the best."""
+        self._watchdog.activity = "evaluation"
+        loss, self.top1, top5 = self.evaluate()
+        self._watchdog.activity = "training"
+        is_best = self.top1 > self.best_top1
         self.best_top1 = max(self.best_top1, self.top1)
         reporter.skipped_images(iteration, self.skipped_images.take_new())
         reporter.evaluation(iteration, loss, self.top1, top5)
         if reporter.wants_spectra:
             reporter.spectra(iteration, self.optimizer.spectra())
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; the optimizer's part is this rank's share of the Fisher."""
-        return {
-            "iteration": self.iteration,
-            "top1": self.top1,
-            "best_top1": self.best_top1,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "augmentation": self.augmentation.state_dict(),
-            "loss_scaler": self.loss_scaler.state_dict() if self.loss_scaler is not None else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on the same number of ranks."""
-        self.iteration, self.top1, self.best_top1 = state["iteration"], state["top1"], state["best_top1"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.augmentation.load_state_dict(state["augmentation"])
-        if self.loss_scaler is not None:
-            self.loss_scaler.load_state_dict(state["loss_scaler"])
+        return is_best
 
     def _batches(self) -> Iterator[Batch]:
         rank, size = self.communicator.rank, self.communicator.size

@@ -27,6 +27,7 @@ ROOMS = (
     "data",
     "models",
     "runs",
+    "checkpoints",
     "training",
     "planning",
     "plots",

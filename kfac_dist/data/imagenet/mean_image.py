@@ -55,15 +55,17 @@ def load_mean_image(path: Path, side: int, images: ImageList, root: Path) -> Ten
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            mean: Tensor = file.get_tensor("mean")
-    except (SafetensorError, OSError, ValueError) as error:
+            shape = tuple(file.get_slice("mean").get_shape())
+            # Nothing of a size that cannot be right is read.
+            mean: Tensor = file.get_tensor("mean") if shape == (3, side, side) else torch.empty(0)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"data.mean_image: {path} is not a mean image ({error}): {remedy}") from error
-    if "fingerprint" not in facts:
+    if not isinstance(facts, dict) or not {"fingerprint", "num_images"} <= facts.keys():
         raise InputError(f"data.mean_image: {path} is not a mean image of this program: {remedy}")
-    if mean.shape != (3, side, side):
-        made_for = mean.shape[-1]
+    if shape != (3, side, side):
+        made_for = "x".join(map(str, shape[1:]))
         raise InputError(
-            f"data.mean_image: {path} is for images of {made_for}x{made_for}, and data.image_size is {side}: {remedy}"
+            f"data.mean_image: {path} is for images of {made_for}, and data.image_size is {side}: {remedy}"
         )
     if facts["fingerprint"] != images.fingerprint():
         raise InputError(

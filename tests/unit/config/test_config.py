@@ -163,7 +163,8 @@ def test_an_override_that_undoes_another_is_refused(valid_file: Path, first: str
         ),
         (
             "model.xyz=1",
-            "model.xyz is not a known key; known keys of model: name, variant, zero_init_last_gamma, initialization",
+            "model.xyz is not a known key; known keys of model: name, variant, zero_init_last_gamma, initialization, "
+            "pretrained",
         ),
         (
             "schedule.kind=constant",

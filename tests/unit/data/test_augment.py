@@ -93,7 +93,7 @@ def test_running_mixup_does_not_depend_on_who_has_a_slot_and_resumes_exactly() -
         expected = [alone.mix(*batch(iteration, slot), iteration, slot) for slot in range(4)]
         if iteration == 2:  # go on from a checkpoint, with the slots the other way round
             states = [rank.state_dict() for rank in ranks]
-            assert sorted(states[1]) == ["1.images", "1.labels", "3.images", "3.labels"]
+            assert list(states[1]) == [1, 3]
             ranks = [RunningMixup(1.0, seed=1) for _ in range(2)]
             for rank, state in zip(ranks, reversed(states), strict=True):
                 rank.load_state_dict(state)
@@ -179,4 +179,4 @@ def test_erasing_stays_out_of_the_state_of_mixup() -> None:
     images, _ = mixup.mix(random_images(4), torch.ones(4, 2), 0, 0)
     erased = RandomErasing(1.0, (0.2, 0.3), (0.5, 1.0), seed=0).apply(images, 0, 0)
     assert (erased == 0).any()
-    assert (mixup.state_dict()["0.images"] != 0).all()
+    assert (mixup.state_dict()[0][0] != 0).all()

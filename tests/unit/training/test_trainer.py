@@ -8,6 +8,7 @@ import torch
 
 from kfac_dist import create_communicator
 from kfac_dist.config.load import load_config
+from kfac_dist.training.run_state import restore_state, take_state
 from kfac_dist.training.trainer import Trainer
 from tests.paths import QUICKSTART
 
@@ -35,7 +36,7 @@ def test_a_run_goes_on_from_its_state_bit_for_bit(
     whole.train()
     first.schedules.num_iterations = 7
     first.train()
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    restore_state(second, copy.deepcopy(take_state(first)))
     second.train()
     assert second.iteration == whole.iteration == 12
     for name, value in whole.model.state_dict().items():

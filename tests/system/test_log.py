@@ -1,0 +1,75 @@
+"""log.txt has what the terminal shows, with time, rank and level, and the warnings of all ranks."""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from kfac_dist.runs.log import RunLog
+from tests.paths import QUICKSTART, ROOT
+
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 rank (\d+) (INFO|WARNING|ERROR) (.*)")
+
+
+def lines(folder: Path) -> list[tuple[int, str, str]]:
+    matches = [LINE.fullmatch(line) for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+    assert all(matches)
+    return [(int(match[1]), match[2], match[3]) for match in matches if match]
+
+
+def test_what_the_terminal_shows(run_python: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
+    overrides = [f"run.output_dir={tmp_path}", "train.epochs=1", "batch={global_size: 1536, per_rank: 64}"]
+    finished = run_python([ROOT / "train.py", QUICKSTART, *overrides], env={"KFAC_DIST_PROGRESS": "lines"})
+    assert finished.returncode == 0, finished.stderr
+    found = lines(tmp_path / "quickstart")
+    shown = [line for line in (finished.stderr + finished.stdout).splitlines() if line]
+    assert {text for _, _, text in found} == set(shown)
+    assert {rank for rank, _, _ in found} == {0}
+    assert [level for _, level, text in found if text.startswith("warning: ")] == ["WARNING"]
+
+
+def test_a_crash_is_in_it(run_python: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
+    code = (
+        "import sys, train; from kfac_dist.communicator import launch; from kfac_dist.training.trainer import Trainer\n"
+        "def fail(*arguments): raise RuntimeError('a fault')\n"
+        f"Trainer._evaluate = fail; sys.argv = ['train.py', {str(QUICKSTART)!r}, 'run.output_dir={tmp_path}']\n"
+        "launch.run(train.main)"
+    )
+    failed = run_python(["-c", code], env={"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off"})
+    assert failed.returncode == 3
+    text = (tmp_path / "quickstart" / "log.txt").read_text()
+    assert "rank 0 ERROR Traceback" in text
+    assert "RuntimeError: a fault" in text
+
+
+def test_ranks_share_it(tmp_path: Path) -> None:
+    logs = [RunLog(rank) for rank in (0, 1)]
+    for rank, log in enumerate(logs):
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+            record = logging.LogRecord("x", level, "", 0, "%s of rank %d", (logging.getLevelName(level), rank), None)
+            if level >= log.level:
+                log.handle(record)
+    assert not list(tmp_path.iterdir()), "held until the folder is known"
+    for log in logs:
+        log.open(tmp_path)
+    logs[1].write("ERROR", "later")
+    for log in logs:
+        log.close()
+    assert lines(tmp_path) == [
+        (0, "INFO", "INFO of rank 0"),
+        (0, "WARNING", "WARNING of rank 0"),
+        (1, "WARNING", "WARNING of rank 1"),
+        (1, "ERROR", "later"),
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_folder_that_is_not_there_stops_nothing(rank: int, tmp_path: Path) -> None:
+    log = RunLog(rank)
+    log.open(tmp_path / "nowhere")
+    log.write("ERROR", "a text")
+    log.dump_stacks()
+    log.close()
