@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-import kfac_dist
+from kfac_dist import __version__
 from kfac_dist.communicator import Communicator
 from kfac_dist.data.base import Dataset
 from kfac_dist.errors import InputError
@@ -39,10 +39,10 @@ def check_ranks_agree(communicator: Communicator, dataset: Dataset, model: nn.Mo
 def code_fingerprint() -> str:
     """Version of kfac_dist and a digest of its source files."""
     digest = hashlib.sha256()
-    folder = Path(kfac_dist.__file__).parent
+    folder = Path(__file__).resolve().parents[1]
     for path in sorted(folder.rglob("*.py")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"{kfac_dist.__version__}, sources {digest.hexdigest()[:12]}"
+    return f"{__version__}, sources {digest.hexdigest()[:12]}"
 
 
 def _data_fingerprint(dataset: Dataset) -> str:
