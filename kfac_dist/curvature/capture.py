@@ -38,14 +38,25 @@ class Capture:
         self._destinations: Mapping[FactorKey, Tensor] = {}
         self._weights: dict[FactorKey, float] = {}  # of what each factor has so far: positions for G, else calls
         self._passes: dict[str, set[int]] = {}  # by block the backward passes that reached it
+        self._marked: set[str] = set()  # blocks whose first parameter was given a gradient
         self._generation = 0
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
 
     def follow(self, blocks: Sequence[Block]) -> None:
-        """Hook the layers of all blocks that have Fisher matrices, and no others any more."""
+        """Hook the layers of all blocks that have Fisher matrices, and no others any more.
+
+        What was captured of blocks that stay, stays; see `move`.
+        """
         self.close()
-        self._blocks = {block.name: block for block in blocks if block.factor_shapes}
+        before, self._blocks = self._blocks, {block.name: block for block in blocks if block.factor_shapes}
+        for name, block in before.items():
+            if self._blocks.get(name) is not block:
+                self._forget_block(name)
+        self._handles += [
+            block.parameters[0].register_post_accumulate_grad_hook(_GradientMark(self, name))
+            for name, block in self._blocks.items()
+        ]
         self._handles += [
             block.module.register_forward_hook(_LayerHook(self, name), with_kwargs=True)
             for name, block in self._blocks.items()
@@ -67,6 +78,30 @@ class Capture:
         self.captured = set()
         self._weights = {}
         self._passes = {}
+        self._marked = set()
+
+    def move(self, destinations: Mapping[FactorKey, Tensor]) -> None:
+        """Go on at other places, with what was captured so far."""
+        self._weights = {key: weight for key, weight in self._weights.items() if key in destinations}
+        for key in self._weights:
+            destinations[key].copy_(self._destinations[key])
+        self._destinations = destinations
+
+    def forget_dropped(self) -> None:
+        """Forget each block whose parameters' gradients were all set to None since its backward."""
+        for name in list(self.captured):
+            self._forget_if_dropped(name)
+
+    def _forget_if_dropped(self, name: str) -> None:
+        # A gradient that torch.autograd.grad returned was never there, and is not gone.
+        if name in self._marked and all(parameter.grad is None for parameter in self._blocks[name].parameters):
+            self._forget_block(name)
+
+    def _forget_block(self, name: str) -> None:
+        self.captured.discard(name)
+        self._marked.discard(name)
+        self._passes.pop(name, None)
+        self._weights = {key: weight for key, weight in self._weights.items() if key[0] != name}
 
     @property
     def num_passes(self) -> int:
@@ -95,15 +130,17 @@ class Capture:
 
     def on_forward(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Called by the layer's hook: keep the input, and wait for the output's gradient."""
+        if name in self.captured and torch._C._current_graph_task_id() == -1:  # no recomputation amid a backward
+            self._forget_if_dropped(name)
         wanted = [matrix for matrix in self._blocks[name].factor_shapes if (name, matrix) in self._destinations]
         if wanted and module.training and output.requires_grad and output.numel():
-            output.register_hook(_GradientHook(self, self._generation, name, wanted, _Saved.of(x)))
+            output.register_hook(_GradientHook(self, self._generation, self._blocks[name], wanted, _Saved.of(x)))
 
     def on_gradient(self, hook: "_GradientHook", g: Tensor) -> None:
         """Called by the output's hook: build the matrices of one call of the layer."""
-        if hook.generation != self._generation:
+        block = hook.block
+        if hook.generation != self._generation or self._blocks.get(hook.name) is not block:
             return
-        block = self._blocks[hook.name]
         if hook.saved is None:
             raise RuntimeError(
                 f"{hook.name}: a second backward pass went through one forward pass. K-FAC needs the gradient of the "
@@ -170,10 +207,11 @@ class _LayerHook:
 class _GradientHook:
     """The hook on a layer's output, with the input that belongs to it."""
 
-    def __init__(self, capture: Capture, generation: int, name: str, wanted: Sequence[str], saved: Tensor) -> None:
+    def __init__(self, capture: Capture, generation: int, block: Block, wanted: Sequence[str], saved: Tensor) -> None:
         self._capture = weakref.ref(capture)
         self.generation = generation
-        self.name = name
+        self.block = block
+        self.name = block.name
         self.wanted = wanted
         self.saved: Tensor | None = saved
 
@@ -200,6 +238,19 @@ class _GradientHook:
                 "use an operation that is not in place, or leave the layer out with skip"
             ) from error
         return x
+
+
+class _GradientMark:
+    """The hook on a parameter that has been given its gradient."""
+
+    def __init__(self, capture: Capture, name: str) -> None:
+        self._capture = weakref.ref(capture)
+        self._name = name
+
+    def __call__(self, parameter: Tensor) -> None:
+        capture = self._capture()
+        if capture is not None:
+            capture._marked.add(self._name)
 
 
 class _Saved(torch.autograd.Function):
