@@ -12,7 +12,6 @@ from torch.nn import Parameter
 from kfac_dist.communicator import Communicator
 from kfac_dist.errors import AgreedInputError, InputError
 
-_FLAGS_OF_A_PARAMETER = 3
 DIGEST_LIMIT = 2**20
 """Digests are below it, so that sums of their squares are exact in fp64 on up to 2^13 ranks."""
 
@@ -104,19 +103,19 @@ def agree_on_step(
     Raises:
         AgreedInputError: On every rank, if a parameter is frozen on some ranks only, or the digests differ.
     """
-    flags = [(p.requires_grad, p.requires_grad and p.grad is not None, id(p) in captured) for p in parameters]
-    values = [*(float(flag) for of_parameter in flags for flag in of_parameter), digest, digest**2, num_kept]
-    summed = communicator.all_reduce_(torch.tensor(values, dtype=torch.float64, device="cpu")).tolist()
-    *sums, digests, squares, kept = (round(value) for value in summed)
-    of_parameters = [
-        (parameter, *sums[start : start + _FLAGS_OF_A_PARAMETER])
-        for parameter, start in zip(parameters, range(0, len(sums), _FLAGS_OF_A_PARAMETER), strict=True)
-    ]
+    trained = [parameter.requires_grad for parameter in parameters]
+    with_gradient = [p.grad is not None and is_trained for p, is_trained in zip(parameters, trained, strict=True)]
+    flags = [*trained, *with_gradient, *(id(parameter) in captured for parameter in parameters)]
+    own = torch.tensor([*flags, digest, digest**2, num_kept], dtype=torch.float64, device="cpu")
+    *sums, digests, squares, kept = map(int, communicator.all_reduce_(own).tolist())
+    num_trained, num_with_gradient, num_captured = (
+        sums[start : start + len(parameters)] for start in range(0, len(sums), len(parameters))
+    )
     size = communicator.size
-    for parameter, trained, _, _ in of_parameters:
-        if trained not in (0, size):
+    for parameter, count in zip(parameters, num_trained, strict=True):
+        if count not in (0, size):
             raise AgreedInputError(
-                f"{names.get(id(parameter), 'a parameter')} is trained on {trained} of {size} ranks and frozen on the "
+                f"{names.get(id(parameter), 'a parameter')} is trained on {count} of {size} ranks and frozen on the "
                 "others: freeze and unfreeze (requires_grad) on every rank alike"
             )
     if squares * size != digests**2:  # equal if and only if all digests are (Cauchy-Schwarz)
@@ -125,7 +124,7 @@ def agree_on_step(
             "be called on every rank, each with a state of the same iteration, and step equally often"
         )
     return StepAgreement(
-        {id(parameter) for parameter, _, with_gradient, _ in of_parameters if with_gradient},
-        {id(parameter): count for parameter, _, _, count in of_parameters if count},
+        {id(parameter) for parameter, count in zip(parameters, num_with_gradient, strict=True) if count},
+        {id(parameter): count for parameter, count in zip(parameters, num_captured, strict=True) if count},
         kept,
     )
