@@ -8,7 +8,11 @@ checkpointing) leaves no trace.
 The input is kept as autograd keeps what it saves: activation checkpointing frees it until it is recomputed, and a
 change in place is found out. A copied or pickled model carries hooks that do nothing, and hooks go with the `Capture`.
 
-A compiled model runs the hooks as plain Python between its graphs, which break there: at each covered layer.
+A compiled model runs the hooks as plain Python between its graphs, which break there: at each covered layer. Under
+torch.func's transforms and torch.jit.trace the hooks do nothing; torch.jit.script would compile them and is refused.
+
+A backward pass counts if it computes the gradient of the layer's trained weight: one for the input only (adversarial
+examples, saliency) leaves no trace.
 """
 
 import weakref
@@ -17,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.tensors.packing import pack_symmetric
@@ -27,7 +32,7 @@ class Capture:
 
     Attributes:
         captured: Names of the blocks of which at least one call was captured since `begin`.
-        num_samples: N of each backward pass on this rank, where it is not the size of the first dimension; or None.
+        num_samples: N of the forwards to come on this rank, where it is not the size of the first dimension; or None.
     """
 
     def __init__(self) -> None:
@@ -38,16 +43,29 @@ class Capture:
         self._destinations: Mapping[FactorKey, Tensor] = {}
         self._weights: dict[FactorKey, float] = {}  # of what each factor has so far: positions for G, else calls
         self._passes: dict[str, set[int]] = {}  # by block the backward passes that reached it
+        self._marked: set[str] = set()  # blocks whose first parameter was given a gradient
+        self._enclosing: dict[int, int] = {}  # of a backward pass within another one, that other one
         self._generation = 0
         self._handles: list[Any] = []
         weakref.finalize(self, _remove, self._handles)
 
     def follow(self, blocks: Sequence[Block]) -> None:
-        """Hook the layers of all blocks that have Fisher matrices, and no others any more."""
+        """Hook the layers of all blocks that have Fisher matrices, and no others any more.
+
+        What was captured of blocks that stay, stays; see `move`.
+        """
         self.close()
-        self._blocks = {block.name: block for block in blocks if block.factor_shapes}
+        before, self._blocks = self._blocks, {block.name: block for block in blocks if block.factor_shapes}
+        for name, block in before.items():
+            if self._blocks.get(name) is not block:
+                self._forget_block(name)
         self._handles += [
-            block.module.register_forward_hook(_LayerHook(self, name), with_kwargs=True)
+            block.parameters[0].register_post_accumulate_grad_hook(_GradientMark(self, name))
+            for name, block in self._blocks.items()
+        ]
+        self._handles += [
+            # First of all, as the hooks of others may replace the layer's output.
+            block.module.register_forward_hook(_LayerHook(self, name), prepend=True, with_kwargs=True)
             for name, block in self._blocks.items()
         ]
 
@@ -67,14 +85,45 @@ class Capture:
         self.captured = set()
         self._weights = {}
         self._passes = {}
+        self._enclosing = {}
+        self._marked = set()
+
+    def move(self, destinations: Mapping[FactorKey, Tensor]) -> None:
+        """Go on at other places, with what was captured so far."""
+        self._weights = {key: weight for key, weight in self._weights.items() if key in destinations}
+        for key in self._weights:
+            destinations[key].copy_(self._destinations[key])
+        self._destinations = destinations
+
+    def forget_dropped(self) -> None:
+        """Forget each block whose parameters' gradients were all set to None since its backward."""
+        for name in list(self.captured):
+            self._forget_if_dropped(name)
+
+    def _forget_if_dropped(self, name: str) -> None:
+        # A gradient that torch.autograd.grad returned was never there, and is not gone.
+        if name in self._marked and all(parameter.grad is None for parameter in self._blocks[name].parameters):
+            self._forget_block(name)
+
+    def _forget_block(self, name: str) -> None:
+        self.captured.discard(name)
+        self._marked.discard(name)
+        self._passes.pop(name, None)
+        self._weights = {key: weight for key, weight in self._weights.items() if key[0] != name}
 
     @property
     def num_passes(self) -> int:
         """Backward passes that were captured since `begin`; 0 if none was.
 
-        A pass is counted where it reaches a layer, as checkpointing may run several for one call of `backward`.
+        A pass is counted where it reaches a layer. The passes that reentrant checkpointing runs within one call of
+        `backward`, on what it computed again there, are that one.
         """
-        return max(map(len, self._passes.values()), default=0)
+        return max((len(set(map(self._outermost, passes))) for passes in self._passes.values()), default=0)
+
+    def _outermost(self, graph_task: int) -> int:
+        while graph_task in self._enclosing:
+            graph_task = self._enclosing[graph_task]
+        return graph_task
 
     def finish(self, loss_scale: float) -> None:
         """Give the captured factors their scale: each loss was a mean, divided by the number of backward passes.
@@ -95,29 +144,54 @@ class Capture:
 
     def on_forward(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Called by the layer's hook: keep the input, and wait for the output's gradient."""
-        wanted = [matrix for matrix in self._blocks[name].factor_shapes if (name, matrix) in self._destinations]
-        if wanted and module.training and output.requires_grad and output.numel():
-            output.register_hook(_GradientHook(self, self._generation, name, wanted, _Saved.of(x)))
+        if (
+            name in self.captured and torch._C._current_graph_task_id() == _NO_GRAPH_TASK
+        ):  # no recomputation amid a backward
+            self._forget_if_dropped(name)
+        block = self._blocks[name]
+        wanted = [matrix for matrix in block.factor_shapes if (name, matrix) in self._destinations]
+        weight = block.parameters[0]
+        if wanted and module.training and output.requires_grad and output.numel() and weight.requires_grad:
+            output.register_hook(
+                _GradientHook(
+                    self,
+                    self._generation,
+                    block,
+                    wanted,
+                    _Saved.of(x),
+                    self.num_samples,
+                    get_gradient_edge(weight).node,
+                )
+            )
 
     def on_gradient(self, hook: "_GradientHook", g: Tensor) -> None:
         """Called by the output's hook: build the matrices of one call of the layer."""
-        if hook.generation != self._generation:
+        block = hook.block
+        if hook.generation != self._generation or self._blocks.get(hook.name) is not block:
             return
-        block = self._blocks[hook.name]
-        if hook.saved is None:
+        if not _will_run(hook.accumulation):
+            hook.is_differentiated |= torch.is_grad_enabled()
+            return
+        if hook.saved is None or hook.is_differentiated:
             raise RuntimeError(
                 f"{hook.name}: a second backward pass went through one forward pass. K-FAC needs the gradient of the "
-                "whole loss at once: add the losses up and call backward once, or leave the layer out with skip"
+                "whole loss at once: add the losses up and call backward once; where the loss holds a gradient itself "
+                "(a gradient penalty), leave the layer out with skip"
             )
         x = hook.take_input()
-        self._passes.setdefault(hook.name, set()).add(torch._C._current_graph_task_id())
+        graph_task = torch._C._current_graph_task_id()
+        self._passes.setdefault(hook.name, set()).add(graph_task)
+        if hook.enclosing not in (_NO_GRAPH_TASK, graph_task):
+            self._enclosing[graph_task] = hook.enclosing
+        num_samples = hook.num_samples
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             for matrix in hook.wanted:
                 dtype = self._destinations[hook.name, matrix].dtype
-                self._add(block, matrix, block.factor(matrix, x, g, self.num_samples).to(dtype), g)
+                factor = block.factor(matrix, x, g, num_samples).to(dtype)
+                self._add(block, matrix, factor, g.numel(), num_samples or g.shape[0])
         self.captured.add(hook.name)
 
-    def _add(self, block: Block, matrix: str, factor: Tensor, g: Tensor) -> None:
+    def _add(self, block: Block, matrix: str, factor: Tensor, num_gradients: int, num_samples: int) -> None:
         """Add one call's factor to what this update has so far.
 
         Calls of a layer in one forward are further positions, so A and F add up over them and are averaged over
@@ -125,8 +199,8 @@ class Capture:
         """
         key = block.name, matrix
         destination = self._destinations[key]
-        num_samples, num_features = self.num_samples or g.shape[0], factor.shape[0] * factor.shape[-1]
-        weight = g.numel() / (num_samples * num_features) if matrix == "G" else 1.0
+        num_features = factor.shape[0] * factor.shape[-1]
+        weight = num_gradients / (num_samples * num_features) if matrix == "G" else 1.0
         total = self._weights[key] = self._weights.get(key, 0.0) + weight
         if total == weight:
             pack_symmetric(factor, out=destination)
@@ -160,22 +234,55 @@ class _LayerHook:
         self, module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
     ) -> None:
         capture = self._capture() if self._capture is not None else None
-        if capture is not None:
+        if capture is not None and not torch._C._are_functorch_transforms_active() and not torch._C._is_tracing():
             capture.on_forward(self._name, module, inputs[0] if inputs else keywords["input"], output)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_capture": None, "_name": self._name}
 
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute == "__name__":  # which TorchScript's compiler asks each hook for first
+            raise AttributeError(
+                f"torch.jit.script cannot compile K-FAC's hook on layer {self._name}: script the model before making "
+                "KFAC or after its close(), or use torch.jit.trace or torch.export",
+                name=attribute,
+                obj=self,
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}", name=attribute, obj=self)
+
 
 class _GradientHook:
-    """The hook on a layer's output, with the input that belongs to it."""
+    """The hook on a layer's output, with what belongs to that call of the layer.
 
-    def __init__(self, capture: Capture, generation: int, name: str, wanted: Sequence[str], saved: Tensor) -> None:
+    Attributes:
+        block: The layer's block then.
+        saved: The input, until it is taken.
+        num_samples: N of the call, or None.
+        accumulation: The node of the graph that adds to the weight's `.grad`.
+        enclosing: The backward pass in which the call was computed again, if one.
+        is_differentiated: Whether a backward pass that did not count can itself be differentiated.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        generation: int,
+        block: Block,
+        wanted: Sequence[str],
+        saved: Tensor,
+        num_samples: int | None,
+        accumulation: Node,
+    ) -> None:
         self._capture = weakref.ref(capture)
         self.generation = generation
-        self.name = name
+        self.block = block
+        self.name = block.name
         self.wanted = wanted
         self.saved: Tensor | None = saved
+        self.num_samples = num_samples
+        self.accumulation = accumulation
+        self.enclosing = torch._C._current_graph_task_id()
+        self.is_differentiated = False
 
     def __call__(self, g: Tensor) -> None:
         capture = self._capture()
@@ -202,6 +309,19 @@ class _GradientHook:
         return x
 
 
+class _GradientMark:
+    """The hook on a parameter that has been given its gradient."""
+
+    def __init__(self, capture: Capture, name: str) -> None:
+        self._capture = weakref.ref(capture)
+        self._name = name
+
+    def __call__(self, parameter: Tensor) -> None:
+        capture = self._capture()
+        if capture is not None:
+            capture._marked.add(self._name)
+
+
 class _Saved(torch.autograd.Function):
     """Keeps a tensor the way autograd keeps what a layer saves: hooks on saved tensors apply, versions are checked."""
 
@@ -219,6 +339,20 @@ class _Saved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return None, None
+
+
+_NO_GRAPH_TASK = -1  # what PyTorch says outside a backward pass
+
+
+def _will_run(accumulation: Node) -> bool:
+    """Whether the backward pass that is running computes the gradient that this node adds to a weight's `.grad`."""
+    will_run: Callable[[Node], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
+    if will_run is None:
+        return True
+    try:
+        return will_run(accumulation)
+    except RuntimeError:  # `autograd.grad` for the weight returns the gradient in place of adding it
+        return True
 
 
 def _remove(handles: list[Any]) -> None:

@@ -1,6 +1,6 @@
 """Stages 4 and 5 for the blocks that one rank owns: running Fisher, damped inverses, preconditioned gradients."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,14 @@ class OwnedFisher:
         """
         self.blocks: list[Block] = []
         self._curvatures: dict[str, BlockCurvature] = {}
+        self._known: dict[str, BlockCurvature] = {}  # the newest of each name, of blocks that may return too
         self._ema_decay = ema_decay
         self._inverses = InverseRefresh(deferred=device.type == "cuda")
         self._preconditioner = Preconditioner()
 
     def follow(self, blocks: Sequence[Block]) -> None:
-        """Take over these blocks; those that were there already keep what is known of them, others start anew."""
-        before = self._curvatures
+        """Take over these blocks; those that were there before keep what is known of them, others start anew."""
+        before = self._known
         self.blocks = list(blocks)
         self._curvatures = {
             block.name: before[block.name]
@@ -43,6 +44,7 @@ class OwnedFisher:
             else BlockCurvature(block)
             for block in blocks
         }
+        self._known |= self._curvatures
         self._inverses.forget_all_but(self._curvatures.values())
 
     def __getitem__(self, name: str) -> BlockCurvature:
@@ -103,12 +105,9 @@ class OwnedFisher:
             name: {**curvature.state_dict(), "retry": retries.get(name)} for name, curvature in self._curvatures.items()
         }
 
-    def missing_from(self, state: Mapping[str, Any]) -> Collection[str]:
-        """Names of the blocks of which a saved state, by block, holds nothing."""
-        return sorted(set(self._curvatures) - set(state))
-
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         """Replace everything by copies of what `state_dict` returned, on this rank or, for other blocks, on others."""
+        self._known = dict(self._curvatures)
         for name, curvature in self._curvatures.items():
             curvature.load_state_dict(state[name], device, dtype)
         retries = {name: state[name]["retry"] for name in self._curvatures if state[name]["retry"] is not None}

@@ -45,6 +45,10 @@ class RefreshSchedule(ABC):
             changes: Diff of each; infinite where it is not known, as at a first refresh.
         """
 
+    def forget(self, keys: Sequence[FactorKey]) -> None:
+        """Make factors due of whose earlier refreshes nothing is left."""
+        del keys  # a schedule that keeps nothing by factor has nothing to forget
+
     @abstractmethod
     def expected_interval(self, key: FactorKey, iteration: int) -> int:
         """Iterations that the inverse of a factor refreshed in this iteration will probably serve."""
@@ -77,6 +81,10 @@ class IntervalRefresh(RefreshSchedule):
 
     def record(self, iteration: int, changes: Mapping[FactorKey, float]) -> None:
         self._last |= dict.fromkeys(changes, iteration)
+
+    def forget(self, keys: Sequence[FactorKey]) -> None:
+        for key in keys:
+            self._last.pop(key, None)
 
     def expected_interval(self, key: FactorKey, iteration: int) -> int:
         return self._interval(key[1], iteration)
@@ -142,6 +150,11 @@ class AdaptiveRefresh(RefreshSchedule):
             self._next[key] = min(window, key=lambda planned: self._load.get(planned, 0.0))  # the latest of equals
             chosen = self._next[key]
             self._load[chosen] = self._load.get(chosen, 0.0) + self._costs.get(key, 1.0)
+
+    def forget(self, keys: Sequence[FactorKey]) -> None:
+        for key in keys:
+            self._intervals.pop(key, None)
+            self._next.pop(key, None)
 
     def expected_interval(self, key: FactorKey, iteration: int) -> int:
         return self._intervals.get(key, (1, 0))[0]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kfac_dist.curvature.blocks.base import FactorKey
+from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 
 
@@ -22,6 +23,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     """
 
     report: StepReport
+    _loss_scaler: LossScaler | None = None
+    _is_closed = False
 
     # A GradScaler then leaves the gradients alone and hands its scale over, by which it is recognised.
     _step_supports_amp_scaling = True
@@ -48,6 +51,21 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def skip_step(self) -> None:
         """In place of a `step`: change nothing, and drop what was captured for it. Every rank must do so."""
         self.report = StepReport(skipped=True)
+
+    def close(self) -> None:
+        """Let go of the model and the loss scaler; the optimizer cannot take a step any more."""
+        self._is_closed = True
+        if self._loss_scaler is not None:
+            self._loss_scaler.release()
+
+    def refuse_closed(self) -> None:
+        """Refuse a step after `close`.
+
+        Raises:
+            RuntimeError: If it was called.
+        """
+        if self._is_closed:
+            raise RuntimeError(f"step() of a {type(self).__name__} after its close(): make a new one for the model")
 
     def describe(self) -> list[str]:
         """What a run's log should say of it, a line each."""

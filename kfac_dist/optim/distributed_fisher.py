@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
 from kfac_dist.curvature.blocks.base import Block, FactorKey
@@ -14,6 +15,7 @@ from kfac_dist.curvature.capture import Capture
 from kfac_dist.curvature.inversion import RefreshReport
 from kfac_dist.curvature.owned import OwnedFisher
 from kfac_dist.curvature.refresh_schedule import RefreshSchedule
+from kfac_dist.optim.agreement import DIGEST_LIMIT, StepAgreement, agree_on_step
 from kfac_dist.optim.buffers import all_factor_keys
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.tensors.packing import FlatBuffer, unpack_symmetric
@@ -57,24 +59,35 @@ class DistributedFisher:
         self._refresh = refresh
         self._track_changes = track_changes or refresh.needs_changes
         self._iteration = 0
-        self._warned = False
+        self._due: Sequence[FactorKey] = []
+        self._warned = self._warned_of_kept = False
+        self._num_kept = 0  # in the last step, on this rank
 
     def follow(self) -> None:
-        """Take over the blocks as they are shared now, and begin an iteration with them."""
+        """Take over the blocks as they are shared now; what was captured of those that stay is kept."""
         self.owned.follow(self._shared.owned)
         self._refresh.plan_for(refresh_costs(self._shared.blocks))
+        self._refresh.forget(all_factor_keys(self._shared.added))
         self.capture.follow(self._shared.blocks)
-        self.begin_iteration()
+        self._plan()
+        self.capture.move(self._destinations())
 
     def begin_iteration(self) -> None:
+        """Drop what was captured, and capture what the next step refreshes."""
+        self._plan()
+        self.begin_capture()
+
+    def _plan(self) -> None:
         """Decide from the iteration alone, as every rank does alike, which factors the next step refreshes."""
         self._due = self._refresh.due(all_factor_keys(self._shared.blocks), self._iteration)
         self.factors: FlatBuffer = self._shared.buffers.factors(self._due)
-        self.begin_capture()
+
+    def _destinations(self) -> dict[FactorKey, Tensor]:
+        return {key: self.factors.copies(key)[0] for key in self._due}
 
     def begin_capture(self) -> None:
         """Drop what was captured, and capture what is due from the next backward pass on."""
-        self.capture.begin({key: self.factors.copies(key)[0] for key in self._due})
+        self.capture.begin(self._destinations())
 
     @property
     def is_due(self) -> bool:
@@ -83,14 +96,37 @@ class DistributedFisher:
 
     # One step -----------------------------------------------------------------------------------------
 
-    def agree_on_captured(self) -> dict[str, int]:
-        """How many ranks captured factors of each block that is due; blocks that none did are left out."""
-        due = list(dict.fromkeys(name for name, _ in self._due))
-        if not due:
-            return {}
-        counts = torch.tensor([float(name in self.capture.captured) for name in due], dtype=torch.float64)
-        self._communicator.all_reduce_(counts)
-        return {name: int(count) for name, count in zip(due, counts.tolist(), strict=True) if count}
+    @property
+    def digest(self) -> int:
+        """A number in [0, `DIGEST_LIMIT`) that differs, but for chance, where iterations or owners do."""
+        return (self._iteration + self._shared.digest) % DIGEST_LIMIT
+
+    def agree(self, parameters: Sequence[Parameter], names: Mapping[int, str]) -> tuple[StepAgreement, dict[str, int]]:
+        """`agree_on_step`, and how many ranks captured factors of each block that is due, less those that none did.
+
+        Args:
+            parameters: What the optimizer was given.
+            names: Of the parameters, by id.
+        """
+        self.capture.forget_dropped()
+        first = {block.name: id(block.parameters[0]) for block in self._shared.blocks}
+        captured = {first[name] for name in self.capture.captured}
+        agreed = agree_on_step(parameters, names, self._communicator, captured, self.digest, self._num_kept)
+        self._warn_of_kept(agreed.num_kept)
+        due = dict.fromkeys(name for name, _ in self._due)
+        return agreed, {name: agreed.num_captured[first[name]] for name in due if first[name] in agreed.num_captured}
+
+    def _warn_of_kept(self, num_kept: int) -> None:
+        """Say once, on rank 0, that factorising failed for good somewhere in the last step."""
+        if num_kept and not self._warned_of_kept:
+            self._warned_of_kept = True
+            if self._communicator.is_main:
+                logger.warning(
+                    "K-FAC could not factorise the Fisher of %d blocks even with more damping, so they go on with "
+                    "their previous inverse: larger damping, or a look at the loss for values that are not finite, "
+                    "helps. report.kept_inverses counts them in every step",
+                    num_kept,
+                )
 
     def warn_of_absent(self, present: Mapping[str, int]) -> None:
         """Say once, on rank 0, which layers gave nothing although their factors are due."""
@@ -121,7 +157,7 @@ class DistributedFisher:
         """Stage 4: take the averages, when they have arrived, into the running Fisher and factorise it.
 
         Args:
-            present: From `agree_on_captured`.
+            present: From `agree`.
             damping_of: γ of a block.
 
         Returns:
@@ -143,6 +179,7 @@ class DistributedFisher:
         report = self.owned.refresh(
             factors, damping_of, lambda key: self._refresh.expected_interval(key, self._iteration)
         )
+        self._num_kept = report.num_kept
         return report, changes
 
     def gather_changes(self, present: Mapping[str, int], own: Mapping[FactorKey, Tensor]) -> dict[FactorKey, float]:
@@ -183,10 +220,13 @@ class DistributedFisher:
             "iteration": self._iteration,
             "refresh": self._refresh.state_dict(),
             BLOCKS: self.owned.state_dict(),
+            **self._shared.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         """Replace everything by copies of what `state_dict` returned, and begin the iteration that it was saved in."""
+        self._shared.adopt(self._shared.owners_in(state))
+        self.follow()
         self.owned.load_state_dict(state[BLOCKS], device, dtype)
         self._iteration = int(state["iteration"])
         self._refresh.load_state_dict(state["refresh"])

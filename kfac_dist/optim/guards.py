@@ -1,13 +1,16 @@
-"""What both optimizers check at their borders: arguments, habits that would go wrong silently, the model's start.
+"""What both optimizers check at their borders: arguments, gradients, conversions; and the model's start."""
 
-Both average over ranks by themselves, so an object that decides on each rank alone, or a copy that is not tied to the
-model's layers, would compute something else; it is refused by name.
-"""
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator, create_communicator
+from kfac_dist.optim.agreement import agree_on_model
+
+_SHARDED = {"FullyShardedDataParallel", "FSDPModule"}  # by name: torch.distributed is the communicator's alone
+Placement = tuple[torch.dtype, torch.device]
 
 
 def check_arguments(name: str, model: object, communicator: object) -> Communicator:
@@ -29,6 +32,7 @@ def check_arguments(name: str, model: object, communicator: object) -> Communica
         )
     if isinstance(model, nn.DataParallel):
         raise TypeError(f"{name} cannot see inside DataParallel's replicas: use one process for each GPU (mpirun -n N)")
+    _refuse_sharded(name, model)
     if communicator is None:
         return create_communicator()
     if not isinstance(communicator, Communicator):
@@ -37,6 +41,54 @@ def check_arguments(name: str, model: object, communicator: object) -> Communica
             "Settings such as the learning rate are keywords"
         )
     return communicator
+
+
+def _refuse_sharded(name: str, model: nn.Module) -> None:
+    wrapped = any(base.__name__ in _SHARDED for module in model.modules() for base in type(module).__mro__)
+    if wrapped or any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()):
+        raise TypeError(
+            f"{name} cannot train a sharded model (FullyShardedDataParallel, fully_shard, DTensor): every rank must "
+            "hold whole layers. Give it the model unwrapped; it averages the gradients and shares out the work itself"
+        )
+
+
+def placements(parameters: Sequence[Parameter], names: Mapping[int, str]) -> list[Placement]:
+    """Dtype and device of each parameter that an optimizer is given.
+
+    Args:
+        parameters: What it is given.
+        names: Of the parameters, by id.
+
+    Raises:
+        TypeError: If one is complex.
+    """
+    for parameter in parameters:
+        if parameter.is_complex():
+            raise TypeError(
+                f"{names.get(id(parameter), 'a parameter')} is complex, but the buffers between ranks are real: make "
+                "it a real parameter (torch.view_as_complex in the forward), or leave it to another optimizer (params)"
+            )
+    return [(parameter.dtype, parameter.device) for parameter in parameters]
+
+
+def refuse_converted(parameters: Sequence[Parameter], made_for: Sequence[Placement], names: Mapping[int, str]) -> None:
+    """Refuse a model that was converted or moved after its optimizer was made: buffers would round, or lie elsewhere.
+
+    Args:
+        parameters: What the optimizer was given.
+        made_for: `placements` of them then.
+        names: Of the parameters, by id.
+
+    Raises:
+        ValueError: Naming the parameter.
+    """
+    for parameter, before in zip(parameters, made_for, strict=True):
+        if (parameter.dtype, parameter.device) != before:
+            raise ValueError(
+                f"{names.get(id(parameter), 'a parameter')} was {before[0]} on {before[1]} when the optimizer was made "
+                f"and is {parameter.dtype} on {parameter.device} now: convert or move the model first, then make the "
+                "optimizer (its state_dict can be loaded into the new one)"
+            )
 
 
 def refuse_sparse(name: str, gradient: Tensor) -> None:
@@ -52,8 +104,18 @@ def refuse_sparse(name: str, gradient: Tensor) -> None:
         )
 
 
-def broadcast_model(model: nn.Module, communicator: Communicator) -> None:
-    """Give every rank rank 0's parameters and buffers; collective."""
+def broadcast_model(model: nn.Module, trained: Sequence[Parameter], communicator: Communicator) -> None:
+    """Give every rank rank 0's parameters and buffers; collective.
+
+    Args:
+        model: This rank's model.
+        trained: What its optimizer was given.
+        communicator: The ranks.
+
+    Raises:
+        AgreedInputError: On every rank, before anything is sent, if the ranks' models differ in more than values.
+    """
+    agree_on_model(model, trained, communicator)
     for tensor in (*model.parameters(), *model.buffers()):
         values = tensor.data
         for dimension, stride in enumerate(values.stride()):

@@ -1,7 +1,7 @@
 """Distributed K-FAC as a `torch.optim.Optimizer`: stages 3 to 6 of Algorithm 1 (CVPR 2019)."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -18,7 +18,7 @@ from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedul
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.buffers import add_weight_decay, read_update, update_shares
 from kfac_dist.optim.distributed_fisher import BLOCKS, DistributedFisher
-from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, refuse_sparse
+from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.optim.step_report import StepReport
@@ -59,6 +59,11 @@ class KFAC(DistributedOptimizer):
     `lr`, `momentum`, `damping`, `batchnorm_damping_ratio`, `weight_decay` and `weight_rescaling` are settings of
     parameter groups and are read at every step, so that learning-rate schedulers work; a layer takes its damping
     from the group of its first parameter.
+
+    As in torch, a parameter that has no gradient (None, on any rank) stays as it is, and so does all else if none has
+    one. A layer that is frozen keeps its momentum and its Fisher for when it returns with the same parameters trained.
+    What was captured of a batch goes with its gradients, be they dropped by this `zero_grad` or, set to None, by the
+    model's; gradients that the model's `zero_grad(set_to_none=False)` fills with zeros leave their factors behind.
 
     Attributes:
         report: What came of the last step.
@@ -120,8 +125,10 @@ class KFAC(DistributedOptimizer):
             timer: Charged with the stages' seconds.
 
         Raises:
-            TypeError: If something else than a model or a communicator is given for one.
-            ValueError: If a setting is out of range, or nothing is to be trained.
+            TypeError: If something else than a model or a communicator is given for one, or the model is sharded or
+                complex.
+            ValueError: If a setting is out of range, nothing is to be trained, the ranks' models differ, or the loss
+                scaler serves another optimizer.
         """
         self.communicator = check_arguments("KFAC", model, communicator)
         check_choice("batchnorm", batchnorm, get_args(BatchNormForm))
@@ -147,8 +154,9 @@ class KFAC(DistributedOptimizer):
         self._timer = timer or StageTimer.off()
         given = self._parameters()
         self._device = given[0].device
-        self._dtype = torch.float64 if given[0].dtype == torch.float64 else torch.float32
+        self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in given) else torch.float32
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._placements = placements(given, self._names)
         self._rescaled = {id(weight) for weight in rescaled_weights(model)}
         self._create_blocks = partial(create_blocks, model, form=batchnorm, skip=tuple(skip))
         self._shared = SharedBlocks(self.communicator, self._dtype, self._device)
@@ -163,16 +171,18 @@ class KFAC(DistributedOptimizer):
         self._index_groups()
         self._share_blocks()
         check_parameters(given, self.blocks)
-        broadcast_model(model, self.communicator)
+        if loss_scaler is not None:
+            loss_scaler.serve(self)
+        broadcast_model(model, given, self.communicator)
 
     def _share_blocks(self) -> None:
-        """Share out the blocks, as every rank does alike; again when parameters were frozen or unfrozen."""
+        """Share out the blocks, as every rank does alike; again when parameters were frozen or unfrozen.
+
+        What is frozen keeps its velocity, as in torch.
+        """
         self._trainable = [parameter.requires_grad for parameter in self._parameters()]
         self._shared.share(self._create_blocks(trained=self._parameters()))
         self._fisher.follow()
-        trained = {id(parameter) for block in self.blocks for parameter in block.parameters}
-        for parameter in [parameter for parameter in self.state if id(parameter) not in trained]:
-            del self.state[parameter]  # what is frozen does not move: its velocity is gone
 
     def _follow_freezing(self) -> None:
         """Share the blocks anew if parameters were frozen or unfrozen since."""
@@ -190,7 +200,14 @@ class KFAC(DistributedOptimizer):
 
         Returns:
             The closure's result, or None.
+
+        Raises:
+            TypeError: If a `torch.amp.GradScaler` drives it.
+            ValueError: If a setting is out of range, a gradient is sparse, the model was converted, other parameters
+                are frozen on other ranks, or other states were loaded there.
+            RuntimeError: After `close`.
         """
+        self.refuse_closed()
         self.refuse_grad_scaler()
         for group in self.param_groups:  # a scheduler may have set anything; every rank refuses alike
             check_kfac_group(group)
@@ -208,10 +225,12 @@ class KFAC(DistributedOptimizer):
         self._fisher.begin_capture()
 
     def _step(self) -> StepReport:
+        refuse_converted(self._parameters(), self._placements, self._names)
         self._follow_freezing()
         fisher, updates = self._fisher, self._shared.updates
-        present = fisher.agree_on_captured()
-        if fisher.is_due and not present and not self._agree_on_any_gradient():
+        agreed, present = fisher.agree(self._parameters(), self._names)
+        moved = agreed.with_gradient
+        if not moved or (fisher.is_due and not present and not self._agree_on_any_gradient()):
             self._create_state()
             return StepReport()
         fisher.warn_of_absent(present)
@@ -233,7 +252,7 @@ class KFAC(DistributedOptimizer):
             self.communicator.all_gather_v(updates.data, updates.counts, comm_dtype, updates.part_numels)
             changes = fisher.gather_changes(present, own_changes)
         with self._timer.stage("update"):
-            self._update_parameters()
+            self._update_parameters(moved)
         fisher.end_iteration(present, changes)
         return StepReport(False, inversion.num_retries, inversion.num_kept, changes)
 
@@ -309,12 +328,13 @@ class KFAC(DistributedOptimizer):
         ]
         copy_all_([destination for destination, _ in shares], [values for _, values in shares])
 
-    def _update_parameters(self) -> None:
-        """Stage 6: every rank applies Eq. 17 and 18 to all parameters."""
+    def _update_parameters(self, moved: Collection[int]) -> None:
+        """Stage 6: every rank applies Eq. 17 and 18 to the parameters (by id) that have a gradient on some rank."""
         directions = {
             id(parameter): direction
             for block in self.blocks
             for parameter, direction in zip(block.parameters, read_update(self._shared.updates, block), strict=True)
+            if id(parameter) in moved
         }
         for group in self.param_groups:
             weights = [parameter for parameter in group["params"] if id(parameter) in directions]
@@ -343,6 +363,7 @@ class KFAC(DistributedOptimizer):
 
     def close(self) -> None:
         """Take the hooks off the model; the optimizer cannot be used any more. Hooks also go with the optimizer."""
+        super().close()
         self._fisher.capture.close()
 
     # Settings -----------------------------------------------------------------------------------------
@@ -434,13 +455,17 @@ class KFAC(DistributedOptimizer):
         """Restore; the Fisher keeps its precision and returns to the parameters' device.
 
         Raises:
-            ValueError: If the state lacks the Fisher of a block that this rank owns.
+            ValueError: If the state is of another model, or of one frozen otherwise, or lacks the Fisher of a block
+                that this rank owns; then nothing has been changed.
         """
+        self._follow_freezing()
         state = dict(state_dict)
         curvature_state = state.pop(STATE_KEY, None)
         if curvature_state is None:
             raise ValueError('the state has no "kfac" entry: it was not saved by a KFAC optimizer')
-        missing = self._fisher.owned.missing_from(curvature_state[BLOCKS])
+        owners = self._shared.owners_in(curvature_state)
+        owned = {b.name for b, ranks in zip(self.blocks, owners, strict=True) if self.communicator.rank in ranks}
+        missing = sorted(owned - set(curvature_state[BLOCKS]))
         if missing:
             raise ValueError(
                 f"the state lacks the Fisher of {len(missing)} blocks that rank {self.communicator.rank} owns "

@@ -4,6 +4,8 @@ The scale is a power of two, so scaling and unscaling are exact. An update whose
 skipped on every rank, and the scale is halved.
 """
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +23,8 @@ class LossScaler:
         scaler.scale_loss(loss).backward()
         optimizer.step()
 
-    Takes the place of `torch.amp.GradScaler`, whose decision is each rank's own.
+    Takes the place of `torch.amp.GradScaler`, whose decision is each rank's own. It serves one optimizer: the first
+    one's step sets a new scale, with which a second would unscale gradients of the old one.
 
     Attributes:
         scale: What the loss is multiplied with now; the same on every rank.
@@ -48,6 +51,27 @@ class LossScaler:
         self.is_exhausted = False
         self._growth_interval = growth_interval
         self._num_good = 0
+        self._optimizer: weakref.ref[Any] | None = None
+
+    def serve(self, optimizer: object) -> None:
+        """Note which optimizer unscales by this; called by its constructor.
+
+        Raises:
+            ValueError: If another one that still lives does.
+        """
+        if self._optimizer is not None and self._optimizer() is not None:
+            gc.collect()  # what its user has let go of may be part of a cycle
+        if self._optimizer is not None and self._optimizer() is not None:
+            raise ValueError(
+                "loss_scaler serves another optimizer already, whose step changes the scale before this one unscales: "
+                "make a LossScaler for each and scale each optimizer's loss with its own, or give all parameters to "
+                "one optimizer (groups). close() the other, or delete it, if this one takes its place"
+            )
+        self._optimizer = weakref.ref(optimizer)
+
+    def release(self) -> None:
+        """Forget the optimizer: it is closed."""
+        self._optimizer = None
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         """The loss times the scale."""
@@ -90,3 +114,4 @@ class LossScaler:
         self.scale = float(state["scale"])
         self._num_good = int(state["num_good"])
         self.num_overflows = int(state["num_overflows"])
+        self.is_exhausted = False

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
+from kfac_dist.optim.agreement import agree_on_group, agree_on_step
 from kfac_dist.optim.base import DistributedOptimizer
-from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, refuse_sparse
+from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted, refuse_sparse
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import rescale_weights_, rescaled_weights
@@ -23,7 +24,8 @@ from kfac_dist.vocabulary import WeightRescaling
 class SGD(DistributedOptimizer, torch.optim.SGD):
     """`torch.optim.SGD` that averages gradients over the ranks first; its settings mean what they mean there.
 
-    At construction every rank takes rank 0's weights.
+    At construction every rank takes rank 0's weights. As in torch, a parameter that has no gradient (None, on any
+    rank) stays as it is, and a frozen one keeps its momentum.
 
     Attributes:
         report: What came of the last step.
@@ -60,7 +62,10 @@ class SGD(DistributedOptimizer, torch.optim.SGD):
             timer: Charged with the stages' seconds.
 
         Raises:
-            ValueError: If a setting is out of range, or nothing is to be trained.
+            TypeError: If something else than a model or a communicator is given for one, or the model is sharded or
+                complex.
+            ValueError: If a setting is out of range, nothing is to be trained, the ranks' models differ, or the loss
+                scaler serves another optimizer.
         """
         self.communicator = check_arguments("SGD", model, communicator)
         parameters = model.parameters() if params is None else params
@@ -78,11 +83,17 @@ class SGD(DistributedOptimizer, torch.optim.SGD):
         self._trained: list[Parameter] = []
         self._follow_freezing()
         check("params", bool(self._trained), "none", "parameters that are not frozen")
-        broadcast_model(model, self.communicator)
+        self._placements = placements(self._parameters(), self._names)
+        if loss_scaler is not None:
+            loss_scaler.serve(self)
+        broadcast_model(model, self._parameters(), self.communicator)
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _follow_freezing(self) -> None:
         """Lay out the buffer for the parameters that are trained now; users freeze, unfreeze and add."""
-        given = [parameter for group in self.param_groups for parameter in group["params"]]
+        given = self._parameters()
         trained = [parameter for parameter in given if parameter.requires_grad]
         for parameter in given:
             if not parameter.requires_grad:
@@ -106,8 +117,11 @@ class SGD(DistributedOptimizer, torch.optim.SGD):
         """Train more parameters; collective once the optimizer is made: they take rank 0's values."""
         super().add_param_group(param_group)
         if hasattr(self, "_trained"):
-            for parameter in self.param_groups[-1]["params"]:
+            added = self.param_groups[-1]["params"]
+            agree_on_group(self._names, added, self.communicator)
+            for parameter in added:
                 self.communicator.broadcast_(parameter.data)
+            self._placements += placements(added, self._names)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -121,14 +135,21 @@ class SGD(DistributedOptimizer, torch.optim.SGD):
 
         Raises:
             TypeError: If a `torch.amp.GradScaler` drives it.
-            ValueError: If a gradient is sparse.
+            ValueError: If a gradient is sparse, the model was converted, or other parameters are frozen on other ranks.
+            RuntimeError: After `close`.
         """
+        self.refuse_closed()
         self.refuse_grad_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_converted(self._parameters(), self._placements, self._names)
         self._follow_freezing()
+        moved = agree_on_step(self._parameters(), self._names, self.communicator).with_gradient
+        self.report = StepReport()
+        if not moved:
+            return loss
         with self._timer.stage("reduce_scatter"):
             for parameter in self._trained:
                 if parameter.grad is not None:
@@ -146,11 +167,11 @@ class SGD(DistributedOptimizer, torch.optim.SGD):
         with self._timer.stage("all_gather"):
             self.communicator.all_gather_v(self._gradients, self._counts, self._gradient_comm_dtype)
         with self._timer.stage("update"):
-            for parameter in self._trained:
-                if parameter.grad is None:
+            averages = [(p, view) for p, view in zip(self._trained, self._views, strict=True) if id(p) in moved]
+            for parameter, _ in averages:
+                if parameter.grad is None:  # another rank has one
                     parameter.grad = torch.zeros_like(parameter)
-            copy_all_([p.grad for p in self._trained if p.grad is not None], self._views)
+            copy_all_([p.grad for p, _ in averages if p.grad is not None], [view for _, view in averages])
             super().step()
-            rescale_weights_(self._rescaled, self._weight_rescaling)
-        self.report = StepReport()
+            rescale_weights_([weight for weight in self._rescaled if id(weight) in moved], self._weight_rescaling)
         return loss

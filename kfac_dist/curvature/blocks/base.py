@@ -126,3 +126,30 @@ class Block(ABC):
         Returns:
             A stack of the same shape.
         """
+
+
+def weight_and_bias(module: nn.Module, parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Those of the parameters that are the layer's weight and bias, in this order.
+
+    A layer may have registered its bias first, as after `prune.remove` or `remove_weight_norm`.
+    """
+    given = {id(parameter): parameter for parameter in parameters}
+    own = [module._parameters.get(name) for name in ("weight", "bias")]
+    return [given[id(parameter)] for parameter in own if id(parameter) in given]
+
+
+def computed_from_others(name: str) -> str:
+    """The reason where something stands between what is trained and what the layer uses under this name."""
+    return f"its {name} is computed from other parameters: weight_norm, pruning or a parametrization"
+
+
+def why_not_weight_and_bias(module: nn.Module) -> str:
+    """Why the layer's parameters are not just a weight and a bias that hold values, or an empty string."""
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    for name in ("weight", "bias"):
+        if name not in module._parameters and getattr(module, name, None) is not None:
+            return computed_from_others(name)
+    extra = [name for name in names if name not in ("weight", "bias")]
+    if extra:
+        return f"it has parameters that its type does not have: {', '.join(extra)}"
+    return "" if module.get_parameter("weight").numel() else "its weight has no values"

@@ -12,7 +12,7 @@ from kfac_dist.curvature.batchnorm import (
     split_gradient,
     stack_shape,
 )
-from kfac_dist.curvature.blocks.base import Block, Matrices
+from kfac_dist.curvature.blocks.base import Block, Matrices, weight_and_bias, why_not_weight_and_bias
 from kfac_dist.curvature.solvers import Solver, precondition_vectors
 from kfac_dist.vocabulary import BatchNormForm
 
@@ -25,7 +25,7 @@ class BatchNormBlock(Block):
     def __init__(
         self, name: str, module: nn.BatchNorm1d | nn.BatchNorm2d, parameters: Sequence[Parameter], form: BatchNormForm
     ):
-        super().__init__(name, module, parameters)
+        super().__init__(name, module, weight_and_bias(module, parameters))
         self.form: BatchNormForm = form
         self.eps = module.eps
         self.factor_shapes = {"F": stack_shape(module.num_features, form)}
@@ -37,7 +37,10 @@ class BatchNormBlock(Block):
 
     @classmethod
     def why_not(cls, module: nn.Module, trained: Sequence[Parameter]) -> str:
-        return "" if len(trained) == 2 else "scale or shift is frozen or not given to the optimizer"
+        reason = why_not_weight_and_bias(module)
+        if reason or len(weight_and_bias(module, trained)) == 2:
+            return reason
+        return "scale or shift is frozen or not given to the optimizer"
 
     def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         return batchnorm_fisher(x, g, self.eps, self.form)

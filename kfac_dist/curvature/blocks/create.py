@@ -5,9 +5,11 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from kfac_dist.curvature.assignment import LayerCost, inversion_flops
-from kfac_dist.curvature.blocks.base import Block, FactorKey
+from kfac_dist.curvature.blocks.base import Block, FactorKey, computed_from_others
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
 from kfac_dist.curvature.blocks.identity import IdentityBlock
@@ -41,8 +43,9 @@ def create_blocks(
         Blocks; each trained parameter of the model is in exactly one.
 
     Raises:
-        InputError: If a pattern matches no module.
+        InputError: If a pattern matches no module, or a lazy module does not know its shapes yet.
     """
+    _refuse_lazy(model)
     names = [name for name, _ in model.named_modules()]
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -89,6 +92,8 @@ def _create_block(
     block_type = BLOCK_TYPES.get(type(module))
     if any(fnmatchcase(name, pattern) for pattern in skip):
         reason = "skipped by pattern"
+    elif is_parametrized(module):
+        reason = computed_from_others(next(iter(module.get_submodule("parametrizations")._modules)))
     elif block_type is None:
         reason = f"{type(module).__name__} has no K-FAC form here"
     elif tied:
@@ -98,6 +103,15 @@ def _create_block(
     if reason or block_type is None:
         return IdentityBlock(name, module, own, reason)
     return block_type.create(name, module, own, form)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(is_lazy(parameter) for parameter in _direct_parameters(module)):
+            raise InputError(
+                f"{name or '(root)'}, a {type(module).__name__}, does not know its shapes yet: run one forward of the "
+                "model before making the optimizer"
+            )
 
 
 def _count_owners(model: nn.Module) -> dict[int, int]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from kfac_dist.curvature.blocks.base import Block, Matrices
+from kfac_dist.curvature.blocks.base import Block, Matrices, weight_and_bias, why_not_weight_and_bias
 from kfac_dist.curvature.factors import input_factor, output_factor, second_moment
 from kfac_dist.curvature.solvers import Solver, damping_shifts, precondition_kronecker
 
@@ -16,7 +16,7 @@ class KroneckerBlock(Block):
     """F ≈ G ⊗ A, one such block for each group of the layer.
 
     A layer type's own class says how its inputs and output gradients become rows. The layer has a `weight` of shape
-    (output features, *), its first parameter, and a `bias` or none.
+    (output features, *) and a `bias` or none, and no other parameters.
 
     Attributes:
         sample_dims: Dimensions of one sample's input; a call with no more than these has no batch dimension.
@@ -30,18 +30,19 @@ class KroneckerBlock(Block):
     sample_dims: int
 
     def __init__(self, name: str, module: nn.Module, parameters: Sequence[Parameter], groups: int = 1):
-        super().__init__(name, module, parameters)
+        super().__init__(name, module, weight_and_bias(module, parameters))
         weight = module.get_parameter("weight")
         self.groups = groups
-        self.has_bias = len(parameters) == 2
+        self.has_bias = any(parameter is module._parameters.get("bias") for parameter in parameters)
         self.rows = weight.shape[0] // groups
         self.columns = weight[0].numel()
         self.factor_shapes = {"A": (groups, self.columns + self.has_bias), "G": (groups, self.rows)}
 
     @classmethod
     def why_not(cls, module: nn.Module, trained: Sequence[Parameter]) -> str:
-        if any(parameter is module.weight for parameter in trained):
-            return ""
+        reason = why_not_weight_and_bias(module)
+        if reason or any(parameter is module.weight for parameter in trained):
+            return reason
         return "the weight is frozen or not given to the optimizer"
 
     @abstractmethod

@@ -244,3 +244,42 @@ def test_sgd_continues_bit_for_bit_and_equals_torch() -> None:
     for net, optimizer in ((other, resumed), (nets[1], theirs)):
         train(net, optimizer, steps=2, first=3)
     assert_equal(weights(other), weights(nets[1]))
+
+
+@pytest.mark.parametrize("differs", ["batchnorm", "skip", "width", "frozen bias", "frozen layer", "thawed layer"])
+def test_a_state_of_another_model_is_refused_before_anything_changes(differs: str) -> None:
+    """Defect: it was taken, and a later step failed or computed something else."""
+    net, other = make_net(), make_net()
+    settings: dict[str, Any] = {}
+    if differs == "batchnorm":
+        settings = {"batchnorm": "unit"}
+    elif differs == "skip":
+        settings = {"skip": ["4"]}
+    elif differs == "width":
+        other[4] = nn.Linear(75, 5).double()
+    else:
+        frozen = other if differs != "thawed layer" else net
+        (frozen[4].bias if differs == "frozen bias" else frozen[4]).requires_grad_(False)
+    optimizer, loading = make_kfac(net, refresh=10), make_kfac(other, refresh=10, **settings)
+    train(net, optimizer, steps=2)
+    layer = "1" if differs == "batchnorm" else "4"
+    with pytest.raises(ValueError, match=f"the state does not fit the model: layer {layer} is .*(state|here)"):
+        loading.load_state_dict(optimizer.state_dict())
+    assert not loading.state
+    assert loading.state_dict()["kfac"]["iteration"] == 0
+    assert not running(loading)
+
+
+def test_a_state_saved_while_frozen_goes_on_when_frozen_alike() -> None:
+    """What is unfrozen after it is refreshed at once, since nothing is known of it."""
+    net, other = make_net(), make_net()
+    optimizer = make_kfac(net, refresh=100)
+    train(net, optimizer, steps=1)
+    net[4].requires_grad_(False)
+    train(net, optimizer, steps=1)
+    loading = make_kfac(other, refresh=100)
+    other[4].requires_grad_(False)
+    loading.load_state_dict(optimizer.state_dict())
+    other.requires_grad_(True)
+    train(other, loading, steps=1)
+    assert loading.state_dict()["kfac"]["blocks"]["4"]["solvers"]

@@ -1,0 +1,130 @@
+"""What the ranks must hold alike before they send anything, and what all of them must know before a step."""
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from kfac_dist.communicator import Communicator
+from kfac_dist.errors import AgreedInputError, InputError
+
+DIGEST_LIMIT = 2**20
+"""Digests are below it, so that sums of their squares are exact in fp64 on up to 2^13 ranks."""
+
+
+def agree_on_model(model: nn.Module, trained: Sequence[Parameter], communicator: Communicator) -> None:
+    """Refuse ranks whose models differ in names, order, shapes, dtypes or freezing, or that train other parameters.
+
+    Collective; before anything is sent, since buffers of different lengths would wait for ever or cross weights.
+
+    Args:
+        model: This rank's model.
+        trained: What its optimizer was given.
+        communicator: The ranks.
+
+    Raises:
+        AgreedInputError: On every rank, naming the first difference.
+    """
+    _agree_on_lines([*_describe(model), *_describe_given(model, trained)], "models", communicator)
+
+
+def agree_on_group(names: Mapping[int, str], group: Sequence[Parameter], communicator: Communicator) -> None:
+    """`agree_on_model` for a parameter group that is added later; `names` are the model's by id."""
+    _agree_on_lines([_line(names.get(id(p), "a parameter"), p) for p in group], "parameter groups", communicator)
+
+
+def _agree_on_lines(lines: Sequence[str], what: str, communicator: Communicator) -> None:
+    text = "\n".join(lines).encode(errors="backslashreplace")
+    if len(set(communicator.gather_bytes(hashlib.sha256(text).digest()))) == 1:
+        return
+    first = communicator.gather_bytes(text if communicator.is_main else b"")[0].decode().split("\n")
+    with communicator.raise_on_all_ranks():
+        for here, there in zip_longest(text.decode().split("\n"), first, fillvalue="nothing more"):
+            if here != there:
+                raise InputError(
+                    f"the ranks' {what} differ: {here} on rank {communicator.rank}, {there} on rank 0. Build the same "
+                    "on every rank: layers and parameters in the same order, of the same shapes, frozen alike"
+                )
+
+
+def _describe(model: nn.Module) -> Iterator[str]:
+    yield from (_line(name, parameter) for name, parameter in model.named_parameters())
+    yield from (f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in model.named_buffers())
+
+
+def _describe_given(model: nn.Module, trained: Sequence[Parameter]) -> Iterator[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return (f"params[{number}] {names.get(id(p), 'not of the model')}" for number, p in enumerate(trained))
+
+
+def _line(name: str, parameter: Parameter) -> str:
+    return f"{name} {tuple(parameter.shape)} {parameter.dtype}{'' if parameter.requires_grad else ' frozen'}"
+
+
+@dataclass(frozen=True)
+class StepAgreement:
+    """What every rank knows of all ranks at the start of a step.
+
+    Attributes:
+        with_gradient: Ids of the trained parameters that have a gradient on some rank.
+        num_captured: By a parameter's id, the ranks on which its flag was set.
+        num_kept: Sum over the ranks.
+    """
+
+    with_gradient: Collection[int]
+    num_captured: Mapping[int, int]
+    num_kept: int
+
+
+def agree_on_step(
+    parameters: Sequence[Parameter],
+    names: Mapping[int, str],
+    communicator: Communicator,
+    captured: Collection[int] = (),
+    digest: int = 0,
+    num_kept: int = 0,
+) -> StepAgreement:
+    """Tell all ranks what each has; one small all-reduce on the host, in every step, for which no GPU waits.
+
+    Its length does not depend on what is frozen, so that ranks which froze other parameters find out.
+
+    Args:
+        parameters: What the optimizer was given; the same on every rank.
+        names: Of the parameters, by id.
+        communicator: The ranks.
+        captured: Ids of parameters whose layers' factors this rank captured.
+        digest: Of what must be the same on every rank besides, in [0, 2^20).
+        num_kept: To be added up.
+
+    Raises:
+        AgreedInputError: On every rank, if a parameter is frozen on some ranks only, or the digests differ.
+    """
+    trained = [parameter.requires_grad for parameter in parameters]
+    with_gradient = [p.grad is not None and is_trained for p, is_trained in zip(parameters, trained, strict=True)]
+    flags = [*trained, *with_gradient, *(id(parameter) in captured for parameter in parameters)]
+    own = torch.tensor([*flags, digest, digest**2, num_kept], dtype=torch.float64, device="cpu")
+    *sums, digests, squares, kept = map(int, communicator.all_reduce_(own).tolist())
+    num_trained, num_with_gradient, num_captured = (
+        sums[start : start + len(parameters)] for start in range(0, len(sums), len(parameters))
+    )
+    size = communicator.size
+    for parameter, count in zip(parameters, num_trained, strict=True):
+        if count not in (0, size):
+            raise AgreedInputError(
+                f"{names.get(id(parameter), 'a parameter')} is trained on {count} of {size} ranks and frozen on the "
+                "others: freeze and unfreeze (requires_grad) on every rank alike"
+            )
+    if squares * size != digests**2:  # equal if and only if all digests are (Cauchy-Schwarz)
+        raise AgreedInputError(
+            "the ranks' optimizers differ in their iteration or in which rank owns which layer: load_state_dict must "
+            "be called on every rank, each with a state of the same iteration, and step equally often"
+        )
+    return StepAgreement(
+        {id(parameter) for parameter, count in zip(parameters, num_with_gradient, strict=True) if count},
+        {id(parameter): count for parameter, count in zip(parameters, num_captured, strict=True) if count},
+        kept,
+    )

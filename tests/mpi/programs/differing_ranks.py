@@ -1,0 +1,149 @@
+"""Ranks that hold or do different things: prints what each says, and fails if a rank goes on alone.
+
+differing_ranks.py
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kfac_dist import KFAC, SGD, create_communicator
+from kfac_dist.communicator import Communicator, launch
+from kfac_dist.errors import AgreedInputError
+
+KINDS: dict[str, type[KFAC | SGD]] = {"kfac": KFAC, "sgd": SGD}
+
+
+def in_another_order(rank: int) -> nn.Module:
+    layers = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+    return nn.ModuleDict({name: layers[name] for name in sorted(layers, reverse=bool(rank))})
+
+
+def with_one_frozen(rank: int) -> nn.Module:
+    model = nn.Linear(4, 4)
+    model.bias.requires_grad_(rank == 0)
+    return model
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "depth": lambda rank: nn.Sequential(*[nn.Linear(4, 4) for _ in range(2 + rank)]),
+    "width": lambda rank: nn.Linear(4, 4 + rank),
+    "order": in_another_order,
+    "dtype": lambda rank: nn.Linear(4, 4, dtype=(torch.float32, torch.bfloat16)[rank]),
+    "frozen": with_one_frozen,
+}
+
+
+def make_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 30), nn.Tanh(), nn.Linear(30, 3))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: int = 1) -> None:
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        optimizer.zero_grad()
+        x = torch.randn(16, 4, generator=generator)
+        F.cross_entropy(model(x), torch.randint(3, (16,), generator=generator)).backward()
+        optimizer.step()
+
+
+def say(communicator: Communicator, case: str, action: Callable[[], Any]) -> None:
+    """Print what every rank raises; it must be the same kind of error on all."""
+    try:
+        action()
+        said = "nothing"
+    except AgreedInputError as error:
+        said = str(error)
+    for rank, text in enumerate(communicator.gather_bytes(said.encode())):
+        communicator.print_once(f"{case} | {rank} | {text.decode()}")
+
+
+def check_one_rank_freezes(kind: str, communicator: Communicator) -> None:
+    model = make_net()
+    optimizer = KINDS[kind](model, communicator, lr=0.01)
+    train(model, optimizer, communicator.rank)
+    if communicator.rank:
+        model[2].requires_grad_(False)
+    say(communicator, f"{kind} freezes", lambda: train(model, optimizer, communicator.rank))
+
+
+def check_one_rank_loads(communicator: Communicator) -> None:
+    model = make_net()
+    optimizer = KFAC(model, communicator, lr=0.01)
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, communicator.rank, steps=2)
+    if communicator.rank:
+        optimizer.load_state_dict(state)
+    say(communicator, "loads", lambda: train(model, optimizer, communicator.rank))
+
+
+def check_one_rank_has_the_gradient(kind: str, communicator: Communicator) -> None:
+    """The others move by it too; a layer that no rank used stays, decay or not."""
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)])
+    optimizer = KINDS[kind](model, communicator, lr=0.1, weight_decay=0.1)
+    before = [layer.weight.detach().clone() for layer in model]
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model[0](torch.ones(4, 3)).square().mean()
+        if communicator.rank:
+            loss = loss + model[1](torch.ones(4, 3)).square().mean()
+        loss.backward()
+        optimizer.step()
+    moved = [not torch.equal(layer.weight, old) for layer, old in zip(model, before, strict=True)]
+    first = communicator.broadcast_(model[1].weight.detach().clone())
+    assert moved == [True, True, False], f"{kind}: {moved}"
+    assert torch.equal(first, model[1].weight), f"{kind}: the ranks differ"
+    assert model[2].weight.grad is None
+
+
+def check_owners_are_adopted(communicator: Communicator) -> None:
+    """A run that unfroze layers shares them out otherwise than a new process, which can yet go on with its state."""
+    model = make_net()
+    model[:4].requires_grad_(False)
+    optimizer = KFAC(model, communicator, lr=0.01, ema_decay=0.9)
+    train(model, optimizer, communicator.rank)
+    model.requires_grad_(True)
+    train(model, optimizer, communicator.rank, steps=2)
+
+    resumed_model = make_net()
+    resumed = KFAC(resumed_model, communicator, lr=0.01, ema_decay=0.9)
+    assert resumed.owners != optimizer.owners, "history makes no difference: nothing is tested"
+    resumed_model.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares momentum tensors else
+    assert resumed.owners == optimizer.owners
+    train(model, optimizer, communicator.rank, steps=2)
+    train(resumed_model, resumed, communicator.rank, steps=2)
+    for ours, theirs in zip(resumed_model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def check_a_step_with_all_frozen(kind: str, communicator: Communicator) -> None:
+    model = make_net()
+    optimizer = KINDS[kind](model, communicator, lr=0.01)
+    model.requires_grad_(False)
+    optimizer.zero_grad()
+    optimizer.step()
+    model.requires_grad_(True)
+    train(model, optimizer, communicator.rank)
+
+
+def main() -> int:
+    communicator = create_communicator("reduce", "mpi", torch.device("cpu"))
+    for kind, optimizer in KINDS.items():
+        for case, model_of in MODELS.items():
+            say(communicator, f"{kind} {case}", lambda o=optimizer, m=model_of: o(m(communicator.rank), communicator))
+        check_one_rank_freezes(kind, communicator)
+        check_one_rank_has_the_gradient(kind, communicator)
+        check_a_step_with_all_frozen(kind, communicator)
+    check_one_rank_loads(communicator)
+    check_owners_are_adopted(communicator)
+    return 0
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,48 @@
+"""Ranks whose models, freezing, gradients or states differ: refused on all of them at once, or brought together."""
+
+from collections.abc import Callable
+from subprocess import CompletedProcess
+
+import pytest
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(scope="module")
+def said(run_program: Callable[..., CompletedProcess[str]]) -> dict[tuple[str, int], str]:
+    """What each rank raised in each case, `nothing` if it raised nothing; the program asserts all else."""
+    finished = run_program(2, "differing_ranks.py", timeout=100)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    lines = [line.split(" | ", 2) for line in finished.stdout.splitlines()]
+    return {(case, int(rank)): text for case, rank, text in lines}
+
+
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
+@pytest.mark.parametrize(
+    ("case", "difference"),
+    [
+        ("depth", "2.weight (4, 4) torch.float32 on rank 1"),
+        ("width", "weight (5, 4) torch.float32 on rank 1, weight (4, 4) torch.float32 on rank 0"),
+        ("order", "b.weight (4, 4) torch.float32 on rank 1, a.weight (4, 4) torch.float32 on rank 0"),
+        ("dtype", "weight (4, 4) torch.bfloat16 on rank 1, weight (4, 4) torch.float32 on rank 0"),
+        ("frozen", "bias (4,) torch.float32 frozen on rank 1, bias (4,) torch.float32 on rank 0"),
+    ],
+)
+def test_models_that_differ_are_refused(
+    kind: str, case: str, difference: str, said: dict[tuple[str, int], str]
+) -> None:
+    """Defect: the job hung, or weights went into other layers where only the order differed."""
+    for rank in (0, 1):
+        assert f"the ranks' models differ: {difference}" in said[f"{kind} {case}", rank]
+
+
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
+def test_freezing_on_one_rank_only_is_refused_on_all(kind: str, said: dict[tuple[str, int], str]) -> None:
+    """Defect: the job hung, or MPI ended it."""
+    for rank in (0, 1):
+        assert said[f"{kind} freezes", rank].startswith("2.weight is trained on 1 of 2 ranks and frozen on the others")
+
+
+def test_a_state_loaded_on_one_rank_only_is_refused_on_all(said: dict[tuple[str, int], str]) -> None:
+    for rank in (0, 1):
+        assert "load_state_dict must be called on every rank" in said["loads", rank]
