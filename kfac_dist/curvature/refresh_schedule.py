@@ -29,7 +29,7 @@ class RefreshSchedule(ABC):
     """Whether `record` needs Diff values, which costs a pass over each refreshed matrix."""
 
     def plan_for(self, costs: Mapping[FactorKey, float]) -> None:
-        """Learn the work of refreshing each factor; called once, before anything else."""
+        """Learn the work of refreshing each factor; called before anything else, and again when layers come or go."""
         del costs  # only a schedule that spreads the load uses them
 
     @abstractmethod

@@ -18,9 +18,12 @@ class RunningAverage:
     With a decay the t-th factor has the weight (1 − decay)/(1 − decay^t), so that the first is the average and no
     start value biases it; without a decay each factor replaces the last.
 
+    With a decay a factor that is not finite would stay for ever. It counts as one more of what the average is already,
+    or before any finite one as one more of the first finite one; that is decided on the device.
+
     Attributes:
         value: The average, (count, n, n), undamped; without values before the first factor.
-        num_averaged: Factors that went into it.
+        num_averaged: Factors that it was given.
     """
 
     value: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -86,7 +89,7 @@ def update_running_averages(factors: Sequence[tuple[RunningAverage, Tensor]], de
     """Take new factors into their running averages, in few launches.
 
     Args:
-        factors: Running average and new factor, (count, n, n), each; the factors are kept.
+        factors: Running average and new factor, (count, n, n), each; the factors are kept or overwritten.
         decay: Share of the old average, in (0, 1), or None.
     """
     by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
@@ -100,7 +103,17 @@ def update_running_averages(factors: Sequence[tuple[RunningAverage, Tensor]], de
         old.append(average.value)
         new.append(factor)
     for weight, (old, new) in by_weight.items():
+        old_finite, new_finite = _are_finite(old), _are_finite(new)
+        for number, (average_value, factor) in enumerate(zip(old, new, strict=True)):
+            torch.where(new_finite[number], factor, average_value, out=factor)
+            torch.where(old_finite[number], average_value, factor, out=average_value)
         torch._foreach_lerp_(old, new, weight)
+
+
+def _are_finite(stacks: list[Tensor]) -> Sequence[Tensor]:
+    """Whether all values of each stack are finite, scalars on its device; three launches for all."""
+    largest = torch._foreach_norm(stacks, float("inf"))  # a sum of squares could overflow
+    return torch.stack(list(largest)).isfinite().unbind()
 
 
 def relative_change(new: Tensor, old: Tensor) -> Tensor:

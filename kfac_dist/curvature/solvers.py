@@ -49,33 +49,6 @@ def damping_shifts(mean_A: Tensor, mean_G: Tensor, damping: Tensor) -> tuple[Ten
     return pi * root, root / pi
 
 
-def damp_factors(A: Tensor, G: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Split Tikhonov damping between the two Kronecker factors (Eq. 12, factored form).
-
-    Args:
-        A: Input factors, (k, n, n), symmetric positive semi-definite.
-        G: Output factors, (k, m, m), likewise.
-        damping: gamma > 0.
-
-    Returns:
-        New damped stacks of the same shapes; the arguments are unchanged.
-
-    Raises:
-        ValueError: If damping is not positive.
-    """
-    if not damping > 0:
-        raise ValueError(f"damping must be > 0, got {damping}")
-    shift_A, shift_G = damping_shifts(mean_diagonals(A), mean_diagonals(G), A.new_full((len(A),), damping))
-    return add_to_diagonal(A, shift_A), add_to_diagonal(G, shift_G)
-
-
-def add_to_diagonal(stack: Tensor, shift: Tensor) -> Tensor:
-    """A copy of the stack (k, n, n) with shift (k,) added to the matrices' diagonals."""
-    damped = stack.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
-    return damped
-
-
 # Matrices up to this size are factorised in one call a size; a larger one fills a GPU alone, and batched kernels are
 # made for small ones. Not yet measured on a GPU; on a CPU it makes no difference.
 _BATCHED_UP_TO = 512

@@ -19,8 +19,8 @@ from kfac_dist.curvature.running import BlockCurvature
 from kfac_dist.curvature.solvers import (
     Solver,
     StackBatches,
-    add_to_diagonal,
-    damp_factors,
+    damping_shifts,
+    mean_diagonals,
     precondition_kronecker,
     precondition_vectors,
 )
@@ -43,6 +43,13 @@ def assert_close(actual, expected):
 
 
 # Damping
+
+
+def damp_factors(A, G, damping):
+    """Both stacks with the damping of Eq. 12, factored form, split between them."""
+    shift_A, shift_G = damping_shifts(mean_diagonals(A), mean_diagonals(G), A.new_full((len(A),), damping))
+    damped_A = A + shift_A[:, None, None] * identity(A.shape[-1])
+    return damped_A, G + shift_G[:, None, None] * identity(G.shape[-1])
 
 
 def test_damping_numbers_by_hand():
@@ -74,8 +81,6 @@ def test_pi_is_1_where_a_trace_is_0(scale_A, scale_G):
 def test_damping_leaves_its_arguments_unchanged():
     A, G = random_psd(2, 3), random_psd(2, 2)
     copies = A.clone(), G.clone()
-    damp_factors(A, G, 1.0)
-    add_to_diagonal(A, torch.ones(2, dtype=torch.float64))
     StackBatches([A, G]).add_to_diagonals([torch.ones(2, dtype=torch.float64)] * 2)
     assert torch.equal(A, copies[0])
     assert torch.equal(G, copies[1])
@@ -84,7 +89,7 @@ def test_damping_leaves_its_arguments_unchanged():
 @pytest.mark.parametrize("damping", [0.0, -0.1, math.nan])
 def test_damping_must_be_positive(damping):
     with pytest.raises(ValueError, match=r"damping must be > 0, got"):
-        damp_factors(random_psd(1, 2), random_psd(1, 2), damping)
+        InversionTask(kronecker_curvature(), damping, ["A", "G"])
 
 
 # Cholesky
