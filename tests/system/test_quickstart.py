@@ -100,7 +100,7 @@ def test_plain_python_is_one_rank_and_overwrites_nothing(
     before = (output_dir / "quickstart" / "metrics.jsonl").read_bytes()
     finished = run_python(["train.py", QUICKSTART, f"run.output_dir={output_dir}", "train.epochs=0.2"])
     assert finished.returncode == 0, finished.stderr
-    assert "1 ranks over MPI" in finished.stderr
+    assert "1 rank, without MPI" in finished.stderr
     second = output_dir / "quickstart-2"
     assert str(second) in finished.stdout
     assert (second / "DONE").is_file()
