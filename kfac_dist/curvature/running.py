@@ -111,7 +111,7 @@ def update_running_averages(factors: Sequence[tuple[RunningAverage, Tensor]], de
 
 
 def _are_finite(stacks: list[Tensor]) -> Sequence[Tensor]:
-    """Whether all values of each stack are finite, scalars on its device; three launches for all."""
+    """Whether all values of each stack are finite, scalars on its device; in few launches."""
     largest = torch._foreach_norm(stacks, float("inf"))  # a sum of squares could overflow
     return torch.stack(list(largest)).isfinite().unbind()
 
