@@ -104,13 +104,13 @@ def refuse_sparse(name: str, gradient: Tensor) -> None:
         )
 
 
-def broadcast_model(model: nn.Module, trained: Sequence[Parameter], communicator: Communicator) -> None:
+def broadcast_model(model: nn.Module, communicator: Communicator, trained: Sequence[Parameter] = ()) -> None:
     """Give every rank rank 0's parameters and buffers; collective.
 
     Args:
         model: This rank's model.
-        trained: What its optimizer was given.
         communicator: The ranks.
+        trained: What its optimizer was given, to be compared too.
 
     Raises:
         AgreedInputError: On every rank, before anything is sent, if the ranks' models differ in more than values.

@@ -173,7 +173,7 @@ class KFAC(DistributedOptimizer):
         check_parameters(given, self.blocks)
         if loss_scaler is not None:
             loss_scaler.serve(self)
-        broadcast_model(model, given, self.communicator)
+        broadcast_model(model, self.communicator, given)
 
     def _share_blocks(self) -> None:
         """Share out the blocks, as every rank does alike; again when parameters were frozen or unfrozen.

@@ -86,7 +86,7 @@ class SGD(DistributedOptimizer, torch.optim.SGD):
         self._placements = placements(self._parameters(), self._names)
         if loss_scaler is not None:
             loss_scaler.serve(self)
-        broadcast_model(model, self._parameters(), self.communicator)
+        broadcast_model(model, self.communicator, self._parameters())
 
     def _parameters(self) -> list[Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

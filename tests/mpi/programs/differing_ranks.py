@@ -82,6 +82,13 @@ def check_one_rank_loads(communicator: Communicator) -> None:
     say(communicator, "loads", lambda: train(model, optimizer, communicator.rank))
 
 
+def check_one_rank_adds_another_group(communicator: Communicator) -> None:
+    model = make_net()
+    optimizer = SGD(model, communicator, params=model[0].parameters())
+    added = model[2 + 2 * communicator.rank].parameters()
+    say(communicator, "adds", lambda: optimizer.add_param_group({"params": added}))
+
+
 def check_one_rank_has_the_gradient(kind: str, communicator: Communicator) -> None:
     """The others move by it too; a layer that no rank used stays, decay or not."""
     model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)])
@@ -140,6 +147,7 @@ def main() -> int:
         check_one_rank_freezes(kind, communicator)
         check_one_rank_has_the_gradient(kind, communicator)
         check_a_step_with_all_frozen(kind, communicator)
+    check_one_rank_adds_another_group(communicator)
     check_one_rank_loads(communicator)
     check_owners_are_adopted(communicator)
     return 0
