@@ -79,6 +79,16 @@ class ResumedRun:
     lock: RunLock | None
 
 
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: final test accuracy in percent, and where its files are."""
+
+    top1: float
+    iterations: int
+    seconds: float
+    directory: Path
+
+
 class Reporter:
     """Writes a run's metrics and shows its progress; every rank calls the same methods, rank 0 writes.
 

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,23 +20,13 @@ from kfac_dist.runs.log import RunLog
 from kfac_dist.training.divergence import DivergenceCheck
 from kfac_dist.training.fallback import fall_back
 from kfac_dist.training.learner import Learner
-from kfac_dist.training.reporter import IterationResult, Reporter, ResumedRun, Told
+from kfac_dist.training.reporter import IterationResult, Reporter, Result, ResumedRun, Told
 from kfac_dist.training.restarts import count_restart, note_start
 from kfac_dist.training.run_state import RunSaver, resume, run_of
 from kfac_dist.training.signals import StopSignals
 from kfac_dist.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended: final test accuracy in percent, and where its files are."""
-
-    top1: float
-    iterations: int
-    seconds: float
-    directory: Path
 
 
 class Trainer(Learner):
