@@ -89,6 +89,7 @@ class Trainer(Learner):
         num_iterations = self.schedules.num_iterations
         reporter = Reporter(self.config, self.communicator, self.schedules, self.resumed, self._log)
         with closing(reporter), self._stops, self._watchdog:
+            logger.info("run: %s", reporter.directory)
             note_start(reporter.directory, self.iteration, self._restarts, self.communicator)
             saver = RunSaver(self, reporter)
             batches = self._batches()
