@@ -54,7 +54,8 @@ def test_300_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     check(found, 8e6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.timeout(1800)
 def test_5000_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check(soak(450, tmp_path, monkeypatch), 16e6)

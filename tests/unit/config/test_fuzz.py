@@ -78,6 +78,6 @@ def test_three_hundred(tmp_path: Path) -> None:
     assert 20 < valid < 280, "both happen"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand(tmp_path: Path) -> None:
     assert sum(check(number, tmp_path) for number in range(300, 2300)) > 100
