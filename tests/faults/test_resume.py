@@ -25,10 +25,15 @@ KILLS = [
     "kill:0:kfac_dist.checkpoints.save.write_tensors:3",
     "kill:1:os.fsync:3",
     "kill:0:kfac_dist.checkpoints.store.CheckpointStore.commit:3",
-    "kill:0:kfac_dist.checkpoints.store.sync_folder:4",
-    "kill:0:kfac_dist.checkpoints.store.CheckpointStore.prune:5",
     "kill:0:shutil.rmtree:2",
-    "kill:0:kfac_dist.training.evaluation.evaluate:1",
+    *(
+        pytest.param(fault, marks=pytest.mark.long)
+        for fault in (
+            "kill:0:kfac_dist.checkpoints.store.sync_folder:4",
+            "kill:0:kfac_dist.checkpoints.store.CheckpointStore.prune:5",
+            "kill:0:kfac_dist.training.evaluation.evaluate:1",
+        )
+    ),
 ]
 BASES = {
     "sgd": ("optimizer.name=sgd", "kfac=null", "train.precision=fp32"),
@@ -85,7 +90,10 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(
     assert_same(whole_run(2), tmp_path / "part")
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 8), (8, 1), (4, 1)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(1, 4), (4, 2), (4, 1), *(pytest.param(*ranks, marks=pytest.mark.long) for ranks in ((2, 8), (8, 1)))],
+)
 def test_another_number_of_ranks(before: int, after: int, train: Run, whole_run: Whole, tmp_path: Path) -> None:
     assert train(before, "part", fault=f"SIGUSR1:0:{ITERATION}:11").returncode == 75
     resumed = train(after, "part", "--resume", "auto")
