@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import kfac_dist.training.learner
 import kfac_dist.training.trainer
 from kfac_dist import LossScaler
 from kfac_dist.data.augment import Augmentation
@@ -43,7 +44,7 @@ def test_overflows_skip_updates_and_training_goes_on(
             trainers.append(self)
             return super().train()
 
-    monkeypatch.setattr(kfac_dist.training.trainer, "LossScaler", partial(LossScaler, 2.0**24))
+    monkeypatch.setattr(kfac_dist.training.learner, "LossScaler", partial(LossScaler, 2.0**24))
     monkeypatch.setattr(train_module, "Trainer", Spied)
     sgd = ["optimizer.name=sgd", "kfac=null", "weight_rescaling=off", "optimizer.learning_rate=0.05"]
     overrides = ["train.precision=fp16", "train.epochs=3", f"run.output_dir={tmp_path}"]
@@ -81,19 +82,21 @@ def test_an_overflow_in_the_forward_pass_leaves_no_trace(
     monkeypatch.setattr(Augmentation, "apply", huge_once)
     finished = command(QUICKSTART, "train.precision=fp16", "train.epochs=2", f"run.output_dir={tmp_path}")
     assert finished.code == 0, finished.err
-    overflows = [line for line in records(tmp_path / "quickstart") if line.get("event") == "overflow"]
-    assert [line["iteration"] for line in overflows] == [5]
+    lost = [line for line in records(tmp_path / "quickstart") if line.get("event") == "nonfinite"]
+    assert [line["iteration"] for line in lost] == [5]
+    assert lost[0]["loss_scale"] == 2.0**16
     (trainer,) = trainers
     assert all(bool(torch.isfinite(value).all()) for value in trainer.model.state_dict().values())
 
 
-def test_training_that_overflows_without_a_scale_is_given_up(command: Command, tmp_path: Path) -> None:
+def test_training_whose_loss_no_scale_can_help_is_given_up(command: Command, tmp_path: Path) -> None:
     overrides = ["train.precision=fp16", "optimizer.learning_rate=1.0e+30", "weight_rescaling=off"]
     finished = command(QUICKSTART, *overrides, f"run.output_dir={tmp_path}")
     assert finished.code == 3
-    assert "it overflows fp16 even without a loss scale): training diverged" in finished.err
+    assert "training failed: " in finished.err
+    assert "black_box.json has the last iterations" in finished.err
     lines = records(tmp_path / "quickstart")
-    assert sum(line.get("event") == "overflow" for line in lines) == 17  # 2^16 to 1
+    assert sum(line.get("event") == "nonfinite" for line in lines) == 3  # no scale helps a loss that is not finite
     assert not (tmp_path / "quickstart" / "DONE").exists()
 
 

@@ -49,7 +49,9 @@ def failing_iteration(self: Trainer, iteration: int, *others: Any) -> Any:
 def fail() -> NoReturn:
     print(f"failing at {time.time()}", flush=True)
     if way == "Ctrl-C":
-        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(2):  # the first asks for an orderly stop
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
         time.sleep(30)
     if way == "exit 5":
         sys.exit(5)
