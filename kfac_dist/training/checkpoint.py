@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist import __version__
-from kfac_dist.checkpoints.manifest import Manifest, read_manifest
+from kfac_dist.checkpoints.manifest import MANIFEST_FILE, Manifest, read_manifest
 from kfac_dist.checkpoints.save import MODEL_FILE, ShardSave
 from kfac_dist.checkpoints.shard import FileRecord, ShardReader, check_file, read_tensors
 from kfac_dist.checkpoints.store import CheckpointStore
@@ -175,7 +175,7 @@ def find_checkpoint(place: Path, communicator: Communicator) -> Found | None:
         None, on every rank, if there is none.
     """
     with communicator.raise_on_all_ranks():
-        candidates = [place] if (place / "manifest.json").exists() else CheckpointStore(place).newest_first()
+        candidates = [place] if (place / MANIFEST_FILE).exists() else CheckpointStore(place).newest_first()
         names = [str(path) for path in candidates]
     chosen = communicator.gather_bytes("\n".join(names).encode())[0].decode()
     for path in map(Path, chosen.splitlines()):
