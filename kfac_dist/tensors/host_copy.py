@@ -1,7 +1,9 @@
-"""Small tensors between host and device without making either wait for the other.
+"""Tensors between host and device: small ones without making either wait for the other, many for a checkpoint.
 
-Ordinary copies do: to a GPU the host waits for the copy, from a GPU for all work before it.
+Ordinary copies wait: to a GPU the host for the copy, from a GPU for all work before it.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -34,3 +36,42 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return self._host
+
+
+class HostSnapshot:
+    """Copies of many tensors on the host, in memory that the next snapshot uses again.
+
+    A copy into new memory takes several times as long, because the system hands it out page by page; memory that a GPU
+    copies into is locked, which takes longer still.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy the tensors; returns when all have arrived.
+
+        Args:
+            tensors: By name, of any shape and on any device.
+
+        Returns:
+            Copies on the CPU by name, which hold until the next call. Memory of names that are no more is released.
+        """
+        memory: dict[str, Tensor] = {}
+        devices: set[torch.device] = set()
+        for name, tensor in tensors.items():
+            is_remote = tensor.device.type == "cuda"
+            known = self._memory.get(name)
+            if known is None or not _alike(known, tensor) or known.is_pinned() != is_remote:
+                known = torch.empty_like(tensor, device="cpu", pin_memory=is_remote, requires_grad=False)
+            memory[name] = known.copy_(tensor.detach(), non_blocking=is_remote)
+            if is_remote:
+                devices.add(tensor.device)
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        self._memory = memory
+        return dict(memory)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.stride() == other.stride()

@@ -23,6 +23,7 @@ from kfac_dist.checkpoints.shard import FileRecord, ShardReader, check_file, rea
 from kfac_dist.checkpoints.store import CheckpointStore
 from kfac_dist.communicator import Communicator
 from kfac_dist.errors import InputError
+from kfac_dist.tensors.host_copy import HostSnapshot
 from kfac_dist.tensors.nested_state import flatten, unflatten
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Checkpointer:
         self._communicator = communicator
         self._keep, self._keep_best = keep, keep_best
         self._save: ShardSave | None = None
+        self._snapshot = HostSnapshot()
         self.num_failed = 0
 
     def save(self, state: RankState, first_owned: list[str], manifest: Manifest, wait: bool) -> bool:
@@ -94,12 +96,14 @@ class Checkpointer:
             items[f"buffers/{rank}"] = dict(state.buffers)
             if rank == 0:
                 items["run"] = dict(state.run)
+            weights = dict(state.weights) if rank == 0 else {}
+            copies = self._copy_to_host({"items": items, "weights": weights})
             self._save = ShardSave(
                 unfinished,
                 rank,
                 self._communicator.size,
-                _to_host(items),
-                _to_host(dict(state.weights)) if rank == 0 else None,
+                copies["items"],
+                copies["weights"] if rank == 0 else None,
                 partial(self._commit, unfinished, manifest) if rank == 0 else None,
             )
             if wait:
@@ -138,6 +142,12 @@ class Checkpointer:
             return unfinished
         self._say_failed(error)
         return None
+
+    def _copy_to_host(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy on the CPU that holds until the next checkpoint, which waits for this one."""
+        tensors, tree = flatten(state)
+        copies: dict[str, Any] = unflatten(self._snapshot.take(tensors), tree)
+        return copies
 
     def _commit(self, unfinished: Path, manifest: Manifest, records: Mapping[str, FileRecord]) -> None:
         """In rank 0's thread."""
@@ -237,11 +247,3 @@ def code_version() -> str:
 def now() -> str:
     """The time, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _to_host(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU that nobody else changes."""
-    tensors, tree = flatten(state)
-    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-    result: dict[str, Any] = unflatten(copies, tree)
-    return result

@@ -146,6 +146,8 @@ class Reporter:
             )
         if log is not None:
             log.open(self.directory)
+        if resumed is not None:
+            self.event(resumed.iteration, "resumed", ranks=communicator.size)
         self._reported_at = time.perf_counter()  # the last iteration, for images per second
 
     def iteration(self, result: IterationResult) -> Told:

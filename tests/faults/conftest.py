@@ -28,7 +28,7 @@ EVERYTHING = (
 Run = Callable[..., CompletedProcess[str]]
 
 
-def _without(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
+def without(overrides: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """The overrides but for those that the arguments replace."""
     keys = {argument.partition("=")[0] for argument in arguments}
     sections = {key.partition(".")[0] for key in keys if "." not in key}
@@ -43,7 +43,7 @@ def start(
     mpirun: Run, folder: Path, num_ranks: int, name: str, *arguments: str, fault: str = "", timeout: float = 120
 ) -> CompletedProcess[str]:
     program = ROOT / "tests/faults/programs/train_with_fault.py"
-    overrides = _without([f"run.output_dir={folder}", f"run.name={name}", *EVERYTHING], arguments)
+    overrides = without([f"run.output_dir={folder}", f"run.name={name}", *EVERYTHING], arguments)
     env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off", "FAULT": fault}
     return mpirun(num_ranks, [program, QUICKSTART, *overrides, *arguments], env=env, timeout=timeout)
 

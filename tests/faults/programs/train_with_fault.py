@@ -4,6 +4,7 @@ WHERE is a function of a module, such as kfac_dist.checkpoints.save.write_shard,
 calls it happens (1 if left out; `5+` for the fifth and all after it). WHAT is
 
     kill, or a signal's name      sent to itself
+    kill+SECONDS                  the same, so much later
     raise, full                   a RuntimeError; an OSError as of a full disk
     nan                           the batch that the function returns has NaN for images
     negative                      the factor that it returns is negated: indefinite
@@ -17,6 +18,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +66,8 @@ def install(fault: str) -> None:
                 return -inner(*arguments, **settings)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case _ if what.startswith("kill+"):
+                threading.Timer(float(what[5:]), os.kill, (os.getpid(), signal.SIGKILL)).start()
             case _:
                 os.kill(os.getpid(), signal.Signals[what])
         return inner(*arguments, **settings)
