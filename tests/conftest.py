@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ ROOT = Path(__file__).parent.parent
 DATA_VARIABLE = "KFAC_DIST_DATA"
 
 Completed = subprocess.CompletedProcess[str]
+Interpreter = Callable[[Sequence[str | os.PathLike[str]], dict[str, str]], list[str | os.PathLike[str]]]
+
+BASE = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+"""What all programs find in their environment."""
+READ_AT_START = ("CUDA", "LD_", "MKL", "OMP_NUM", "PYTHON", "TORCH")
+"""Variables that an interpreter or torch reads only when it starts."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,7 +44,7 @@ def run_limited(command: Sequence[str | os.PathLike[str]], env: Mapping[str, str
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | env,
+            env=os.environ | BASE | env,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -74,7 +81,37 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="session")
-def mpirun() -> Callable[..., Completed]:
+def python() -> Iterator[Interpreter]:
+    """``python(args, env)``: the command that runs ``python *args`` in this environment, fast where it can be."""
+    server: subprocess.Popen[bytes] | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "socket"
+
+        def command(args: Sequence[str | os.PathLike[str]], env: dict[str, str]) -> list[str | os.PathLike[str]]:
+            nonlocal server
+            changed = {name for name, value in env.items() if (os.environ | BASE).get(name) != value}
+            first = os.fspath(args[0])
+            is_program = first.endswith(".py") or first == "-m"
+            if not is_program or any(name.startswith(READ_AT_START) for name in changed - {"PYTHONPATH"}):
+                return [sys.executable, *args]
+            if server is None:
+                environment = {name: value for name, value in (os.environ | BASE).items() if name != "PYTHONPATH"}
+                program = [sys.executable, ROOT / "tests/warm_start/server.py", path]
+                server = subprocess.Popen(program, env=environment, stdin=subprocess.PIPE)
+                while not path.exists():
+                    assert server.poll() is None, "tests/warm_start/server.py has ended"
+                    time.sleep(0.02)
+            env["KFAC_DIST_TEST_SERVER"] = str(path)
+            return [sys.executable, "-I", "-S", ROOT / "tests/warm_start/client.py", *args]
+
+        yield command
+        if server is not None:
+            server.communicate()  # which closes its standard input
+            assert server.returncode == 0
+
+
+@pytest.fixture(scope="session")
+def mpirun(python: Interpreter) -> Callable[..., Completed]:
     """``mpirun(n, args, env=None, timeout=60)`` runs ``python *args`` on n ranks, one thread a rank.
 
     More ranks than cores are fine. The working directory is the checkout's root. Returns exit code, stdout
@@ -84,18 +121,20 @@ def mpirun() -> Callable[..., Completed]:
     def run(
         num_ranks: int, args: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout: float = 60
     ) -> Completed:
-        command = [ROOT / "scripts/mpirun.sh", "-n", str(num_ranks), sys.executable, *args]
-        return run_limited(command, env or {}, timeout)
+        own = dict(env or {})
+        command = [ROOT / "scripts/mpirun.sh", "-n", str(num_ranks), *python(args, own)]
+        return run_limited(command, own, timeout)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def run_python() -> Callable[..., Completed]:
+def run_python(python: Interpreter) -> Callable[..., Completed]:
     """``run_python(args, env=None, timeout=60)``: like `mpirun`, but ``python *args`` on its own."""
 
     def run(args: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout: float = 60) -> Completed:
-        return run_limited([sys.executable, *args], env or {}, timeout)
+        own = dict(env or {})
+        return run_limited(python(args, own), own, timeout)
 
     return run
 

@@ -22,7 +22,9 @@ Run = Callable[..., CompletedProcess[str]]
 @pytest.fixture
 def run_benchmark(run_python: Run) -> Callable[..., CompletedProcess[str]]:
     """``run_benchmark(name, *arguments)`` runs a program of benchmarks/."""
-    return lambda name, *arguments: run_python([BENCHMARKS / name, *arguments], env={"PYTHONPATH": str(ROOT)})
+    return lambda name, *arguments, **limits: run_python(
+        [BENCHMARKS / name, *arguments], env={"PYTHONPATH": str(ROOT)}, **limits
+    )
 
 
 def read_record(output: Path) -> tuple[dict[str, Any], str]:
@@ -117,6 +119,17 @@ def test_an_inverse_pays_from_the_interval_at_which_products_have_saved_its_cost
     for row in record["results"]:
         saved = row["solve"] - row["multiply"]
         assert row["pays_from"] == (pytest.approx(row["invert"] / saved) if saved > 0 else None)
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_killed_run_trains_again(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    config = [ROOT / "configs/quickstart.yaml", "train.epochs=60", "schedule.end_epoch=60"]
+    finished = run_benchmark("restart.py", *config, "--trials", "1", "--output", tmp_path / "restart", timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    results = read_record(tmp_path / "restart")[0]["results"]
+    assert len(results["seconds_until_ended"]) == len(results["seconds_until_training"]) == 1
+    assert 0 < results["seconds_until_ended"][0] < results["seconds_until_training"][0]
 
 
 @pytest.mark.slow
