@@ -1,0 +1,44 @@
+"""The recipes that come with the package, by name: `imagenet/bs4k`, in any folder, is configs/imagenet/bs4k.yaml."""
+
+from pathlib import Path
+
+from kfac_dist.errors import InputError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Beside the other rooms in an installed package (setup.py puts it there), beside the package in a checkout.
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes' files by name, sorted."""
+    folder = next(folder for folder in _FOLDERS if (folder / "quickstart.yaml").is_file())
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path.resolve() for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def find_configuration(given: str | Path) -> Path:
+    """The file that a user means: one that is there, or else the recipe of this name.
+
+    Args:
+        given: Path of a YAML file, or a recipe's name such as ``quickstart``.
+
+    Raises:
+        InputError: If it is neither; lists the names that there are.
+    """
+    path = Path(given)
+    try:
+        is_there = path.exists() and not path.is_dir()
+    except (OSError, ValueError):  # too long a name, a null character: opening it says so
+        return path
+    if is_there:
+        return path
+    found = recipes()
+    if str(given) in found:
+        return found[str(given)]
+    if path.is_dir():
+        return path
+    raise InputError(
+        f"{path}: no such file (the current directory is {Path.cwd()}) and no recipe of this name; recipes: "
+        + ", ".join(found)
+    )
