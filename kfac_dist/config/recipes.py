@@ -1,5 +1,6 @@
 """The recipes that come with the package, by name: `imagenet/bs4k`, in any folder, is configs/imagenet/bs4k.yaml."""
 
+import stat
 from pathlib import Path
 
 from kfac_dist.errors import InputError
@@ -26,18 +27,19 @@ def find_configuration(given: str | Path) -> Path:
     Raises:
         InputError: If it is neither; lists the names that there are.
     """
-    path = Path(given)
+    path, found = Path(given), recipes()
     try:
-        is_there = path.exists() and not path.is_dir()
-    except (OSError, ValueError):  # too long a name, a null character: opening it says so
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        is_there = False
+    except (OSError, ValueError):  # such as a null character: reading it says what is wrong
         return path
+    else:
+        is_there = not (is_folder and str(given) in found)
     if is_there:
         return path
-    found = recipes()
     if str(given) in found:
         return found[str(given)]
-    if path.is_dir():
-        return path
     raise InputError(
         f"{path}: no such file (the current directory is {Path.cwd()}) and no recipe of this name; recipes: "
         + ", ".join(found)

@@ -38,7 +38,6 @@ def test_what_is_neither_lists_the_names(name: str, tmp_path: Path, monkeypatch:
 def test_a_folder_and_an_impossible_name_are_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a directory; give a YAML file"):
         load_config(tmp_path)
-    with pytest.raises(InputError, match="cannot be read"):
-        load_config("x" * 5000)
-    with pytest.raises(InputError, match="no such file"):
-        load_config("nul\0character")
+    for name in ("x" * 5000, "nul\0character"):
+        with pytest.raises(InputError, match="cannot be read"):
+            load_config(name)
