@@ -10,7 +10,7 @@ from tests.paths import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _BLOCK = re.compile(
-    r"(?:^ *<!-- (?P<mark>planned|not run): (?P<reason>[^>]+) -->\n)?"
+    r"(?:^ *<!-- (?P<mark>planned: |not run: |(?=tests/))(?P<reason>[^>]+) -->\n)?"
     r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -51,9 +51,14 @@ def blocks(page: Path) -> list[Block]:
         before = content[: match.start()].rstrip().rpartition("\n")[2]
         is_file = re.fullmatch(r".*`[\w./]+\.\w+`:", before) is not None
         line = content.count("\n", 0, match.start("indent")) + 1
-        text, mark, reason = textwrap.dedent(match["text"]), match["mark"] or "", match["reason"] or ""
+        text, mark, reason = textwrap.dedent(match["text"]), _mark(match["mark"]), match["reason"] or ""
         found.append(Block(page, line, match["language"], text, mark, reason, is_file))
     return found
+
+
+def _mark(found: str | None) -> str:
+    """A comment that begins with the test that runs a block says by that that it is not run here."""
+    return "" if found is None else found.removesuffix(": ") or "not run"
 
 
 def without_blocks(page: Path) -> str:

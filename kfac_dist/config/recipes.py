@@ -11,11 +11,10 @@ _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def recipes() -> dict[str, Path]:
-    """The recipes' files by name, sorted."""
+    """The recipes' files by name, sorted; a study (configs/study/) is no configuration of a run."""
     folder = next(folder for folder in _FOLDERS if (folder / "quickstart.yaml").is_file())
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path.resolve() for path in sorted(folder.rglob("*.yaml"))
-    }
+    files = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {name: path.resolve() for name, path in files.items() if not name.startswith("study/")}
 
 
 def find_configuration(given: str | Path) -> Path:

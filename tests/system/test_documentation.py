@@ -107,3 +107,18 @@ def test_the_picture_is_what_its_script_draws() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs/images/step.svg").read_text(encoding="utf-8") == module.draw()
+
+
+def test_marks_of_blocks(tmp_path: Path) -> None:
+    fence = "```bash\nx\n```\n"
+    page = tmp_path / "page.md"
+    page.write_text(
+        f"{fence}<!-- planned: a GPU -->\n{fence}<!-- not run: a GPU -->\n{fence}<!-- tests/x.py runs it -->\n{fence}"
+        f"<!-- something else -->\n{fence}`a/b.py`:\n\n{fence}",
+        encoding="utf-8",
+    )
+    found = blocks(page)
+    assert [block.mark for block in found] == ["", "planned", "not run", "not run", "", ""]
+    assert [block.reason for block in found][1:4] == ["a GPU", "a GPU", "tests/x.py runs it"]
+    assert [block.is_file for block in found] == [False] * 5 + [True]
+    assert [block.line for block in found][:2] == [1, 5]
