@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+import kfac_dist
 from tests.documents import PAGES, blocks, without_blocks
 from tests.paths import ROOT
 
 EXAMPLE = ROOT / "examples/own_script.py"
-FOLDERS = "kfac_dist|configs|scripts|docs|benchmarks|examples|tests"
+FOLDERS = "kfac_dist|configs|scripts|docs|docker|benchmarks|examples|tests"
 TROUBLES = ROOT / "docs/troubleshooting.md"
 
 
@@ -19,6 +21,14 @@ def test_the_page_shows_the_example_as_it_stands() -> None:
     (shown,) = [block.text for block in blocks(ROOT / "docs/own-script.md") if block.language == "python"]
     assert shown == EXAMPLE.read_text(encoding="utf-8")
     assert shown.count("\n") < 40
+
+
+def test_the_citation_is_of_this_version_and_names_both_papers() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == kfac_dist.__version__
+    titles = " ".join(reference["title"] for reference in citation["references"])
+    assert "Using Kronecker-Factored Approximate Curvature" in titles
+    assert "Inefficiency of K-FAC" in titles
 
 
 def test_the_readme_is_short() -> None:

@@ -1,6 +1,5 @@
 """What a user has after `pip install`: an sdist, the wheel made from it, and the command, far from the checkout."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,18 +131,3 @@ def test_a_wrong_command_is_told_once_whatever_the_number_of_ranks(installed: In
     finished = installed.run("trian", ranks=2)
     assert finished.returncode == 2
     assert finished.stderr.count("error: no command 'trian'; did you mean train?") == 1
-
-
-def test_a_file_wins_over_a_recipe(installed: Installed, recipe_text: Callable[[str], str]) -> None:
-    (installed.folder / "quickstart").write_text(recipe_text("mine"))
-    try:
-        finished = installed.run("train", "quickstart", "--print-config")
-    finally:
-        os.unlink(installed.folder / "quickstart")
-    assert "name: mine" in finished.stdout
-
-
-@pytest.fixture
-def recipe_text() -> Callable[[str], str]:
-    text = (CONFIGS / "quickstart.yaml").read_text(encoding="utf-8")
-    return lambda name: text.replace("{name: quickstart}", f"{{name: {name}}}")
