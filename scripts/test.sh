@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up where needed, then checks format, lint and types and runs all tests. All stages run even if one fails.
+# Sets up where needed, then checks format, lint and types, builds the site, and runs all tests. All stages run even if one fails.
 #
 #   scripts/test.sh [pytest arguments]      such as -k config, or -m "not slow"
 #
@@ -40,6 +40,7 @@ stage() {
 stage format .venv/bin/ruff format --check .
 stage lint .venv/bin/ruff check .
 stage types .venv/bin/mypy
+stage site env NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict # --quiet would count no warnings
 stage tests .venv/bin/python -m pytest "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -24,13 +24,15 @@ class DataSet(Kind):
 
 
 class DigitsConfig(DataSet):
-    """Scikit-learn's digits."""
+    """Scikit-learn's digits: 1,438 training and 359 test images of 8x8 pixels."""
 
     left_out: ClassVar = {"root": "the digits come with scikit-learn"}
 
     name: Literal["digits"]
     train_limit: PositiveInt | None = None
+    """Train on the first so many images."""
     eval_limit: PositiveInt | None = None
+    """Evaluate on the first so many images."""
 
 
 class Cifar10Config(DataSet):
@@ -38,8 +40,11 @@ class Cifar10Config(DataSet):
 
     name: Literal["cifar10"]
     root: Annotated[PathText, Field(description="must name the folder that holds cifar10 (cifar-10-batches-py)")]
+    """Folder that holds `cifar-10-batches-py`."""
     train_limit: PositiveInt | None = None
+    """Train on the first so many images."""
     eval_limit: PositiveInt | None = None
+    """Evaluate on the first so many images."""
 
 
 class SvhnConfig(DataSet):
@@ -49,8 +54,11 @@ class SvhnConfig(DataSet):
     root: Annotated[
         PathText, Field(description="must name the folder that holds svhn (train_32x32.mat, test_32x32.mat)")
     ]
+    """Folder that holds `train_32x32.mat` and `test_32x32.mat`."""
     train_limit: PositiveInt | None = None
+    """Train on the first so many images."""
     eval_limit: PositiveInt | None = None
+    """Evaluate on the first so many images."""
 
 
 class ImagenetConfig(DataSet):
@@ -62,14 +70,23 @@ class ImagenetConfig(DataSet):
     root: Annotated[
         PathText, Field(description="must name the folder that holds imagenet (train/<class>/*, val/<class>/*)")
     ]
+    """Folder that holds `train/CLASS/*` and `val/CLASS/*`."""
     train_limit: PositiveInt | None = None
+    """Train on so many images, taken evenly over the classes."""
     eval_limit: PositiveInt | None = None
+    """Evaluate on so many images, taken evenly over the classes."""
     loader: Literal["dali", "torchvision"] = "torchvision"
+    """Threads that decode with Pillow, or NVIDIA DALI (an extra)."""
     preprocessing: Preprocessing = "paper"
+    """The paper's, or today's usual random resized crop."""
     image_size: Annotated[int, Field(ge=8)] = 224
+    """Height and width of what the network gets, in pixels."""
     mean_image: Annotated[PathText | None, Field(validate_default=True)] = None
+    """File that `python -m kfac_dist.data.mean_image` makes; needed for the paper's preprocessing."""
     workers: PositiveInt = 4
+    """Threads of each rank that read images."""
     on_error: Literal["raise", "skip"] = "raise"
+    """What a damaged image does: end the run, or be replaced and counted."""
 
     @field_validator("mean_image")
     @classmethod
@@ -91,9 +108,13 @@ class SyntheticImages(Section):
     """How many images of which shape, (channels, height, width), are made up."""
 
     shape: Shape
+    """Channels, height and width."""
     num_classes: PositiveInt
+    """Number of classes."""
     num_train: PositiveInt
+    """Number of training images."""
     num_eval: PositiveInt
+    """Number of evaluation images."""
 
 
 class SyntheticConfig(DataSet):
@@ -111,6 +132,7 @@ class SyntheticConfig(DataSet):
         SyntheticImages,
         Field(description="must be given for data.name synthetic: shape, num_classes, num_train, num_eval"),
     ]
+    """How many, and of which shape."""
 
 
 BUILT_IN: tuple[type[DataSet], ...] = (DigitsConfig, Cifar10Config, SvhnConfig, ImagenetConfig, SyntheticConfig)

@@ -44,9 +44,13 @@ class DampingConfig(Section):
     """
 
     initial: PositiveFloat
+    """γ of the first iteration."""
     target: PositiveFloat
+    """γ that it falls towards; at most `initial`."""
     warmup_steps: NonNegativeInt
+    """t_warmup of Eq. 13, in iterations: how fast it falls."""
     batchnorm_ratio: Annotated[float, Field(ge=1)]
+    """ρ_BN: BatchNorm is damped with this times γ."""
 
     @field_validator("warmup_steps")
     @classmethod
@@ -60,8 +64,11 @@ class IntervalMultiplierConfig(Section):
     """Factors on the refresh interval of a kind of matrix; A changes less than G and may be refreshed less often."""
 
     input_factor: PositiveInt = 1
+    """On the interval of A."""
     output_factor: PositiveInt = 1
+    """On the interval of G."""
     batchnorm: PositiveInt = 1
+    """On the interval of BatchNorm's F."""
 
 
 class Refresh(Kind):
@@ -73,15 +80,20 @@ class EveryRefresh(Refresh):
 
     schedule: Literal["every"]
     interval: PositiveInt = 1
+    """Iterations from one refresh to the next."""
     interval_multiplier: IntervalMultiplierConfig = IntervalMultiplierConfig()
+    """Factors on it for each kind of matrix."""
 
 
 class PaperRefresh(Refresh):
     """Eq. 20 or 21, by epoch, after so many iterations with a refresh each."""
 
     schedule: Literal["eq20", "eq21"]
+    """Eq. 20 or Eq. 21 of the paper."""
     after_iteration: NonNegativeInt = 500
+    """Until here every iteration refreshes."""
     interval_multiplier: IntervalMultiplierConfig = IntervalMultiplierConfig()
+    """Factors on the interval for each kind of matrix."""
 
 
 class AdaptiveRefresh(Refresh):
@@ -89,8 +101,11 @@ class AdaptiveRefresh(Refresh):
 
     schedule: Literal["adaptive"]
     threshold: PositiveFloat
+    """Diff (Eq. 19) up to which a matrix's interval grows; above, it is halved."""
     max_interval: PositiveInt = 20
+    """Longest interval, in iterations."""
     after_iteration: NonNegativeInt = 0
+    """Until here every iteration refreshes."""
 
 
 RefreshConfig = EveryRefresh | PaperRefresh | AdaptiveRefresh
@@ -100,7 +115,9 @@ class MonitorConfig(Section):
     """What `fisher` records tell: Diff at each refresh; eigenvalue range and effective rank at each evaluation."""
 
     diff: bool = False
+    """Record Diff (Eq. 19) of each refreshed matrix."""
     spectrum: bool = False
+    """Record eigenvalue range and effective rank at each evaluation."""
 
 
 class KfacConfig(Section):
@@ -108,7 +125,10 @@ class KfacConfig(Section):
 
     damping: DampingConfig
     batchnorm: BatchNormForm = "diagonal"
+    """Which entries of BatchNorm's Fisher are kept."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the old Fisher in its running average; null keeps the newest only, as the paper does."""
     refresh: Annotated[RefreshConfig, Field(discriminator="schedule")] = EveryRefresh(schedule="every")
     skip: Patterns = ()
+    """Shell-style patterns of module names that get the plain gradient."""
     monitor: MonitorConfig = MonitorConfig()

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from kfac_dist.config import strict_yaml
 from kfac_dist.config.data import own_data_set
 from kfac_dist.config.messages import describe
+from kfac_dist.config.recipes import find_configuration
 from kfac_dist.config.schema import Config, config_with, nearest_multiples
 from kfac_dist.errors import InputError
 
@@ -20,7 +21,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, apply overrides in order, and validate the result.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a recipe, such as ``imagenet/bs4k``.
         overrides: ``dotted.key=value`` each, the value in YAML; absent sections are made, no key is given twice.
 
     Returns:
@@ -29,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         InputError: If the file cannot be read, or naming every other problem at once, one on a line.
     """
-    settings = strict_yaml.read_mapping(Path(path))
+    settings = strict_yaml.read_mapping(find_configuration(path))
     problems = []
     given: dict[str, str] = {}  # dotted key: override
     for override in overrides:

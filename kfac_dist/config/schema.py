@@ -42,11 +42,17 @@ class RunConfig(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    """The run's folder in `output_dir`; `NAME-2` and so on where there is one already."""
     output_dir: PathText = "runs"
+    """Folder of the runs' folders; all ranks must see it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of initial weights, order of the images and augmentation, whatever the number of ranks."""
     device: DeviceChoice = "auto"
+    """`auto` takes a GPU where there is one."""
     deterministic: bool = False
+    """Allow only kernels that give the same bits every time."""
     watchdog_minutes: PositiveFloat | None = 10.0
+    """Minutes without progress after which the job is ended; null waits for ever."""
 
 
 class ModelConfig(Section):
@@ -60,17 +66,24 @@ class ModelConfig(Section):
     """
 
     name: Text
+    """`digits_cnn`, `resnet20` (32, 44, 56), `alexnet32`, torchvision's classifiers, installed packages' networks."""
     variant: BottleneckVariant | None = None
+    """Where bottleneck ResNets reduce the image; null is v1.5."""
     zero_init_last_gamma: bool = False
+    """Start each residual branch at zero."""
     initialization: Initialization | None = None
+    """HeNormal weights and zero biases (`recipe`), or those of the network's own constructor (`own`)."""
     pretrained: PathText | None = None
+    """Safetensors file of weights to begin with."""
 
 
 class BatchConfig(Section):
     """The global batch, cut into slots of `per_rank` samples (see `batch_slots`)."""
 
     global_size: PositiveInt
+    """Images of one iteration, over all ranks: a multiple of `per_rank` times the number of ranks."""
     per_rank: PositiveInt
+    """Images of one slot, that is of one forward and backward; what does not fit at once is accumulated."""
 
     @field_validator("per_rank")
     @classmethod
@@ -91,11 +104,17 @@ class TrainConfig(Section):
     """
 
     epochs: PositiveFloat
+    """How long to train; parts of an epoch are fine."""
     evaluate_every: PositiveFloat = 1.0
+    """Epochs between evaluations."""
     precision: PrecisionName = "fp32"
+    """What forward, backward and the Fisher's products compute in."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each label that is spread over all classes."""
     max_nonfinite: PositiveInt = 3
+    """Updates in a row without a finite loss after which the run goes back to its last checkpoint."""
     max_restores: NonNegativeInt = 2
+    """How often it does so before it fails."""
 
 
 class CheckpointConfig(Section):
@@ -105,18 +124,26 @@ class CheckpointConfig(Section):
     """
 
     every_minutes: PositiveFloat | None = 15.0
+    """Minutes between checkpoints, by rank 0's clock."""
     every_epochs: PositiveFloat | None = None
+    """Epochs between checkpoints."""
     keep: PositiveInt = 2
+    """How many of the newest stay."""
     keep_best: bool = True
+    """Whether the one of the best evaluation stays as well."""
 
 
 class OptimizerConfig(Section):
     """The optimizer and its initial learning rate and momentum."""
 
     name: Literal["kfac", "sgd"]
+    """K-FAC, or the baseline."""
     learning_rate: PositiveFloat
+    """Initial learning rate, that of epoch 0 (Eq. 15)."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
+    """Momentum; under K-FAC the initial one, which then goes with the learning rate (Eq. 16)."""
     weight_decay: NonNegativeFloat = 0.0
+    """Times the weight, added to the gradient before preconditioning."""
 
 
 class Schedule(Kind):
@@ -128,9 +155,13 @@ class PolynomialSchedule(Schedule):
 
     kind: Literal["polynomial"]
     power: PositiveFloat
+    """Of the polynomial: p_decay of Eq. 15."""
     start_epoch: NonNegativeFloat
+    """Where the learning rate begins to fall."""
     end_epoch: PositiveFloat
+    """Where it is zero."""
     warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs over which it rises from zero first."""
 
     @field_validator("end_epoch")
     @classmethod
@@ -146,7 +177,9 @@ class CosineSchedule(Schedule):
 
     kind: Literal["cosine"]
     end_epoch: PositiveFloat
+    """Where the learning rate is zero."""
     warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs over which it rises from zero first."""
 
     @field_validator("warmup_epochs")
     @classmethod
@@ -162,23 +195,31 @@ class ConstantSchedule(Schedule):
 
     kind: Literal["constant"]
     warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs over which the learning rate rises from zero first."""
 
 
 class ErasingConfig(Section):
     """Random erasing: how often, and the ranges of the erased share of the area and of the aspect ratio."""
 
     probability: Annotated[float, Field(ge=0, le=1)]
+    """That an image has a rectangle erased."""
     area: FractionRange
+    """Lowest and highest share of the image's area."""
     aspect: PositiveRange
+    """Lowest and highest aspect ratio; height and width are swapped at random."""
 
 
 class AugmentConfig(Section):
     """Data augmentation; the defaults do nothing."""
 
     pad_crop: NonNegativeInt = 0
+    """Pixels of padding on each side, out of which the image is cut at random."""
     flip: bool = False
+    """Mirror half of the images."""
     mixup_alpha: NonNegativeFloat = 0.0
+    """α of running mixup (Eq. 9 to 11); 0 does not mix."""
     erasing: ErasingConfig | None = None
+    """Random erasing with zeros; null does not erase."""
 
 
 class CommunicationConfig(Section):
@@ -189,9 +230,13 @@ class CommunicationConfig(Section):
     """
 
     backend: BackendChoice = "auto"
+    """NCCL, which needs a GPU for each rank, or MPI (gloo under torchrun)."""
     reduce_scatter: ReduceScatterChoice = "auto"
+    """MPI's algorithm; `auto` measures them at the start."""
     factor_precision: WirePrecision = "fp32"
+    """What the Fisher's matrices are sent in."""
     gradient_precision: WirePrecision = "fp32"
+    """What gradients and preconditioned gradients are sent in."""
 
 
 if TYPE_CHECKING:
@@ -213,6 +258,7 @@ class Config(Section):
     schedule: Annotated[PolynomialSchedule | CosineSchedule | ConstantSchedule, Field(discriminator="kind")]
     augment: AugmentConfig = AugmentConfig()
     weight_rescaling: WeightRescaling = "off"
+    """Eq. 18 after each update: always, only where the norm is above its target, or not."""
     communication: CommunicationConfig = CommunicationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

@@ -30,8 +30,13 @@ _MOST_IMAGES = 256  # takes about half a minute to draw, and 16,800 pixels of he
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    """Run the command line; returns the exit code.
+
+    Args:
+        arguments: Those of `kfac-dist plots`; by default this process's command line.
+    """
+    program = "python -m kfac_dist.plots" if arguments is None else "kfac-dist plots"
+    options = _parser(program).parse_args(arguments)
     try:
         save_figure(_draw(options), options.output)
     except InputError as error:
@@ -41,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kfac_dist.plots", description="Draw figures of runs and data.")
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description="Draw figures of runs and data.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("curves", "accuracy, learning rate, loss and stage seconds of runs"),
@@ -59,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("figure5", help="the paper's Figure 5: percentiles of Diff over layers")
     command.add_argument("run", metavar="RUN", help="folder of a run with kfac.monitor.diff=true")
     command = commands.add_parser("batch", help="a training batch before and after crop, mixup and erasing")
-    command.add_argument("config", help="YAML file; see configs/")
+    command.add_argument("config", help="YAML file, or a recipe's name")
     command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key of the file")
     command.add_argument("--iteration", type=int, default=3, metavar="N", help="which iteration's batch (3)")
     command.add_argument("--images", type=int, default=8, metavar="N", help="how many of its images (8)")

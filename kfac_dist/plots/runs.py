@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kfac_dist.errors import InputError
-from kfac_dist.runs.reader import read_metrics
+from kfac_dist.runs.reader import CONFIG_FILE, read_metrics
 
 Array = NDArray[np.float64]
 
@@ -94,7 +94,7 @@ def describe_runs(directories: Sequence[str | Path]) -> str:
 def read_config(directory: Path) -> dict[str, Any]:
     """A run's resolved configuration; empty where it cannot be read."""
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return {}  # titles and names only: a run copied without its configuration can still be drawn
     return config if isinstance(config, dict) else {}

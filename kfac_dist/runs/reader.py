@@ -1,4 +1,4 @@
-"""Reading a run's metrics.jsonl."""
+"""What a run's folder holds, and reading its metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,9 @@ from typing import Any
 from kfac_dist.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
+
+CONFIG_FILE = "config.yaml"
+"""The resolved configuration."""
 
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:

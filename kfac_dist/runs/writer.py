@@ -17,7 +17,7 @@ import torch
 
 from kfac_dist.errors import InputError, RankFailed
 from kfac_dist.runs.event_files import EventFiles
-from kfac_dist.runs.reader import METRICS_FILE
+from kfac_dist.runs.reader import CONFIG_FILE, METRICS_FILE
 
 KINDS = ("train", "eval", "fisher", "event", "summary")
 
@@ -124,7 +124,7 @@ class RunWriter:
                 raise FileExistsError(errno.EEXIST, "holds a run", str(metrics))
             else:
                 self._stream = metrics.open("a", encoding="utf-8")
-            (directory / "config.yaml").write_text(config, encoding="utf-8")
+            (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
             record = json.dumps(_json_value(environment), indent=2, ensure_ascii=False, allow_nan=False)
             (directory / "environment.json").write_text(record + "\n", encoding="utf-8")
         except FileExistsError as error:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shlex
+import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.distributed_fisher import BLOCKS
 from kfac_dist.optim.kfac import STATE_KEY
+from kfac_dist.runs.reader import CONFIG_FILE
 from kfac_dist.training.schedules import Settings
 
 BLACK_BOX_FILE = "black_box.json"
@@ -128,7 +130,9 @@ class BlackBox:
         size = self._communicator.size
         launcher = ["mpirun", "-n", str(size)] if size > 1 else []
         resume = ["--resume", str(checkpoint)] if checkpoint is not None else []
-        return shlex.join([*launcher, "python", "train.py", str(run / "config.yaml"), *resume])
+        installed = Path(sys.argv[0]).name == "kfac-dist"
+        program = ["kfac-dist", "train"] if installed else ["python", "train.py"]
+        return shlex.join([*launcher, *program, str(run / CONFIG_FILE), *resume])
 
 
 def _factor_statistics(optimizer: DistributedOptimizer) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""The command line of train.py."""
+"""The command lines of `train.py` and of `kfac-dist train`, `evaluate` and `explain`."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from kfac_dist.errors import InputError
+from kfac_dist.runs.reader import CONFIG_FILE
+
+_DEFAULTS = {"print_config": False, "explain": False, "ranks": None, "resume": None, "evaluate": None}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -11,20 +16,25 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}\n{self.format_usage().strip()}")
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
+def parse_train(arguments: Sequence[str], program: str = "train.py") -> argparse.Namespace:
     """What the user wants; all ranks have the same.
+
+    Args:
+        arguments: The words of the command line.
+        program: How the user called it, for the usage.
 
     Raises:
         InputError: If that makes no sense.
     """
-    parser = _Parser(
-        description=description, add_help=False, usage="train.py [options] CONFIG.yaml [dotted.key=value …]"
+    start = program if program.startswith("kfac-dist") else f"python {program}"
+    parser = _parser(
+        f"{program} [options] CONFIG.yaml [dotted.key=value …]",
+        f"Train an image classifier with distributed K-FAC: [mpirun -n P] {start} CONFIG.yaml [key=value …].",
     )
-    parser.add_argument("config", nargs="?", help="YAML file; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key of the file")
+    _add_configuration_(parser)
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and stop")
     parser.add_argument("--explain", action="store_true", help="show layers, owners, bytes and schedules, and stop")
-    parser.add_argument("--ranks", type=int, help="ranks that --explain assumes (default: those there are)")
+    _add_ranks_(parser, "ranks that --explain assumes (default: those there are)")
     parser.add_argument(
         "--resume", metavar="auto|PATH",
         help="go on with a run's folder or checkpoint; auto: with the last run of run.name, if it was not finished",
@@ -32,14 +42,78 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--evaluate", metavar="PATH", help="show the accuracy of a run's newest checkpoint, or of this one, and stop"
     )
-    parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
-    arguments = parser.parse_intermixed_args()  # options may stand before, between and behind overrides
-    if arguments.help:
-        arguments.help_text = parser.format_help()
-    elif arguments.config is None:
-        parser.error("the following arguments are required: config")
-    elif arguments.ranks is not None and arguments.ranks < 1:
-        parser.error(f"argument --ranks: must be >= 1, got {arguments.ranks}")
-    elif arguments.resume and arguments.evaluate:
+    found = _parse(parser, arguments)
+    if found.resume and found.evaluate:
         parser.error("argument --evaluate: not allowed with argument --resume")
-    return arguments
+    return found
+
+
+def parse_explain(arguments: Sequence[str]) -> argparse.Namespace:
+    """What `kfac-dist explain` is to show, as `parse_train` tells it.
+
+    Raises:
+        InputError: If that makes no sense.
+    """
+    parser = _parser(
+        "kfac-dist explain [--ranks P] CONFIG.yaml [dotted.key=value …]",
+        "Show layers, owners, bytes and schedules of a configuration, without data and training.",
+    )
+    _add_configuration_(parser)
+    _add_ranks_(parser, "number of ranks to plan for (default: those there are)")
+    found = _parse(parser, arguments)
+    found.explain = True
+    return found
+
+
+def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
+    """What `kfac-dist evaluate` is to show, as `parse_train` tells it; the configuration is the run's own.
+
+    Raises:
+        InputError: If that makes no sense, or there is no such run.
+    """
+    parser = _parser(
+        "kfac-dist evaluate RUN [dotted.key=value …]",
+        "Show top-1, top-5 and loss of a run's newest checkpoint, or of one checkpoint.",
+    )
+    parser.add_argument("config", nargs="?", metavar="RUN", help="a run's folder, or a checkpoint in it")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key, such as data.root")
+    found = _parse(parser, arguments)
+    if not found.help:
+        found.evaluate = found.config
+        found.config = _configuration_of(Path(found.evaluate))
+    return found
+
+
+def _configuration_of(place: Path) -> Path:
+    """Of a run's folder, or of a checkpoint's, which is two folders further down."""
+    for folder in (place, *place.resolve().parents[1:2]):
+        if (folder / CONFIG_FILE).is_file():
+            return folder / CONFIG_FILE
+    raise InputError(f"RUN must be a run's folder, which holds {CONFIG_FILE}, or a checkpoint in one, got {place}")
+
+
+def _parser(usage: str, description: str) -> _Parser:
+    parser = _Parser(usage=usage, description=description, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
+    return parser
+
+
+def _add_configuration_(parser: _Parser) -> None:
+    parser.add_argument("config", nargs="?", help="YAML file, or a recipe's name, such as imagenet/bs4k")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key of the file")
+
+
+def _add_ranks_(parser: _Parser, text: str) -> None:
+    parser.add_argument("--ranks", type=int, metavar="P", help=text)
+
+
+def _parse(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    # Options may stand before, between and behind overrides.
+    found = parser.parse_intermixed_args(arguments, argparse.Namespace(**_DEFAULTS))
+    if found.help:
+        found.help_text = parser.format_help()
+    elif found.config is None:
+        parser.error("the following arguments are required: " + ("RUN" if "RUN" in str(parser.usage) else "config"))
+    elif found.ranks is not None and found.ranks < 1:
+        parser.error(f"argument --ranks: must be >= 1, got {found.ranks}")
+    return found

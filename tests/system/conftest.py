@@ -1,12 +1,10 @@
 """The command line in this process, and small data sets in the original formats."""
 
-import importlib.util
 import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ import scipy.io
 import yaml
 from PIL import Image
 
+from kfac_dist.commands.train import main
 from tests.paths import ROOT
 
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "KFAC_DIST_ALLOW_SIZE_MISMATCH")
@@ -29,21 +28,8 @@ class Outcome:
     err: str
 
 
-@pytest.fixture(scope="session")
-def train_module() -> ModuleType:
-    """train.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def command(
-    train_module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Outcome]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """``command(*args)`` does what ``python train.py *args`` does, without the seconds of starting.
 
     An exception that would be a traceback for the user is one here, too.
@@ -53,7 +39,7 @@ def command(
 
     def run(*args: str | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        code = train_module.main()
+        code = main()
         captured = capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 

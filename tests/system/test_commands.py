@@ -3,19 +3,24 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from kfac_dist.commands.train import Parse, main
 from kfac_dist.config.load import load_config
+from kfac_dist.training.command_line import parse_evaluate, parse_explain, parse_train
 from tests.paths import ROOT
+from tests.system.conftest import Outcome
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 LAYERS = ("0", "1", "4", "5", "9")  # of digits_cnn: convolution, BatchNorm, convolution, BatchNorm, linear
 
 Command = Callable[..., Any]
+Kfac = Callable[..., Outcome]
 
 
 def test_help(command: Command) -> None:
@@ -137,3 +142,69 @@ def test_every_recipe_is_explained(path: Path, command: Command) -> None:
     finished = command(path, "--explain", *overrides)
     assert finished.code == 0, finished.err
     assert settings["model"]["name"] in finished.out
+
+
+def test_an_explained_number_of_ranks_that_does_not_fit_names_one_that_does(command: Command) -> None:
+    recipe = ROOT / "configs/cifar10/kfac_resnet20.yaml"
+    refused = command(recipe, "--explain", "--ranks", "64")
+    assert refused.code == 2
+    (ranks,) = re.findall(r"numbers of ranks that work with 512: (\d+)", refused.err)
+    assert command(recipe, "--explain", "--ranks", ranks).code == 0
+
+
+def test_the_commands_of_kfac_dist_are_those_of_train_py(command: Command, tmp_path: Path, run: Kfac) -> None:
+    expected = command(QUICKSTART, "--explain", "--ranks", "2", "batch.per_rank=32")
+    assert run(parse_explain, "--ranks", "2", QUICKSTART, "batch.per_rank=32") == expected
+    folder = tmp_path / "runs"
+    trained = command(QUICKSTART, "train.epochs=1", f"run.output_dir={folder}")
+    (top1,) = re.findall(r"test accuracy ([\d.]+) %", trained.out)
+    (checkpoint,) = (folder / "quickstart/checkpoints").iterdir()
+    for place in (folder / "quickstart", checkpoint):
+        evaluated = run(parse_evaluate, place)
+        assert evaluated.code == 0, evaluated.err
+        assert f"top-1 {top1} %" in evaluated.out
+
+
+@pytest.mark.parametrize(
+    ("parse", "words", "said"),
+    [
+        (parse_explain, [], "the following arguments are required: config"),
+        (parse_explain, ["quickstart", "--ranks", "0"], "argument --ranks: must be >= 1, got 0"),
+        (parse_explain, ["quickstart", "--resume", "auto"], "unrecognized arguments: --resume"),
+        (parse_evaluate, [], "the following arguments are required: RUN"),
+        (
+            parse_evaluate,
+            ["/nonexistent"],
+            "RUN must be a run's folder, which holds config.yaml, or a checkpoint in one",
+        ),
+    ],
+)
+def test_what_they_refuse(parse: Parse, words: list[str], said: str, run: Kfac) -> None:
+    refused = run(parse, *words)
+    assert (refused.code, said in refused.err) == (2, True), refused.err
+    assert "usage: kfac-dist" in refused.err or "RUN must" in said
+
+
+@pytest.mark.parametrize(
+    ("parse", "usage"),
+    [
+        (parse_explain, "usage: kfac-dist explain [--ranks P] CONFIG.yaml"),
+        (parse_evaluate, "usage: kfac-dist evaluate RUN"),
+        (partial(parse_train, program="kfac-dist train"), "usage: kfac-dist train [options] CONFIG.yaml"),
+    ],
+)
+def test_their_help(parse: Parse, usage: str, run: Kfac) -> None:
+    shown = run(parse, "--help")
+    assert (shown.code, shown.out.startswith(usage)) == (0, True), shown.out
+
+
+@pytest.fixture
+def run(command: Command, capsys: pytest.CaptureFixture[str]) -> Kfac:
+    """``run(parse, *words)`` does what the command of `kfac-dist` does that reads its words with `parse`."""
+
+    def run_words(parse: Parse, *words: str | Path) -> Outcome:
+        code = main([str(word) for word in words], parse)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run_words

@@ -40,6 +40,12 @@ def test_every_example_is_short_and_tested() -> None:
         assert path.name in tests
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_own_script(num_ranks: int, example: Callable[..., str]) -> None:
+    (accuracy,) = numbers(r"accuracy on rank 0's share: ([\d.]+) %", example(num_ranks, "own_script.py"))
+    assert accuracy > 97
+
+
 @pytest.mark.slow
 def test_fine_tuning(example: Callable[..., str]) -> None:
     out = example(1, "fine_tuning.py")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import kfac_dist.commands.train
 import kfac_dist.training.learner
 import kfac_dist.training.trainer
 from kfac_dist import LossScaler
@@ -35,7 +36,7 @@ def test_the_quickstart_in_half_precision_is_as_accurate(precision: str, command
 
 @pytest.mark.parametrize("optimizer", ["kfac", "sgd"])
 def test_overflows_skip_updates_and_training_goes_on(
-    optimizer: str, command: Command, train_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainers = []
 
@@ -45,7 +46,7 @@ def test_overflows_skip_updates_and_training_goes_on(
             return super().train()
 
     monkeypatch.setattr(kfac_dist.training.learner, "LossScaler", partial(LossScaler, 2.0**24))
-    monkeypatch.setattr(train_module, "Trainer", Spied)
+    monkeypatch.setattr(kfac_dist.commands.train, "Trainer", Spied)
     sgd = ["optimizer.name=sgd", "kfac=null", "weight_rescaling=off", "optimizer.learning_rate=0.05"]
     overrides = ["train.precision=fp16", "train.epochs=3", f"run.output_dir={tmp_path}"]
     finished = command(QUICKSTART, *overrides, *(sgd if optimizer == "sgd" else []))
@@ -63,7 +64,7 @@ def test_overflows_skip_updates_and_training_goes_on(
 
 
 def test_an_overflow_in_the_forward_pass_leaves_no_trace(
-    command: Command, train_module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It makes BatchNorm's running statistics NaN before anything can be skipped."""
     trainers = []
@@ -78,7 +79,7 @@ def test_an_overflow_in_the_forward_pass_leaves_no_trace(
         batch = apply(self, batch)
         return replace(batch, images=batch.images * 1e6) if batch.iteration == 5 else batch
 
-    monkeypatch.setattr(train_module, "Trainer", Spied)
+    monkeypatch.setattr(kfac_dist.commands.train, "Trainer", Spied)
     monkeypatch.setattr(Augmentation, "apply", huge_once)
     finished = command(QUICKSTART, "train.precision=fp16", "train.epochs=2", f"run.output_dir={tmp_path}")
     assert finished.code == 0, finished.err

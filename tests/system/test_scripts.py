@@ -64,6 +64,7 @@ def test_tests_run_without_real_data(checkout: Checkout) -> None:
     finished = checkout.run("scripts/test.sh", "-k", "config")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert checkout.calls("-m pytest") == ["python -m pytest -k config data="]
+    assert checkout.calls("-m mkdocs") == ["python -m mkdocs build --strict data="]
     assert not checkout.cache.exists()
 
 
@@ -109,3 +110,14 @@ def test_what_must_be_there_is_not_only_tried(checkout: Checkout) -> None:
     assert finished.returncode == 1
     assert "pip failed" in finished.stderr
     assert checkout.calls("-m pytest") == []
+
+
+@pytest.mark.parametrize(
+    ("words", "stage"), [("format --check", "format"), ("-m mkdocs", "site"), ("-m pytest", "tests")]
+)
+def test_a_stage_that_fails_is_named_and_the_others_run(words: str, stage: str, checkout: Checkout) -> None:
+    checkout.failing(words)
+    finished = checkout.run("scripts/test.sh")
+    assert finished.returncode == 1
+    assert finished.stdout.splitlines()[-1] == f"FAILED: {stage}"
+    assert len(checkout.calls("-m pytest")) == 1

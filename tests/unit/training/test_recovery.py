@@ -119,7 +119,13 @@ def test_three_in_a_row_go_back_to_the_checkpoint(extra: tuple[str, ...], spoil:
     assert (summary["nonfinite_updates"], summary["restores"]) == (3, 1)
 
 
-def test_if_that_does_not_help_it_ends_with_a_black_box(spoil: Spoil, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "replay"), [("train.py", "python train.py"), ("/somewhere/bin/kfac-dist", "kfac-dist train")]
+)
+def test_if_that_does_not_help_it_ends_with_a_black_box(
+    program: str, replay: str, spoil: Spoil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program])
     spoilt = spoil(lambda iteration, _: iteration >= 6)
     trainer = make(tmp_path, "checkpoint={every_epochs: 0.4}", "train.max_restores=1", "train.max_nonfinite=2")
     with pytest.raises(TrainingFailed, match=r"2 updates in a row, after one restart .* more damping.*black_box\.json"):
@@ -129,7 +135,7 @@ def test_if_that_does_not_help_it_ends_with_a_black_box(spoil: Spoil, tmp_path: 
     assert not (run / "DONE").exists()
     box = json.loads((run / "black_box.json").read_text())
     checkpoint = run / "checkpoints" / "iteration-00000005"
-    assert box["replay"] == f"python train.py {run / 'config.yaml'} --resume {checkpoint}"
+    assert box["replay"] == f"{replay} {run / 'config.yaml'} --resume {checkpoint}"
     assert checkpoint.is_dir()
     assert (box["iteration"], box["num_restores"]) == (7, 1)
     assert [kept["iteration"] for kept in box["iterations"]] == [5, 6, 7]
