@@ -32,7 +32,7 @@ ROOMS = (
     "planning",
     "plots",
     "doctor",
-    "memory",
+    "memory", "commands",
 )
 # What a room must do without, whether it imports it itself or through others.
 NEVER = {
