@@ -63,9 +63,11 @@ make_launch() {
     fi
     launch+=(${flags[@]+"${flags[@]}"})
     enter_container
-    # Ranks that are still starting would die of the signal. They install their handler when training begins.
+    # Ranks that are still starting would die of the signal; they install their handler when training begins. What is
+    # `$0` tells this script that they are there.
+    started="${TMPDIR:-/tmp}/kfac_dist-started.${SLURM_JOB_ID:-$$}"
     # shellcheck disable=SC2016  # sh is to expand it
-    launch+=(sh -c 'trap "" USR1; exec "$@"' rank "$python")
+    launch+=(sh -c 'trap "" USR1; true 2>/dev/null >"$0"; exec "$@"' "$started" "$python")
 }
 
 # Appends to `launch` what starts the rest of the command inside the container, if there is one.
@@ -86,6 +88,7 @@ enter_container() {
 run_until_signal() {
     local interrupted
     [ -z "$stopped_by" ] || { code=75 && return; }
+    rm -f "$started"
     "$@" &
     child=$!
     [ -z "$stopped_by" ] || repeat_signal
@@ -98,11 +101,13 @@ run_until_signal() {
     child=
     [ -z "$repeater" ] || kill "$repeater" 2>/dev/null || true
     repeater=
+    rm -f "$started"
 }
 
 stopped_by= # the signal that came; SIGTERM, from scancel or preemption, prevails
 child=
 repeater=
+started=
 
 take_signal() {
     interrupted=1
@@ -111,8 +116,17 @@ take_signal() {
     [ -n "$repeater" ] || [ -z "$child" ] || repeat_signal
 }
 
+# mpirun fails when it is to pass on a signal before its daemons are there, so the first waits for the ranks, at most for
+# half a minute: from inside a container their sign may not be seen.
 repeat_signal() {
-    (while kill -USR1 "$child"; do sleep 5; done) >/dev/null 2>&1 &
+    (
+        for ((second = 0; second < 30; second++)); do
+            if [ -z "$started" ] || [ -e "$started" ]; then break; fi
+            sleep 1
+        done
+        sleep 1
+        while kill -USR1 "$child"; do sleep 5; done
+    ) >/dev/null 2>&1 &
     repeater=$!
 }
 

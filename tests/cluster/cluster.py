@@ -158,7 +158,8 @@ class Job:
         """Wait until it is finished.
 
         After a requeue Slurm holds a job back for two minutes; this lets it start after two seconds. At once, its
-        script may not be found: the node may still be removing what the first start left.
+        script may not be found: the node may still be removing what the first start left. No second start is to meet
+        its time limit.
         """
         held_since = None
 
@@ -170,7 +171,8 @@ class Job:
             elif held_since is None:
                 held_since = time.monotonic()
             elif time.monotonic() > held_since + 2:
-                self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now", check=False)
+                changes = (f"JobId={self.number}", "StartTime=now", "TimeLimit=30")
+                self.cluster.call("scontrol", "update", *changes, check=False)
             return shown["JobState"] in FINISHED
 
         try:

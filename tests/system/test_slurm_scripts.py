@@ -16,7 +16,7 @@ case "$*" in *finished.py*) exit "${finished:-0}" ;; esac
 name=$(basename "$0" .sh)
 exit "${!name:-0}"
 """
-RANK = 'sh -c trap "" USR1; exec "$@" rank'
+RANK = 'sh -c trap "" USR1; true 2>/dev/null >"$0"; exec "$@" HOME/kfac_dist-started.7'
 
 
 class Submitted:
@@ -41,7 +41,7 @@ class Submitted:
         return subprocess.run(
             ["bash", ROOT / "scripts/slurm" / script, *arguments],
             cwd=self.home,
-            env={"PATH": path, "HOME": str(self.home), "LOG": str(self.log), **slurm, **env},
+            env={"PATH": path, "HOME": str(self.home), "TMPDIR": str(self.home), "LOG": str(self.log), **slurm, **env},
             capture_output=True,
             text=True,
             timeout=30,
