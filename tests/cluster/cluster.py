@@ -154,7 +154,7 @@ class Job:
         path = self.cluster.folder / f"{self.number}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def wait(self, seconds: float = 120) -> Mapping[str, str]:
+    def wait(self, seconds: float = 240) -> Mapping[str, str]:
         """Wait until it is finished.
 
         After a requeue Slurm holds a job back for two minutes; this lets it start after two seconds. At once, its

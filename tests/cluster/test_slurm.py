@@ -10,7 +10,7 @@ from tests.cluster.cluster import Cluster, Job, wait_for
 from tests.faults.conftest import EVERYTHING, assert_same, records
 from tests.paths import QUICKSTART
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 

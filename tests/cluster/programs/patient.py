@@ -2,7 +2,7 @@
 
     WAIT_AT=8 python patient.py train.py CONFIG.yaml …
 
-Without WAIT_AT, and in a process that resumes behind that iteration, nothing is waited for.
+Without WAIT_AT, and in a job's second start, nothing is waited for.
 """
 
 import os
@@ -28,7 +28,7 @@ def install(wait_at: int) -> None:
 
 
 sys.argv = sys.argv[1:]
-if "WAIT_AT" in os.environ and sys.argv[0].endswith("train.py"):
+if "WAIT_AT" in os.environ and "SLURM_RESTART_COUNT" not in os.environ and sys.argv[0].endswith("train.py"):
     install(int(os.environ["WAIT_AT"]))
 sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
 runpy.run_path(sys.argv[0], run_name="__main__")
