@@ -10,9 +10,9 @@ from pathlib import Path
 
 from kfac_dist.communicator.launch import EXIT_STOPPED
 from kfac_dist.config.load import load_config
+from kfac_dist.runs.reader import METRICS_FILE
 from kfac_dist.runs.writer import DONE_FILE, last_run_directory
 from kfac_dist.training.command_line import parse_arguments
-from kfac_dist.training.run_state import run_of
 
 
 def main() -> int:
@@ -24,7 +24,8 @@ def main() -> int:
     if arguments.resume in (None, "auto"):
         folder = last_run_directory(config.output_dir, config.name)
     else:
-        folder = run_of(Path(arguments.resume).expanduser())
+        place = Path(arguments.resume).expanduser().resolve()
+        folder = place if (place / METRICS_FILE).exists() else place.parent.parent  # of a checkpoint
     if folder is not None and (folder / DONE_FILE).exists():
         return 0
     print(f"the ranks ended with exit code 0, but {folder or config.name} has no {DONE_FILE}: a host was lost?")
