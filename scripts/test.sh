@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh --try dali
+scripts/setup_cluster_tests.sh # here and not in the tests: pytest on its own installs nothing
 
 unpack_real_data() {
     local unpack name cache="${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/kfac_dist/test-data"

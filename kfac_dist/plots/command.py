@@ -1,6 +1,7 @@
 """The command line of the figures.
 
 python -m kfac_dist.plots curves  RUN [RUN ...] --output FILE.png [--labels LABEL ...]
+python -m kfac_dist.plots figure2 RUN [RUN ...] --output FILE.png
 python -m kfac_dist.plots figure3 RUN [RUN ...] --output FILE.png [--labels LABEL ...]
 python -m kfac_dist.plots figure4 [MODEL] --output FILE.png
 python -m kfac_dist.plots figure5 RUN --output FILE.png
@@ -25,6 +26,7 @@ from kfac_dist.plots.curves import draw_curves
 from kfac_dist.plots.fisher_change import draw_fisher_change
 from kfac_dist.plots.fisher_memory import draw_fisher_memory
 from kfac_dist.plots.runs import describe_runs, read_run, save_figure
+from kfac_dist.plots.scaling import draw_scaling, read_scaling_point
 
 _MOST_IMAGES = 256  # takes about half a minute to draw, and 16,800 pixels of height with all steps
 
@@ -57,6 +59,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder (it holds metrics.jsonl)")
         command.add_argument("--labels", nargs="+", metavar="LABEL", help="a name for each run, in order")
+    command = commands.add_parser("figure2", help="the paper's Figure 2: seconds an iteration of runs by their ranks")
+    command.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folder of a run; scripts/slurm/scaling.sbatch makes them"
+    )
     command = commands.add_parser("figure4", help="the paper's Figure 4: memory of the Fisher by BatchNorm form")
     command.add_argument("model", nargs="?", default="resnet50", help="any name that model.name takes (resnet50)")
     command.add_argument("--image-size", type=int, default=224, metavar="N", help="(224)")
@@ -81,6 +87,8 @@ def _draw(options: argparse.Namespace) -> Figure:
                 f"got {options.iteration} and {options.images}"
             )
         return draw_batch(load_config(options.config, options.overrides), options.iteration, options.images)
+    if options.command == "figure2":
+        return draw_scaling([read_scaling_point(run) for run in options.runs], describe_runs(options.runs))
     if options.command == "figure4":
         if options.image_size < 1 or options.classes < 1:
             raise InputError(f"--image-size and --classes must be >= 1, got {options.image_size} and {options.classes}")

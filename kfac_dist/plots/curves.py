@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from kfac_dist.plots.runs import LINE_STYLES, RUN_COLOURS, STYLE, Array, Run, column, put_legend_beside, start_epochs
 from kfac_dist.timing import STAGES
 
-_STAGE_COLOURS = {
+STAGE_COLOURS = {
     "data": "#BBBBBB",
     "forward": "#56B4E9",
     "backward": "#0072B2",
@@ -119,7 +119,7 @@ def _draw_stages(axes: Axes, runs: Sequence[Run]) -> None:
         if not widths.any():
             continue
         label = stage.replace("_", " ")
-        bar = axes.barh(places, widths, left=left, color=_STAGE_COLOURS[stage], height=0.62, label=label)
+        bar = axes.barh(places, widths, left=left, color=STAGE_COLOURS[stage], height=0.62, label=label)
         texts = [f"{width:.{decimals}f}" if width > _LABELLED_SHARE * longest else "" for width in widths]
         colour = "white" if stage in _DARK_STAGES else "black"
         axes.bar_label(bar, texts, label_type="center", fontsize=7.5, color=colour)

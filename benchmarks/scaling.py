@@ -1,0 +1,98 @@
+"""Figure 2 of the paper, as scripts/slurm/scaling.sbatch makes it: what each number of ranks trains, and what came out.
+
+python benchmarks/scaling.py settings RANKS ITERATIONS CONFIG.yaml [dotted.key=value …]
+    Shows overrides for train.py, one a line: as many images a rank as the recipe has, so many iterations, one short
+    evaluation, no checkpoint but the last. Those of the command line prevail: with batch.global_size=4096 the
+    global batch is the same on any number of ranks.
+python benchmarks/scaling.py summarise FOLDER
+    Writes scaling.md, scaling.json and figure2.png into the folder, of the finished runs in it.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from program import count, run, table
+
+from kfac_dist.config.load import load_config
+from kfac_dist.data.create import describe_dataset
+from kfac_dist.errors import InputError
+from kfac_dist.plots import ScalingPoint, describe_runs, draw_scaling, read_scaling_point, save_figure
+from kfac_dist.runs.writer import DONE_FILE
+
+_EVALUATED = 256  # images: the accuracy is of no interest
+
+
+def settings(num_ranks: int, iterations: int, config: str, overrides: list[str]) -> list[str]:
+    """Overrides of a recipe for one point of the figure.
+
+    Raises:
+        InputError: If the configuration is not valid.
+    """
+    recipe = load_config(config, overrides)
+    found = [f"batch.global_size={recipe.batch.per_rank * num_ranks}", "train.evaluate_every=1000000"]
+    found += ["checkpoint.every_minutes=null", "checkpoint.keep=1", "checkpoint.keep_best=false"]
+    if "eval_limit" in type(recipe.data).model_fields:
+        found.append(f"data.eval_limit={_EVALUATED}")
+    taken = {text.partition("=")[0] for text in overrides}  # keys, or whole sections
+    found = [text for text in found if not {text.partition("=")[0], text.partition(".")[0]} & taken] + overrides
+    point = load_config(config, found)
+    images = (iterations - 0.5) * point.batch.global_size  # the number of iterations is rounded up
+    return [*found, f"train.epochs={images / describe_dataset(point.data).num_train!r}"]
+
+
+def markdown(points: list[ScalingPoint], title: str) -> str:
+    """The points as a table; the ratio is of images per second and rank to those on the fewest ranks."""
+    first = points[0]
+    speed_of_first = first.batch_size / first.seconds[1] / first.num_ranks
+    rows = []
+    for point in points:
+        speed = point.batch_size / point.seconds[1]
+        low, median, high = (f"{seconds:.4f}" for seconds in point.seconds)
+        ratio = speed / point.num_ranks / speed_of_first
+        rows.append([str(point.num_ranks), f"{point.batch_size:,}", median, f"{low} to {high}", f"{speed:,.0f}"])
+        rows[-1].append(f"{ratio:.2f}")
+    heads = ["ranks", "global batch", "s per iteration", "middle half", "images per second", "a rank, to the first"]
+    stages = list(first.stages)
+    by_stage = [[str(point.num_ranks), *(f"{point.stages[stage]:.4f}" for stage in stages)] for point in points]
+    lines = [f"# Figure 2: {title}", "", *table(heads, rows), "", "Seconds by stage:", ""]
+    return "\n".join([*lines, *table(["ranks", *stages], by_stage)]) + "\n"
+
+
+def summarise(folder: Path) -> None:
+    """Write the table and the figure.
+
+    Raises:
+        InputError: If no run in the folder is finished.
+    """
+    runs = [marker.parent for marker in sorted(folder.glob(f"*/{DONE_FILE}"))]
+    if not runs:
+        raise InputError(f"FOLDER must hold finished runs, got {folder}")
+    points = sorted(map(read_scaling_point, runs), key=lambda point: point.num_ranks)
+    text = markdown(points, describe_runs(runs))
+    print(text, end="")
+    (folder / "scaling.md").write_text(text, encoding="utf-8")
+    (folder / "scaling.json").write_text(json.dumps([asdict(point) for point in points], indent=2) + "\n", "utf-8")
+    save_figure(draw_scaling(points, describe_runs(runs)), folder / "figure2.png")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("settings")
+    command.add_argument("ranks", type=count)
+    command.add_argument("iterations", type=count)
+    command.add_argument("config", metavar="CONFIG.yaml")
+    command.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    commands.add_parser("summarise").add_argument("folder", type=Path)
+    options = parser.parse_args()
+    if options.command == "summarise":
+        summarise(options.folder)
+    else:
+        print("\n".join(settings(options.ranks, options.iterations, options.config, options.overrides)))
+
+
+if __name__ == "__main__":
+    run(main)

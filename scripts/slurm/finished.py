@@ -1,0 +1,36 @@
+"""Whether the run that train.py was started for is finished: mpirun may end with 0 after it lost a host.
+
+    python scripts/slurm/finished.py CONFIG.yaml [options and overrides, as for train.py]
+
+Exit code 0 if the run's folder has a DONE file, or if train.py was not asked to train; else 75, to be queued again.
+"""
+
+import sys
+from pathlib import Path
+
+from kfac_dist.communicator.launch import EXIT_STOPPED
+from kfac_dist.config.load import load_config
+from kfac_dist.runs.reader import METRICS_FILE
+from kfac_dist.runs.writer import DONE_FILE, last_run_directory
+from kfac_dist.training.command_line import parse_arguments
+
+
+def main() -> int:
+    """Look for the marker; returns the exit code."""
+    arguments = parse_arguments(__doc__)
+    if arguments.help or arguments.print_config or arguments.explain or arguments.evaluate:
+        return 0
+    config = load_config(arguments.config, arguments.overrides).run
+    if arguments.resume in (None, "auto"):
+        folder = last_run_directory(config.output_dir, config.name)
+    else:
+        place = Path(arguments.resume).expanduser().resolve()
+        folder = place if (place / METRICS_FILE).exists() else place.parent.parent  # of a checkpoint
+    if folder is not None and (folder / DONE_FILE).exists():
+        return 0
+    print(f"the ranks ended with exit code 0, but {folder or config.name} has no {DONE_FILE}: a host was lost?")
+    return EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
