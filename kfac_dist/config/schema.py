@@ -21,6 +21,7 @@ from pydantic import (
 from kfac_dist.config import strict_yaml
 from kfac_dist.config.data import BUILT_IN, DataSet
 from kfac_dist.config.kfac import KfacConfig
+from kfac_dist.config.optimizer import OptimizerConfig
 from kfac_dist.config.sections import FractionRange, KeyProblem, Kind, PathText, PositiveRange, Section, Text
 from kfac_dist.vocabulary import (
     BackendChoice,
@@ -110,15 +111,6 @@ class CheckpointConfig(Section):
     keep_best: bool = True
 
 
-class OptimizerConfig(Section):
-    """The optimizer and its initial learning rate and momentum."""
-
-    name: Literal["kfac", "sgd"]
-    learning_rate: PositiveFloat
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: NonNegativeFloat = 0.0
-
-
 class Schedule(Kind):
     """The learning rate over the epochs."""
 
@@ -157,11 +149,27 @@ class CosineSchedule(Schedule):
         return warmup_epochs
 
 
+class OneCycleSchedule(Schedule):
+    """A triangle: from 1/25 of the learning rate linearly up to it, then linearly down to zero at `end_epoch`.
+
+    `rising` is the share of the epochs up to `end_epoch` in which it rises. (1/25 is where torch's OneCycleLR starts.)
+    """
+
+    kind: Literal["one_cycle"]
+    end_epoch: PositiveFloat
+    rising: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
+
 class ConstantSchedule(Schedule):
     """The initial learning rate throughout."""
 
     kind: Literal["constant"]
     warmup_epochs: NonNegativeFloat = 0.0
+
+
+ScheduleConfig = Annotated[
+    PolynomialSchedule | CosineSchedule | OneCycleSchedule | ConstantSchedule, Field(discriminator="kind")
+]
 
 
 class ErasingConfig(Section):
@@ -210,7 +218,7 @@ class Config(Section):
     train: TrainConfig
     optimizer: OptimizerConfig
     kfac: Annotated[KfacConfig | None, Field(validate_default=True)] = None
-    schedule: Annotated[PolynomialSchedule | CosineSchedule | ConstantSchedule, Field(discriminator="kind")]
+    schedule: ScheduleConfig
     augment: AugmentConfig = AugmentConfig()
     weight_rescaling: WeightRescaling = "off"
     communication: CommunicationConfig = CommunicationConfig()
