@@ -23,6 +23,13 @@ class DataSet(Kind):
     name: str
 
 
+def check_divides_side(downsample: int, side: int) -> int:
+    """The number, unless images of this side cannot be shrunk by it."""
+    if side % downsample:
+        raise ValueError(f"must divide {side}, the side of an image")
+    return downsample
+
+
 class DigitsConfig(DataSet):
     """Scikit-learn's digits."""
 
@@ -33,6 +40,10 @@ class DigitsConfig(DataSet):
     eval_limit: PositiveInt | None = None
 
 
+Downsample = Annotated[int, Field(ge=1, le=8)]
+"""Squares of so many pixels a side become one, their mean, when the images are read; it divides the images' side."""
+
+
 class Cifar10Config(DataSet):
     """CIFAR-10, in the files of its Python version."""
 
@@ -40,6 +51,12 @@ class Cifar10Config(DataSet):
     root: Annotated[PathText, Field(description="must name the folder that holds cifar10 (cifar-10-batches-py)")]
     train_limit: PositiveInt | None = None
     eval_limit: PositiveInt | None = None
+    downsample: Downsample = 1
+
+    @field_validator("downsample")
+    @classmethod
+    def _check_downsample(cls, downsample: int) -> int:
+        return check_divides_side(downsample, 32)
 
 
 class SvhnConfig(DataSet):
@@ -51,6 +68,12 @@ class SvhnConfig(DataSet):
     ]
     train_limit: PositiveInt | None = None
     eval_limit: PositiveInt | None = None
+    downsample: Downsample = 1
+
+    @field_validator("downsample")
+    @classmethod
+    def _check_downsample(cls, downsample: int) -> int:
+        return check_divides_side(downsample, 32)
 
 
 class ImagenetConfig(DataSet):
