@@ -4,9 +4,9 @@ Validated as a configuration is: all problems at once, each as the dotted key, t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +28,9 @@ from kfac_dist.errors import InputError
 SMALLEST_BATCH = 128
 
 
+_Sized = TypeVar("_Sized", bound=Sized)
+
+
 def _check_batch_size(size: int) -> int:
     if size < SMALLEST_BATCH or size & (size - 1):
         raise ValueError(f"must be a power of two >= {SMALLEST_BATCH}")
@@ -37,6 +40,12 @@ def _check_batch_size(size: int) -> int:
 def _check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("must not hold a value twice")
+    return _check_some(values)
+
+
+def _check_some(values: _Sized) -> _Sized:
+    if not len(values):
+        raise ValueError("must not be empty")
     return values
 
 
@@ -44,12 +53,12 @@ Metric = Literal["train_loss", "test_top1"]
 
 # Strict(False) lets a YAML list stand for the tuple; what is in it stays strict.
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-Values = Annotated[tuple[float, ...], Strict(False), Field(min_length=1), AfterValidator(_check_distinct)]
-Models = Annotated[tuple[Text, ...], Strict(False), Field(min_length=1), AfterValidator(_check_distinct)]
+Values = Annotated[tuple[float, ...], Strict(False), AfterValidator(_check_distinct)]
+Models = Annotated[tuple[Text, ...], Strict(False), AfterValidator(_check_distinct)]
 BatchSize = Annotated[int, AfterValidator(_check_batch_size)]
-BatchSizes = Annotated[tuple[BatchSize, ...], Strict(False), Field(min_length=1), AfterValidator(_check_distinct)]
+BatchSizes = Annotated[tuple[BatchSize, ...], Strict(False), AfterValidator(_check_distinct)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Seeds = Annotated[tuple[Seed, ...], Strict(False), Field(min_length=1), AfterValidator(_check_distinct)]
+Seeds = Annotated[tuple[Seed, ...], Strict(False), AfterValidator(_check_distinct)]
 
 
 class Axis(Section):
@@ -128,7 +137,7 @@ class OptimizerStudy(Section):
     """
 
     settings: dict[str, Any] = Field(default_factory=dict)
-    grid: Annotated[dict[Label, Axis], Field(min_length=1)]
+    grid: Annotated[dict[Label, Axis], AfterValidator(_check_some)]
     linked: dict[str, Link] = Field(default_factory=dict)
 
 
@@ -159,7 +168,7 @@ class Study(Section):
     models: Models
     batch_sizes: BatchSizes
     budget: Annotated[AdjustedEpochs | FixedEpochs | FixedIterations, Field(discriminator="rule")]
-    optimizers: Annotated[dict[Label, OptimizerStudy], Field(min_length=1)]
+    optimizers: Annotated[dict[Label, OptimizerStudy], AfterValidator(_check_some)]
     linked: dict[str, Link] = Field(default_factory=dict)
     seeds: Seeds = (0,)
     best: Best | None = None

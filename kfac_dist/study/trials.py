@@ -61,6 +61,8 @@ def plan_trials(study: Study) -> list[Trial]:
     """
     trials: list[Trial] = []
     problems: list[str] = []
+    _check_same_data(study)
+    num_train = describe_dataset(create_config(_minimal(study.recipe), "the study's recipe").data).num_train
     cells = itertools.product(study.models, study.batch_sizes, study.optimizers)
     for model, batch_size, label in cells:
         first_seed: list[int] = []
@@ -68,7 +70,8 @@ def plan_trials(study: Study) -> list[Trial]:
             index = len(trials)
             config: dict[str, Any] = {}
             try:
-                config = trial_config(study, model, batch_size, label, parameters, seed).model_dump(mode="json")
+                valid = trial_config(study, model, batch_size, label, parameters, seed, num_train)
+                config = valid.model_dump(mode="json")
             except InputError as error:
                 problems.append(f"model {model}, batch {batch_size}, {label}, {parameters}, seed {seed}: {error}")
             if seed == study.seeds[0]:
@@ -85,9 +88,9 @@ def plan_trials(study: Study) -> list[Trial]:
 
 
 def trial_config(
-    study: Study, model: str, batch_size: int, label: str, parameters: Mapping[str, float], seed: int
+    study: Study, model: str, batch_size: int, label: str, parameters: Mapping[str, float], seed: int, num_train: int
 ) -> Config:
-    """The configuration of a trial.
+    """The configuration of a trial, whose data have so many training images.
 
     Raises:
         InputError: If it is not valid.
@@ -105,9 +108,6 @@ def trial_config(
         "run.name": "run", "run.seed": seed, "model.name": model, "batch.global_size": batch_size,
     }.items():  # fmt: skip
         set_key_(settings, key, value)
-    # The budget needs the data's size, links the run's length, and only they together make the configuration valid.
-    data = create_config(_minimal(settings), "the study's recipe").data
-    num_train = describe_dataset(data).num_train
     epochs = budget_epochs(study, batch_size, num_train)
     set_key_(settings, "train.epochs", epochs)
     num_iterations = SlotSampler(num_train, batch_size, 1, seed=0).num_iterations(epochs)
@@ -177,6 +177,15 @@ def _get(settings: Mapping[str, Any], key: str) -> Any:
             return None
         value = value.get(name)
     return value
+
+
+def _check_same_data(study: Study) -> None:
+    """All columns of a study must train on the same images."""
+    for label, optimizer in study.optimizers.items():
+        keys = [*optimizer.settings, *optimizer.linked, *(axis.key for axis in optimizer.grid.values())]
+        for key in keys:
+            if key.partition(".")[0] == "data":
+                raise InputError(f"optimizers.{label} must leave the data as they are in recipe.data, got {key}")
 
 
 def _minimal(settings: Mapping[str, Any]) -> dict[str, Any]:
