@@ -52,7 +52,7 @@ CASES = {
     "muon": ["optimizer={name: muon, learning_rate: 0.1, momentum: 0.6}", "kfac=null"],
     "adamw": ["optimizer={name: adamw, learning_rate: 0.01, momentum: 0.9, weight_decay: 0.01}", "kfac=null"],
     "lars": [
-        "optimizer={name: lars, learning_rate: 10, momentum: 0.9, weight_decay: 0.001}",
+        "optimizer={name: lars, learning_rate: 4, momentum: 0.5, weight_decay: 0.001}",
         "kfac=null",
         "weight_rescaling=off",
     ],
