@@ -66,6 +66,8 @@ def run_workers(settings: WorkerSettings, num_workers: int) -> int:
     """
     folder = StudyFolder(settings.folder)
     selected = set(settings.selected)
+    if selected <= folder.finished():
+        return 0
     progress = StudyProgress(len(selected), len(selected & folder.finished()))
     # Read when a child loads its libraries, before it can set its threads itself.
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
