@@ -120,11 +120,11 @@ def run_trial(
     }
 
 
-def failed_result(trial: Trial, parameters: Mapping[str, float] | None, error: str) -> dict[str, Any]:
-    """The result of a trial that could not be trained to its end."""
+def unfinished_result(trial: Trial, parameters: Mapping[str, float] | None, status: str, error: str) -> dict[str, Any]:
+    """The result of a trial of which nothing is known but why."""
     return {
         **_identity(trial, parameters or {}),
-        "status": "failed",
+        "status": status,
         **summarise([], trial.batch_size, ()),
         "cpu_seconds": 0.0,
         "error": error,

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from kfac_dist.errors import InputError, RunStopped
+from kfac_dist.errors import InputError, RunStopped, TrainingDiverged
 from kfac_dist.runs.progress import PROGRESS_VARIABLE
 from kfac_dist.study.claims import Claim, Heartbeat, claim_trial, count_deaths, is_claimed
 from kfac_dist.study.definition import Study
 from kfac_dist.study.manifest import StudyFolder
 from kfac_dist.study.results import best_of
-from kfac_dist.study.trial_run import RUN_FOLDER, ClaimLost, failed_result, run_trial
+from kfac_dist.study.trial_run import RUN_FOLDER, ClaimLost, run_trial, unfinished_result
 from kfac_dist.study.trials import Trial
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _work_through(
     took = False
     finished = folder.finished()
     for index in settings.selected:
-        if index in finished or not _is_ready(trials[index], finished):
+        if index in finished or not _is_ready(trials[index], finished, folder):
             continue
         claim = claim_trial(folder.trial(index), settings.lease_seconds)
         if claim is None:
@@ -106,13 +106,17 @@ def _may_come(index: int, folder: StudyFolder, trials: Sequence[Trial], settings
     """Whether a trial that is not finished can still become this worker's: somebody trains it, or what it waits for."""
     awaited = [index, *(trials[index].best_of or ())]
     return any(is_claimed(folder.trial(each), settings.lease_seconds) for each in awaited) or _is_ready(
-        trials[index], folder.finished()
+        trials[index], folder.finished(), folder
     )
 
 
-def _is_ready(trial: Trial, finished: Collection[int]) -> bool:
-    """Whether the trials that it takes the best of are all there."""
-    return trial.best_of is None or all(index in finished for index in trial.best_of)
+def _is_ready(trial: Trial, finished: Collection[int], folder: StudyFolder) -> bool:
+    """Whether the trials that it takes the best of are all there and none failed, which a retry could make the best."""
+    if trial.best_of is None:
+        return True
+    if not all(index in finished for index in trial.best_of):
+        return False
+    return all(folder.read_result(index)["status"] != "failed" for index in trial.best_of)
 
 
 def _run_claimed(
@@ -131,13 +135,15 @@ def _run_claimed(
     except (Stopped, RunStopped):
         claim.release()
         raise
+    except TrainingDiverged as error:
+        result = unfinished_result(trial, parameters, "diverged", str(error))
     except ClaimLost:
         logger.warning("trial %d was taken by another worker meanwhile", trial.index)
         return
     except Exception as error:
         logger.exception("trial %d failed", trial.index)
         last_line = traceback.format_exception_only(error)[-1].strip()
-        result = failed_result(trial, parameters, last_line)
+        result = unfinished_result(trial, parameters, "failed", last_line)
     if claim.is_last:
         folder.write_result(trial.index, result)
         if not settings.keeps_runs and result["status"] != "failed":
@@ -148,7 +154,7 @@ def _chosen(folder: StudyFolder, study: Study, trial: Trial) -> tuple[dict[str, 
     """Parameters and configuration of a trial.
 
     Raises:
-        InputError: If it is to be the best of others, of which none came to its end.
+        TrainingDiverged: If it is to be the best of others, of which none came to its end.
     """
     if trial.best_of is None:
         assert trial.parameters is not None
@@ -158,7 +164,7 @@ def _chosen(folder: StudyFolder, study: Study, trial: Trial) -> tuple[dict[str, 
     results = [folder.read_result(index) for index in trial.best_of]
     best = best_of(results, study.best.by)
     if best is None:
-        raise InputError("none of the configurations that it takes the best of came to its end")
+        raise TrainingDiverged("all configurations that it takes the best of diverged")
     _, trials = folder.read_plan()
     config = trials[best["index"]].config
     assert config is not None

@@ -1,15 +1,19 @@
 """Results from metrics, targets, the best of several, and the filter of a command."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kfac_dist.errors import InputError, TrainingDiverged
-from kfac_dist.study.definition import Target
+from kfac_dist.study.definition import Target, load_study
+from kfac_dist.study.manifest import StudyFolder
 from kfac_dist.study.results import best_of, summarise
 from kfac_dist.study.status import select
 from kfac_dist.study.trial_run import ClaimLost, EarlyDivergence
 from kfac_dist.study.trials import Trial
+from kfac_dist.study.worker import _is_ready
+from tests.unit.study.studies import write_study
 
 LOSS, TOP1 = Target(metric="train_loss", value=0.5), Target(metric="test_top1", value=0.75)
 
@@ -94,3 +98,15 @@ def test_hopeless_trials_end_early() -> None:
 def test_a_lost_trial_ends() -> None:
     with pytest.raises(ClaimLost):
         EarlyDivergence(10, per_epoch=2, is_lost=lambda: True).see(1.0, 0, 0.0, gave_up=False)
+
+
+def test_more_seeds_wait_for_failed_trials(tmp_path: Path) -> None:
+    """After a retry another configuration might be the best."""
+    folder = StudyFolder(tmp_path / "study")
+    folder.write_plan(load_study(write_study(tmp_path, {"best": {"seeds": [1]}})))
+    _, trials = folder.read_plan()
+    for second, is_ready in (("failed", False), ("diverged", True), ("done", True)):
+        folder.write_result(0, {"index": 0, "status": "done"})
+        assert not _is_ready(trials[2], {0}, folder)
+        folder.write_result(1, {"index": 1, "status": second})
+        assert _is_ready(trials[2], {0, 1}, folder) == is_ready
