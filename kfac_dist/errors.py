@@ -21,6 +21,10 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on, on any rank: it diverged or lost its data. Exit code 3."""
 
 
+class TrainingDiverged(TrainingFailed):
+    """The loss is no longer finite, or hopeless."""
+
+
 class NoProgress(RuntimeError):
     """A run was restarted again and again at the same iteration. Exit code 93: not to be queued again."""
 

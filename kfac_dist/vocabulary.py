@@ -26,6 +26,9 @@ BatchNormForm = Literal["full", "unit", "diagonal"]
 WeightRescaling = Literal["always", "cap", "off"]
 """When Eq. 18 is applied; see `kfac_dist.optim.update`."""
 
+Decayed = Literal["all", "weights"]
+"""What the weight decay applies to; see `kfac_dist.config.optimizer`."""
+
 BottleneckVariant = Literal["v1", "v1.5"]
 """Where a bottleneck ResNet reduces the image; see `kfac_dist.models.residual`."""
 

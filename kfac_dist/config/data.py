@@ -23,6 +23,13 @@ class DataSet(Kind):
     name: str
 
 
+def check_divides_side(downsample: int, side: int) -> int:
+    """The number, unless images of this side cannot be shrunk by it."""
+    if side % downsample:
+        raise ValueError(f"must divide {side}, the side of an image")
+    return downsample
+
+
 class DigitsConfig(DataSet):
     """Scikit-learn's digits: 1,438 training and 359 test images of 8x8 pixels."""
 
@@ -35,6 +42,9 @@ class DigitsConfig(DataSet):
     """Evaluate on the first so many images."""
 
 
+Downsample = Annotated[int, Field(ge=1, le=8)]
+
+
 class Cifar10Config(DataSet):
     """CIFAR-10, in the files of its Python version."""
 
@@ -45,6 +55,13 @@ class Cifar10Config(DataSet):
     """Train on the first so many images."""
     eval_limit: PositiveInt | None = None
     """Evaluate on the first so many images."""
+    downsample: Downsample = 1
+    """Squares of so many pixels a side become one, their mean, when images are read; must divide the images' side."""
+
+    @field_validator("downsample")
+    @classmethod
+    def _check_downsample(cls, downsample: int) -> int:
+        return check_divides_side(downsample, 32)
 
 
 class SvhnConfig(DataSet):
@@ -59,6 +76,13 @@ class SvhnConfig(DataSet):
     """Train on the first so many images."""
     eval_limit: PositiveInt | None = None
     """Evaluate on the first so many images."""
+    downsample: Downsample = 1
+    """Squares of so many pixels a side become one, their mean, when images are read; must divide the images' side."""
+
+    @field_validator("downsample")
+    @classmethod
+    def _check_downsample(cls, downsample: int) -> int:
+        return check_divides_side(downsample, 32)
 
 
 class ImagenetConfig(DataSet):

@@ -4,7 +4,7 @@ All problems of a configuration are reported at once, each as the dotted key, th
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -31,13 +31,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         InputError: If the file cannot be read, or naming every other problem at once, one on a line.
     """
     settings = strict_yaml.read_mapping(find_configuration(path))
-    problems = []
-    given: dict[str, str] = {}  # dotted key: override
-    for override in overrides:
-        try:
-            _apply_override_(settings, override, given)
-        except InputError as error:
-            problems.append(str(error))
+    problems = apply_overrides_(settings, overrides)
+    return create_config(settings, str(path), problems)
+
+
+def create_config(settings: Mapping[str, object], source: str, problems: Sequence[str] = ()) -> Config:
+    """Validate settings.
+
+    Args:
+        settings: As a YAML file gives them.
+        source: What to call them in an error.
+        problems: Found before, to be told together with the others.
+
+    Raises:
+        InputError: Naming every problem at once, one on a line.
+    """
+    problems = list(problems)
     model = Config
     try:
         model = _config_class(settings)
@@ -48,8 +57,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         problems.append(str(error))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise InputError(f"{path}: {count} in this configuration:\n  " + "\n  ".join(problems))
+        raise InputError(f"{source}: {count} in this configuration:\n  " + "\n  ".join(problems))
     return config
+
+
+def apply_overrides_(settings: dict[str, object], overrides: Sequence[str]) -> list[str]:
+    """Change settings by ``dotted.key=value`` texts, in order; returns what is wrong with these, a line each."""
+    problems = []
+    given: dict[str, str] = {}  # dotted key: override
+    for override in overrides:
+        try:
+            _apply_override_(settings, override, given)
+        except InputError as error:
+            problems.append(str(error))
+    return problems
 
 
 def check_same(texts: Sequence[bytes]) -> None:
@@ -135,7 +156,7 @@ def _batch_warning(config: Config, num_train: int) -> str | None:
     return text
 
 
-def _config_class(settings: dict[str, object]) -> type[Config]:
+def _config_class(settings: Mapping[str, object]) -> type[Config]:
     """`Config`, or where `data.name` names a data set of an installed package, that which takes its section."""
     data = settings.get("data")
     name = data.get("name") if isinstance(data, dict) else None
@@ -214,8 +235,8 @@ def check_resumable(saved: str, config: Config) -> None:
     Raises:
         InputError: Naming the keys that differ and may not, with both values.
     """
-    before = _leaves(strict_yaml.parse(saved, "the checkpoint's configuration"))
-    after = _leaves(config.model_dump(mode="json"))
+    before = leaves(strict_yaml.parse(saved, "the checkpoint's configuration"))
+    after = leaves(config.model_dump(mode="json"))
     differing = [
         f"{key}: {before.get(key, 'absent')} when it was saved, {after.get(key, 'absent')} now"
         for key in sorted(before.keys() | after.keys())
@@ -228,12 +249,12 @@ def check_resumable(saved: str, config: Config) -> None:
         )
 
 
-def _leaves(value: object, key: str = "") -> dict[str, object]:
+def leaves(value: object, key: str = "") -> dict[str, object]:
     """Every value of nested mappings by its dotted key."""
     if not isinstance(value, dict):
         return {key: value}
     return {
         path: leaf
         for name, inner in value.items()
-        for path, leaf in _leaves(inner, f"{key}.{name}" if key else str(name)).items()
+        for path, leaf in leaves(inner, f"{key}.{name}" if key else str(name)).items()
     }

@@ -27,6 +27,7 @@ _RULES = {
     "string_pattern_mismatch": "must start with a letter or digit, and hold only letters, digits and . _ + -",
     "tuple_type": "must be a list",
     "too_long": "must be a list of {max_length}",
+    "dict_type": "must be a section",
     "literal_error": "must be {expected}",
     "model_type": "must be a section",
     "model_attributes_type": "must be a section",

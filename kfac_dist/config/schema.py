@@ -21,6 +21,7 @@ from pydantic import (
 from kfac_dist.config import strict_yaml
 from kfac_dist.config.data import BUILT_IN, DataSet
 from kfac_dist.config.kfac import KfacConfig
+from kfac_dist.config.optimizer import OptimizerConfig
 from kfac_dist.config.sections import FractionRange, KeyProblem, Kind, PathText, PositiveRange, Section, Text
 from kfac_dist.vocabulary import (
     BackendChoice,
@@ -133,19 +134,6 @@ class CheckpointConfig(Section):
     """Whether the one of the best evaluation stays as well."""
 
 
-class OptimizerConfig(Section):
-    """The optimizer and its initial learning rate and momentum."""
-
-    name: Literal["kfac", "sgd"]
-    """K-FAC, or the baseline."""
-    learning_rate: PositiveFloat
-    """Initial learning rate, that of epoch 0 (Eq. 15)."""
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    """Momentum; under K-FAC the initial one, which then goes with the learning rate (Eq. 16)."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Times the weight, added to the gradient before preconditioning."""
-
-
 class Schedule(Kind):
     """The learning rate over the epochs."""
 
@@ -190,12 +178,30 @@ class CosineSchedule(Schedule):
         return warmup_epochs
 
 
+class OneCycleSchedule(Schedule):
+    """A triangle: from 1/25 of the learning rate linearly up to it, then linearly down to zero at `end_epoch`.
+
+    1/25 is where torch's OneCycleLR starts.
+    """
+
+    kind: Literal["one_cycle"]
+    end_epoch: PositiveFloat
+    """Epoch at which the learning rate is zero."""
+    rising: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the epochs up to `end_epoch` in which it rises."""
+
+
 class ConstantSchedule(Schedule):
     """The initial learning rate throughout."""
 
     kind: Literal["constant"]
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the learning rate rises from zero first."""
+
+
+ScheduleConfig = Annotated[
+    PolynomialSchedule | CosineSchedule | OneCycleSchedule | ConstantSchedule, Field(discriminator="kind")
+]
 
 
 class ErasingConfig(Section):
@@ -255,7 +261,7 @@ class Config(Section):
     train: TrainConfig
     optimizer: OptimizerConfig
     kfac: Annotated[KfacConfig | None, Field(validate_default=True)] = None
-    schedule: Annotated[PolynomialSchedule | CosineSchedule | ConstantSchedule, Field(discriminator="kind")]
+    schedule: ScheduleConfig
     augment: AugmentConfig = AugmentConfig()
     weight_rescaling: WeightRescaling = "off"
     """Eq. 18 after each update: always, only where the norm is above its target, or not."""

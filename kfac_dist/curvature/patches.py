@@ -78,6 +78,8 @@ def patch_moment(x: Tensor, patches: Patches, ones: bool) -> Tensor:
     Returns:
         (groups, n, n) with n = C/groups · kernel height · kernel width, one larger with ones.
     """
+    if x.device.type == "cpu":
+        x = x.to(sum_dtype(x))  # once: every product of `cross_moment` would convert what it takes again
     x = patches.pad(x)
     if patches.kernel_size == (1, 1):
         vertical, horizontal = patches.stride

@@ -21,13 +21,13 @@ from kfac_dist.data.imagenet.dataset import FolderDataset, Normalisation
 from kfac_dist.data.imagenet.decoder import Decoder, ThreadDecoder
 from kfac_dist.data.imagenet.folder import list_images
 from kfac_dist.data.imagenet.mean_image import load_mean_image
-from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset, check_arrays
+from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset, check_arrays, downsample
 from kfac_dist.data.svhn import read_svhn
 from kfac_dist.data.synthetic import SyntheticDataset
 from kfac_dist.errors import InputError
 
 if TYPE_CHECKING:
-    from kfac_dist.config.data import DataSet, ImagenetConfig, SyntheticConfig
+    from kfac_dist.config.data import Cifar10Config, DataSet, ImagenetConfig, SvhnConfig, SyntheticConfig
     from kfac_dist.config.schema import AugmentConfig
 
 
@@ -213,15 +213,26 @@ def _in_memory(
     return _DataSet(partial(_create_in_memory, read), partial(_cut, published))
 
 
+def _files_in_memory(read: Callable[[Path], ImageArrays], num_train: int) -> _DataSet:
+    published = DatasetDescription(num_train, 10, (3, 32, 32))
+    return _DataSet(partial(_create_in_memory, _from_root(read)), partial(_describe_downsampled, published))
+
+
 def _from_root(read: Callable[[Path], ImageArrays]) -> Callable[[Any], ImageArrays]:
-    return lambda data: read(Path(data.root).expanduser())
+    return lambda data: downsample(read(Path(data.root).expanduser()), data.downsample)
+
+
+def _describe_downsampled(published: DatasetDescription, data: Cifar10Config | SvhnConfig) -> DatasetDescription:
+    channels, height, width = published.image_shape
+    shape = channels, height // data.downsample, width // data.downsample
+    return _cut(replace(published, image_shape=shape), data)
 
 
 # A row for each of `kfac_dist.config.data.BUILT_IN`.
 _DATA_SETS = {
     "digits": _in_memory(lambda data: read_digits(), 1438, 10, (1, 8, 8)),
-    "cifar10": _in_memory(_from_root(read_cifar10), 50_000, 10, (3, 32, 32)),
-    "svhn": _in_memory(_from_root(read_svhn), 73_257, 10, (3, 32, 32)),
+    "cifar10": _files_in_memory(read_cifar10, 50_000),
+    "svhn": _files_in_memory(read_svhn, 73_257),
     "imagenet": _DataSet(_create_imagenet, _describe_imagenet),
     "synthetic": _DataSet(_create_synthetic, _describe_synthetic),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -134,6 +134,30 @@ class InMemoryDataset:
 
     def _normalise(self, images: Tensor) -> Tensor:
         return (images.to(self.dtype) - self._mean) / self._deviation
+
+
+def downsample(arrays: ImageArrays, factor: int) -> ImageArrays:
+    """Images whose pixels are the means of squares of the given ones, rounded where they are integers.
+
+    Args:
+        arrays: Images whose height and width the factor divides.
+        factor: Side of a square in pixels; 1 changes nothing.
+    """
+    if factor == 1:
+        return arrays
+    return replace(
+        arrays,
+        train_images=_means_of_squares(arrays.train_images, factor),
+        eval_images=_means_of_squares(arrays.eval_images, factor),
+    )
+
+
+def _means_of_squares(images: np.ndarray, factor: int) -> np.ndarray:
+    number, channels, height, width = images.shape
+    squares = images.reshape(number, channels, height // factor, factor, width // factor, factor)
+    means = squares.mean(axis=(3, 5), dtype=np.float32 if images.dtype == np.uint8 else images.dtype)
+    rounded: np.ndarray = means.round() if images.dtype == np.uint8 else means
+    return rounded.astype(images.dtype)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

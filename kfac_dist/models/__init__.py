@@ -30,7 +30,7 @@ def _cifar_resnet(depth: int, num_classes: int, image_shape: tuple[int, int, int
 # A row for each network of this package; one's own comes from an installed package (docs/own-data-and-models.md).
 _NETWORKS: dict[str, Build] = {
     "digits_cnn": digits_cnn,
-    **{f"resnet{depth}": partial(_cifar_resnet, depth) for depth in (20, 32, 44, 56)},
+    **{f"resnet{depth}": partial(_cifar_resnet, depth) for depth in (8, 20, 32, 44, 56)},
     "alexnet32": alexnet32,
 }
 

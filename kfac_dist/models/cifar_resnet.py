@@ -45,7 +45,7 @@ class CifarResNet(nn.Module):
     """A 3x3 convolution, three stages of 16, 32 and 64 channels, global average pooling and a linear layer.
 
     Args:
-        depth: Layers with weights, 6n + 2: 20, 32, 44 or 56.
+        depth: Layers with weights, 6n + 2: 8, 20, 32, 44 or 56.
         num_classes: Outputs.
         in_channels: Channels of the images.
     """

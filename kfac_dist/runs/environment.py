@@ -47,7 +47,7 @@ def describe_environment(mpi_library: str, hostnames: Sequence[str]) -> dict[str
         "mpi_library": mpi_library,
         "platform": platform.platform(),
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "num_logical": os.cpu_count(),
             "num_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "torch_threads": torch.get_num_threads(),
@@ -66,7 +66,8 @@ def _package_version(name: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the system calls its processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

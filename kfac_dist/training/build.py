@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -15,10 +16,13 @@ from kfac_dist.curvature.refresh_schedule import (
     eq20_interval,
     eq21_interval,
 )
+from kfac_dist.optim.averaged import Averaging
 from kfac_dist.optim.base import DistributedOptimizer
+from kfac_dist.optim.baselines import LARS, AdamW, Muon
 from kfac_dist.optim.kfac import KFAC, CommDtypes
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.sgd import SGD
+from kfac_dist.optim.update import rescaled_weights
 from kfac_dist.precision import HALF_DTYPES
 from kfac_dist.timing import StageTimer
 from kfac_dist.training.schedules import Schedules
@@ -56,17 +60,89 @@ def create_optimizer(config: Config, parts: Parts) -> DistributedOptimizer:
 
 def _create_sgd(config: Config, parts: Parts) -> SGD:
     settings = config.optimizer
+    assert settings.name == "sgd"
+    averaging = _averaging(config, parts)
     return SGD(
         parts.model,
         parts.communicator,
+        _groups(config, parts),
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+        weight_rescaling=averaging.weight_rescaling,
+        loss_scaler=averaging.loss_scaler,
+        gradient_comm_dtype=averaging.gradient_comm_dtype,
+        timer=averaging.timer,
+    )
+
+
+def _create_muon(config: Config, parts: Parts) -> Muon:
+    settings = config.optimizer
+    assert settings.name == "muon"
+    return Muon(
+        parts.model,
+        parts.communicator,
+        _groups(config, parts),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+        newton_schulz_steps=settings.newton_schulz_steps,
+        others_lr=settings.others_learning_rate,
+        averaging=_averaging(config, parts),
+    )
+
+
+def _create_adamw(config: Config, parts: Parts) -> AdamW:
+    settings = config.optimizer
+    assert settings.name == "adamw"
+    return AdamW(
+        parts.model,
+        parts.communicator,
+        _groups(config, parts),
+        lr=settings.learning_rate,
+        betas=(settings.momentum, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        averaging=_averaging(config, parts),
+    )
+
+
+def _create_lars(config: Config, parts: Parts) -> LARS:
+    settings = config.optimizer
+    assert settings.name == "lars"
+    return LARS(
+        parts.model,
+        parts.communicator,
+        _groups(config, parts),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+        trust_coefficient=settings.trust_coefficient,
+        averaging=_averaging(config, parts),
+    )
+
+
+def _averaging(config: Config, parts: Parts) -> Averaging:
+    return Averaging(
         weight_rescaling=config.weight_rescaling,
         loss_scaler=parts.loss_scaler,
         gradient_comm_dtype=HALF_DTYPES.get(config.communication.gradient_precision),
         timer=parts.timer,
     )
+
+
+def _groups(config: Config, parts: Parts) -> list[dict[str, Any]] | None:
+    """Parameter groups where the weight decay is not for all; None where it is."""
+    if config.optimizer.decayed == "all":
+        return None
+    decayed = {id(weight) for weight in rescaled_weights(parts.model)}
+    weights = [parameter for parameter in parts.model.parameters() if id(parameter) in decayed]
+    others = [parameter for parameter in parts.model.parameters() if id(parameter) not in decayed]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def _create_kfac(config: Config, parts: Parts) -> KFAC:
@@ -75,6 +151,7 @@ def _create_kfac(config: Config, parts: Parts) -> KFAC:
     return KFAC(
         parts.model,
         parts.communicator,
+        _groups(config, parts),
         lr=settings.learning_rate,
         momentum=settings.momentum,
         damping=kfac.damping.initial,
@@ -95,7 +172,13 @@ def _create_kfac(config: Config, parts: Parts) -> KFAC:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Config, Parts], DistributedOptimizer]] = {"kfac": _create_kfac, "sgd": _create_sgd}
+OPTIMIZERS: dict[str, Callable[[Config, Parts], DistributedOptimizer]] = {
+    "kfac": _create_kfac,
+    "sgd": _create_sgd,
+    "muon": _create_muon,
+    "adamw": _create_adamw,
+    "lars": _create_lars,
+}
 """How each `optimizer.name` is made."""
 
 

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from kfac_dist.errors import TrainingFailed
+from kfac_dist.errors import TrainingDiverged
 
 _HOPELESS = 3.0
 REMEDY = "Lower optimizer.learning_rate, raise the damping, or keep a running average (kfac.ema_decay)"
@@ -38,11 +38,11 @@ class DivergenceCheck:
             gave_up: Whether fp16 overflows even without a loss scale.
 
         Raises:
-            TrainingFailed: If training cannot go on.
+            TrainingDiverged: If training cannot go on.
         """
         if gave_up:
             place = f"iteration {iteration} (epoch {epoch:.2f}; it overflows fp16 even without a loss scale)"
-            raise TrainingFailed(f"the training loss is {loss} at {place}: training diverged. {REMEDY}")
+            raise TrainingDiverged(f"the training loss is {loss} at {place}: training diverged. {REMEDY}")
         if math.isfinite(loss):
             self._first = loss if self._first is None else self._first
             self._recent.append(loss)
@@ -61,13 +61,13 @@ class DivergenceCheck:
         """Judge the last epoch.
 
         Raises:
-            TrainingFailed: If its mean loss is hopeless.
+            TrainingDiverged: If its mean loss is hopeless.
         """
         if self._first is None:
             return
         mean = sum(self._recent) / len(self._recent)
         if mean > _HOPELESS * max(self._guess, self._first):
-            raise TrainingFailed(
+            raise TrainingDiverged(
                 f"the mean training loss of the last epoch is {mean:.4g}, where guessing gives {self._guess:.4g} and "
                 f"the first iteration gave {self._first:.4g}: training diverged. {REMEDY}"
             )

@@ -2,7 +2,7 @@
 
 import logging
 
-from kfac_dist.errors import TrainingFailed
+from kfac_dist.errors import TrainingDiverged
 from kfac_dist.training.black_box import BLACK_BOX_FILE, BlackBox
 from kfac_dist.training.checkpoint import find_checkpoint
 from kfac_dist.training.reporter import Reporter
@@ -15,7 +15,7 @@ def fall_back(trainer: Run, black_box: BlackBox, saver: RunSaver, reporter: Repo
     """Put a trainer back to where its run was last saved, after writing the black box; collective.
 
     Raises:
-        TrainingFailed: If there is no checkpoint, or that was tried often enough.
+        TrainingDiverged: If there is no checkpoint, or that was tried often enough.
     """
     saver.finish()
     recovery, failed_at = trainer.recovery, trainer.iteration - 1
@@ -24,7 +24,7 @@ def fall_back(trainer: Run, black_box: BlackBox, saver: RunSaver, reporter: Repo
     facts = {"problem": problem, "iteration": failed_at, **recovery.state_dict()}
     black_box.write(reporter.directory, facts, found.path if found else None, trainer.optimizer)
     if found is None or recovery.is_exhausted:
-        raise TrainingFailed(f"{problem}; {reporter.directory / BLACK_BOX_FILE} has the last iterations")
+        raise TrainingDiverged(f"{problem}; {reporter.directory / BLACK_BOX_FILE} has the last iterations")
     counts, seconds_before = recovery.state_dict(), trainer.seconds_before
     metrics_bytes = load_checkpoint(trainer, found)
     recovery.load_state_dict(counts)

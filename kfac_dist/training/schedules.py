@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from kfac_dist.config.kfac import damping_decay_rate
-from kfac_dist.config.schema import Config, ConstantSchedule, CosineSchedule, PolynomialSchedule
+from kfac_dist.config.schema import Config, ScheduleConfig
 from kfac_dist.data.sampling import SlotSampler
 
 
@@ -42,6 +42,25 @@ def cosine_decay(epoch: float, initial: float, end: float) -> float:
         end: Epoch from which the value is 0, > 0.
     """
     return 0.5 * initial * (1.0 + math.cos(math.pi * min(epoch / end, 1.0)))
+
+
+ONE_CYCLE_START = 1 / 25
+"""Share of its peak at which a one-cycle schedule starts."""
+
+
+def one_cycle(epoch: float, peak: float, rising: float, end: float) -> float:
+    """A triangle: linear from `peak` / 25 at epoch 0 to `peak`, then linear to 0 at epoch `end`, and 0 after it.
+
+    Args:
+        epoch: Fractional epoch, >= 0.
+        peak: Largest value.
+        rising: Share of the epochs up to `end` in which the value rises, in (0, 1).
+        end: Epoch from which the value is 0, > 0.
+    """
+    progress = min(epoch / end, 1.0)
+    if progress < rising:
+        return peak * (ONE_CYCLE_START + (1.0 - ONE_CYCLE_START) * progress / rising)
+    return peak * (1.0 - progress) / (1.0 - rising)
 
 
 def warmup_factor(epoch: float, warmup_epochs: float) -> float:
@@ -101,16 +120,16 @@ class LearningRateSchedule:
     warmup_epochs: float = 0.0
 
     @classmethod
-    def from_config(
-        cls, schedule: PolynomialSchedule | CosineSchedule | ConstantSchedule, initial_learning_rate: float
-    ) -> LearningRateSchedule:
+    def from_config(cls, schedule: ScheduleConfig, initial_learning_rate: float) -> LearningRateSchedule:
         """The schedule that the `schedule` section of a configuration describes.
 
         Args:
             schedule: The `schedule` section.
-            initial_learning_rate: eta(0), > 0.
+            initial_learning_rate: eta(0), > 0; of a one-cycle schedule the peak.
         """
         decay: Callable[[float], float]
+        if schedule.kind == "one_cycle":
+            return cls(partial(one_cycle, peak=initial_learning_rate, rising=schedule.rising, end=schedule.end_epoch))
         if schedule.kind == "polynomial":
             decay = partial(
                 polynomial_decay,
@@ -141,8 +160,8 @@ class Settings:
 
     Attributes:
         learning_rate: eta of Eq. 15 and 17.
-        momentum: m of Eq. 16 and 17; constant for SGD.
-        damping: gamma of Eq. 12-14; 0 for SGD, which has none.
+        momentum: m of Eq. 16 and 17; constant for other optimizers than K-FAC.
+        damping: gamma of Eq. 12-14; 0 for other optimizers, which have none.
     """
 
     learning_rate: float
@@ -150,9 +169,9 @@ class Settings:
     damping: float
 
     def apply_to(self, param_groups: Sequence[dict[str, Any]]) -> None:
-        """Set those that a parameter group has."""
+        """Set those that a parameter group has; one with an `lr_ratio` gets so much of the learning rate."""
         for group in param_groups:
-            group |= {"lr": self.learning_rate, "momentum": self.momentum}
+            group |= {"lr": self.learning_rate * group.get("lr_ratio", 1.0), "momentum": self.momentum}
             if "damping" in group:
                 group["damping"] = self.damping
 

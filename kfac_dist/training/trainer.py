@@ -15,7 +15,7 @@ from kfac_dist.communicator import Communicator
 from kfac_dist.config.load import warnings_of
 from kfac_dist.config.schema import Config
 from kfac_dist.data.base import Batch
-from kfac_dist.errors import RunStopped, TrainingFailed
+from kfac_dist.errors import RunStopped, TrainingDiverged
 from kfac_dist.runs.log import RunLog
 from kfac_dist.training.divergence import DivergenceCheck
 from kfac_dist.training.fallback import fall_back
@@ -82,7 +82,7 @@ class Trainer(Learner):
 
         Raises:
             RunStopped: If a signal asked for it, after a checkpoint.
-            TrainingFailed: If the loss is no longer finite or hopeless in the end, or images are damaged.
+            TrainingFailed: If images are damaged; TrainingDiverged if the loss is no longer finite or hopeless.
         """
         self._started = time.perf_counter()
         self._log_start()
@@ -118,7 +118,7 @@ class Trainer(Learner):
             self._tell_retries(reporter)
             self.divergence.check_end()
             if self.recovery.in_a_row and self.loss_scaler is None:
-                raise TrainingFailed(self.recovery.describe())
+                raise TrainingDiverged(self.recovery.describe())
             saver.finish()
             reporter.finish(
                 top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=self.seconds(),

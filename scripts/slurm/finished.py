@@ -12,12 +12,12 @@ from kfac_dist.communicator.launch import EXIT_STOPPED
 from kfac_dist.config.load import load_config
 from kfac_dist.runs.reader import METRICS_FILE
 from kfac_dist.runs.writer import DONE_FILE, last_run_directory
-from kfac_dist.training.command_line import parse_arguments
+from kfac_dist.training.command_line import parse_train
 
 
 def main() -> int:
     """Look for the marker; returns the exit code."""
-    arguments = parse_arguments(__doc__)
+    arguments = parse_train(sys.argv[1:])
     if arguments.help or arguments.print_config or arguments.explain or arguments.evaluate:
         return 0
     config = load_config(arguments.config, arguments.overrides).run

@@ -21,6 +21,10 @@ TOLERANCES = {
     "kfac_variants": 1e-9,
     "adaptive": 1e-9,
     "sgd": 1e-9,
+    "one_cycle": 1e-9,
+    "muon": 1e-9,
+    "adamw": 1e-9,
+    "lars": 1e-9,
     "redundant_owners": 1e-9,
 }
 

@@ -17,12 +17,17 @@ Key = tuple[str, str]  # (class of the section, key)
 
 CONSTANT = {"kind": "constant", "warmup_epochs": 0.5}
 COSINE = {"kind": "cosine", "end_epoch": 2}
+ONE_CYCLE = {"kind": "one_cycle", "end_epoch": 1}
 SGD: dict[str, Any] = {"optimizer": {"name": "sgd", "learning_rate": 0.01, "momentum": 0.9}, "kfac": None}
 
 
 def kfac(**refresh: Any) -> dict[str, Any]:
     damping = {"initial": 0.1, "target": 0.01, "warmup_steps": 4, "batchnorm_ratio": 16}
     return {"kfac": {"damping": damping, "refresh": refresh}}
+
+
+def baseline(name: str) -> dict[str, Any]:
+    return {"optimizer": {"name": name, "learning_rate": 0.01, "momentum": 0.9}, "kfac": None}
 
 
 def leaf_keys(section: type[BaseModel]) -> Iterator[Key]:
@@ -82,6 +87,7 @@ def test_every_key_is_used(
         "eq21": {**digits, **kfac(schedule="eq21")},
         "adaptive": {**digits, **kfac(schedule="adaptive", threshold=0.1)},
         "sgd": {**digits, **SGD, "schedule": COSINE},
+        **{name: {**digits, **baseline(name), "schedule": ONE_CYCLE} for name in ("muon", "adamw", "lars")},
         "cifar10": {"data": {"name": "cifar10", "root": str(cifar_folder)}, **SGD, "schedule": CONSTANT},
         "svhn": {"data": {"name": "svhn", "root": str(svhn_folder)}, **SGD},
         "synthetic": {"data": {"name": "synthetic", "synthetic": made}, **SGD},

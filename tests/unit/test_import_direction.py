@@ -31,8 +31,10 @@ ROOMS = (
     "training",
     "planning",
     "plots",
+    "study",
     "doctor",
-    "memory", "commands",
+    "memory",
+    "commands",
 )
 # What a room must do without, whether it imports it itself or through others.
 NEVER = {

@@ -41,6 +41,21 @@ CASES = {
         "weight_rescaling=off",
         "communication.reduce_scatter=ireduce",
     ],
+    "one_cycle": [
+        "optimizer={name: sgd, learning_rate: 0.1, momentum: 0.9, nesterov: true, weight_decay: 0.01,"
+        " decayed: weights}",
+        "schedule={kind: one_cycle, end_epoch: 2}",
+        "kfac=null",
+        "weight_rescaling=off",
+    ],
+    # Muon orthogonalises in bfloat16, where a gradient that rounds the other way changes 1 of 256: in fp64 none does.
+    "muon": ["optimizer={name: muon, learning_rate: 0.1, momentum: 0.6}", "kfac=null"],
+    "adamw": ["optimizer={name: adamw, learning_rate: 0.01, momentum: 0.9, weight_decay: 0.01}", "kfac=null"],
+    "lars": [
+        "optimizer={name: lars, learning_rate: 4, momentum: 0.5, weight_decay: 0.001}",
+        "kfac=null",
+        "weight_rescaling=off",
+    ],
     # 16 slots of 12 on 8 ranks, which are more than the 5 layers; 20 iterations.
     "redundant_owners": ["batch.global_size=192", "train.epochs=2.6"],
 }

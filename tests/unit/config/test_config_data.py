@@ -27,8 +27,8 @@ def test_defaults_of_imagenet() -> None:
     ("override", "keys"),
     [
         ("data={name: digits}", {"name", "train_limit", "eval_limit"}),
-        ("data={name: cifar10, root: r}", {"name", "root", "train_limit", "eval_limit"}),
-        ("data={name: svhn, root: r}", {"name", "root", "train_limit", "eval_limit"}),
+        ("data={name: cifar10, root: r}", {"name", "root", "train_limit", "eval_limit", "downsample"}),
+        ("data={name: svhn, root: r}", {"name", "root", "train_limit", "eval_limit", "downsample"}),
         (f"data={{name: synthetic, synthetic: {MADE}}}", {"name", "synthetic"}),
     ],
 )
@@ -66,6 +66,10 @@ def test_the_resolved_configuration_reads_back_as_the_same(override: str, tmp_pa
             "data.root must name the folder that holds imagenet (train/<class>/*, val/<class>/*), got null",
         ),
         (["data.name=cifar11"], "data.name must be one of 'digits', 'cifar10', 'svhn', 'imagenet', 'synthetic', got"),
+        (
+            ["data={name: cifar10, root: r, downsample: 3}"],
+            "data.downsample must divide 32, the side of an image, got 3",
+        ),
         (["data={}"], "data.name is required; it has no default"),
         (["data.name=null"], "data.name must be one of 'digits', 'cifar10', 'svhn', 'imagenet', 'synthetic', got"),
         (["data=3"], "data must be a section, got 3"),

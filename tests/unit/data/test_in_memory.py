@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kfac_dist.data.augment import CropFlip
-from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset, channel_statistics
+from kfac_dist.data.in_memory import ImageArrays, InMemoryDataset, channel_statistics, downsample
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.errors import InputError
 
@@ -133,3 +133,14 @@ def test_originals_outline_the_crop() -> None:
             "the outline is not what was cut out"
         )
     assert [original.outline for original in create(ARRAYS).originals(sampler, 1, 1, 2)] == [None, None]
+
+
+def test_downsampling_takes_means_of_squares() -> None:
+    images = np.arange(2 * 1 * 4 * 4, dtype=np.uint8).reshape(2, 1, 4, 4)
+    arrays = ImageArrays(images, np.zeros(2, np.int64), images.astype(np.float64), np.zeros(2, np.int64), ("a",))
+    small = downsample(arrays, 2)
+    assert small.train_images.dtype == np.uint8
+    # 0, 1, 4, 5 are 2.5 on average, which rounds to 2
+    assert small.train_images[0, 0].tolist() == [[2, 4], [10, 12]]
+    assert small.eval_images[1, 0].tolist() == [[18.5, 20.5], [26.5, 28.5]]
+    assert downsample(arrays, 1) is arrays

@@ -305,7 +305,10 @@ def test_descriptions_are_what_the_readers_read(cifar_folder: Path, svhn_folder:
     described = describe_dataset(digits)
     assert (described.num_train, described.num_classes) == (made.num_train, made.num_classes)
     svhn = SvhnConfig(name="svhn", root=str(svhn_folder))
-    for settings in (digits, Cifar10Config(name="cifar10", root=str(cifar_folder)), svhn):
+    small = Cifar10Config(name="cifar10", root=str(cifar_folder), downsample=4)
+    assert describe_dataset(small).image_shape == (3, 8, 8)
+    half = SvhnConfig(name="svhn", root=str(svhn_folder), downsample=2)
+    for settings in (digits, Cifar10Config(name="cifar10", root=str(cifar_folder)), svhn, small, half):
         made = create_dataset(settings, AugmentConfig(), CPU, torch.float32, seed=0)
         assert describe_dataset(settings).image_shape == made.image_shape
     assert describe_dataset(svhn).num_train == 73_257

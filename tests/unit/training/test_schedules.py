@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kfac_dist.config.schema import ConstantSchedule, CosineSchedule, PolynomialSchedule
+from kfac_dist.config.schema import ConstantSchedule, CosineSchedule, OneCycleSchedule, PolynomialSchedule
 from kfac_dist.errors import InputError
 from kfac_dist.training import schedules
 
@@ -31,6 +31,11 @@ def test_cosine_decay() -> None:
     assert schedules.cosine_decay(4.0, 0.4, 8.0) == pytest.approx(0.2, rel=1e-14)
     assert schedules.cosine_decay(8.0, 0.4, 8.0) == 0.0
     assert schedules.cosine_decay(12.0, 0.4, 8.0) == 0.0
+
+
+def test_one_cycle_is_a_triangle() -> None:
+    values = [schedules.one_cycle(epoch, 0.4, 0.25, 8.0) for epoch in (0.0, 1.0, 2.0, 5.0, 8.0, 9.0)]
+    assert values == pytest.approx([0.016, (0.016 + 0.4) / 2, 0.4, 0.2, 0.0, 0.0], rel=1e-14)
 
 
 def test_warmup_factor() -> None:
@@ -82,6 +87,14 @@ def test_schedules_from_configuration() -> None:
     schedule = schedules.LearningRateSchedule.from_config(cosine, 0.4)
     assert schedule.at(0.5) == pytest.approx(0.1 * (1 + math.cos(math.pi / 16)), rel=1e-14)
     assert schedule.at(4.0) == pytest.approx(0.2, rel=1e-14)
+
+    triangle = OneCycleSchedule(kind="one_cycle", end_epoch=8.0, rising=0.5)
+    schedule = schedules.LearningRateSchedule.from_config(triangle, 0.4)
+    assert [schedule.at(epoch) for epoch in (4.0, 6.0)] == pytest.approx([0.4, 0.2], rel=1e-14)
+
+    linear = PolynomialSchedule(kind="polynomial", power=1.0, start_epoch=0.0, end_epoch=8.0)
+    schedule = schedules.LearningRateSchedule.from_config(linear, 0.4)
+    assert [schedule.at(epoch) for epoch in (0.0, 2.0, 8.0)] == pytest.approx([0.4, 0.3, 0.0], rel=1e-14)
 
     schedule = schedules.LearningRateSchedule.from_config(ConstantSchedule(kind="constant"), 0.3)
     assert [schedule.at(epoch) for epoch in (0.0, 50.0)] == [0.3, 0.3]

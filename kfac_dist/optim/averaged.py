@@ -1,0 +1,177 @@
+"""Optimizers that need nothing of the ranks but the averaged gradient: the update itself is one of `torch.optim`."""
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from kfac_dist.communicator import Communicator
+from kfac_dist.optim.agreement import agree_on_group, agree_on_step
+from kfac_dist.optim.base import DistributedOptimizer
+from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted, refuse_sparse
+from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.optim.step_report import StepReport
+from kfac_dist.optim.update import rescale_weights_, rescaled_weights
+from kfac_dist.optim.validation import check, check_choice, check_max_norm
+from kfac_dist.tensors.foreach import copy_all_
+from kfac_dist.timing import StageTimer
+from kfac_dist.vocabulary import WeightRescaling
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How gradients get from all ranks to the update, and what follows it; as the keywords of `SGD`.
+
+    Attributes:
+        weight_rescaling: Eq. 18, as in `KFAC`.
+        max_grad_norm: Norm that the averaged, unscaled gradient is clipped to; None does not clip.
+        loss_scaler: For fp16, what each loss is scaled with before its backward.
+        gradient_comm_dtype: Half precision in which gradients are sent; None sends them as they are.
+        timer: Charged with the stages' seconds.
+    """
+
+    weight_rescaling: WeightRescaling = "off"
+    max_grad_norm: float | None = None
+    loss_scaler: LossScaler | None = None
+    gradient_comm_dtype: torch.dtype | None = None
+    timer: StageTimer | None = None
+
+
+DEFAULT_AVERAGING = Averaging()
+
+
+class AveragedOptimizer(DistributedOptimizer):
+    """Averages the gradients over the ranks, lets a torch optimizer update, and rescales the weights.
+
+    A subclass has a class of `torch.optim` as its second base, whose `step` is the update, or a `_move` of its own. Its
+    constructor calls `_check`, then torch's constructor, then `_start`.
+
+    At construction every rank takes rank 0's weights. As in torch, a parameter that has no gradient (None, on any
+    rank) stays as it is, and a frozen one keeps its state.
+
+    Attributes:
+        report: What came of the last step.
+    """
+
+    def _check(
+        self, model: nn.Module, communicator: Communicator | None, params: Iterable[Any] | None, averaging: Averaging
+    ) -> Iterable[Any]:
+        """Look at the arguments before torch's constructor does; returns what to train."""
+        self.communicator = check_arguments(type(self).__name__, model, communicator)
+        check_choice("weight_rescaling", averaging.weight_rescaling, get_args(WeightRescaling))
+        check_max_norm(averaging.max_grad_norm)
+        return model.parameters() if params is None else params
+
+    def _start(self, model: nn.Module, averaging: Averaging) -> None:
+        """Lay out the buffers and take rank 0's weights; collective."""
+        self.report = StepReport()
+        self._timer = averaging.timer or StageTimer.off()
+        self._weight_rescaling: WeightRescaling = averaging.weight_rescaling
+        self._max_grad_norm = averaging.max_grad_norm
+        self._loss_scaler = averaging.loss_scaler
+        self._gradient_comm_dtype = averaging.gradient_comm_dtype
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._rescalable = list(rescaled_weights(model))
+        self._trained: list[Parameter] = []
+        self._follow_freezing()
+        check("params", bool(self._trained), "none", "parameters that are not frozen")
+        self._placements = placements(self._parameters(), self._names)
+        if self._loss_scaler is not None:
+            self._loss_scaler.serve(self)
+        broadcast_model(model, self.communicator, self._parameters())
+
+    def _parameters(self) -> list[Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _follow_freezing(self) -> None:
+        """Lay out the buffer for the parameters that are trained now; users freeze, unfreeze and add."""
+        given = self._parameters()
+        trained = [parameter for parameter in given if parameter.requires_grad]
+        for parameter in given:
+            if not parameter.requires_grad:
+                parameter.grad = None  # or torch would go on with what is left of it
+        if len(trained) == len(self._trained) and all(map(operator.is_, trained, self._trained)):
+            return
+        self._trained = trained
+        known = {id(parameter) for parameter in trained}
+        self._rescaled = [weight for weight in self._rescalable if id(weight) in known]
+        double = any(parameter.dtype == torch.float64 for parameter in trained)
+        numels = [parameter.numel() for parameter in trained]
+        # Never half precision: MPI cannot add it, and sums over ranks would round.
+        dtype, device = torch.float64 if double else torch.float32, given[0].device
+        self._gradients = torch.zeros(sum(numels), dtype=dtype, device=device)
+        parts = self._gradients.split(numels) if numels else ()
+        self._views = [part.view(parameter.shape) for part, parameter in zip(parts, trained, strict=True)]
+        total, size = self._gradients.numel(), self.communicator.size
+        self._counts = [total * (rank + 1) // size - total * rank // size for rank in range(size)]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more parameters; collective once the optimizer is made: they take rank 0's values."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_trained"):
+            added = self.param_groups[-1]["params"]
+            agree_on_group(self._names, added, self.communicator)
+            for parameter in added:
+                self.communicator.broadcast_(parameter.data)
+            self._placements += placements(added, self._names)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Average the gradients, update, rescale; collective.
+
+        Args:
+            closure: Computes the loss and its gradients again, under `enable_grad`; optional.
+
+        Returns:
+            The closure's result, or None.
+
+        Raises:
+            TypeError: If a `torch.amp.GradScaler` drives it.
+            ValueError: If a gradient is sparse, the model was converted, or other parameters are frozen on other ranks.
+            RuntimeError: After `close`.
+        """
+        self.refuse_closed()
+        self.refuse_grad_scaler()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        refuse_converted(self._parameters(), self._placements, self._names)
+        self._follow_freezing()
+        moved = agree_on_step(self._parameters(), self._names, self.communicator).with_gradient
+        self.report = StepReport()
+        if not moved:
+            return loss
+        with self._timer.stage("reduce_scatter"):
+            for parameter in self._trained:
+                if parameter.grad is not None:
+                    refuse_sparse(self._names.get(id(parameter), "a parameter"), parameter.grad)
+            copy_all_(self._views, [parameter.grad for parameter in self._trained])
+            loss_scale = self._loss_scaler.scale if self._loss_scaler is not None else 1.0
+            if self._loss_scaler is not None and self._loss_scaler.overflowed([self._gradients], self.communicator):
+                self.report = StepReport(skipped=True)
+                return loss
+            own = self.communicator.reduce_scatter_v(self._gradients, self._counts, self._gradient_comm_dtype)
+            if loss_scale != 1:
+                own.mul_(1.0 / loss_scale)
+            if self._max_grad_norm is not None:
+                clip_([own], own.double().square().sum(), self._max_grad_norm, self.communicator)
+        with self._timer.stage("all_gather"):
+            self.communicator.all_gather_v(self._gradients, self._counts, self._gradient_comm_dtype)
+        with self._timer.stage("update"):
+            averages = [(p, view) for p, view in zip(self._trained, self._views, strict=True) if id(p) in moved]
+            for parameter, _ in averages:
+                if parameter.grad is None:  # another rank has one
+                    parameter.grad = torch.zeros_like(parameter)
+            copy_all_([p.grad for p, _ in averages if p.grad is not None], [view for _, view in averages])
+            self._move()
+            rescale_weights_([weight for weight in self._rescaled if id(weight) in moved], self._weight_rescaling)
+        return loss
+
+    def _move(self) -> None:
+        """Update the parameters by their `grad`, which is the average over the ranks."""
+        super().step()

@@ -1,0 +1,8 @@
+"""`python -m kfac_dist.study`."""
+
+import sys
+
+from kfac_dist.study.command import main
+
+if __name__ == "__main__":  # a worker process imports this module, too
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""From a study to its trials: every configuration in full, in the order in which they are run."""
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kfac_dist.config.load import create_config
+from kfac_dist.config.schema import Config
+from kfac_dist.data.create import describe_dataset
+from kfac_dist.data.sampling import SlotSampler
+from kfac_dist.errors import InputError
+from kfac_dist.study.definition import SMALLEST_BATCH, AdjustedEpochs, FixedEpochs, Link, OptimizerStudy, Study
+
+ITERATIONS = "iterations"
+"""What a link may follow besides keys: the length of the trial's run."""
+
+_DEFAULTS = {
+    # A trial that diverged is a result, nothing to be repaired; and one checkpoint is enough to go on from.
+    "train.max_restores": 0,
+    "checkpoint": {"every_minutes": 2.0, "keep": 1, "keep_best": False},
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A line of the manifest.
+
+    Attributes:
+        index: Its number, from 0.
+        model: Of `Study.models`.
+        optimizer: The study's label.
+        batch_size: Of `Study.batch_sizes`.
+        seed: Of the run.
+        parameters: Value of each axis of the grid; None for the best of others.
+        config: The configuration, a mapping that `create_config` takes; likewise.
+        best_of: Of which trials the best configuration is run again with this seed; None where it is in `config`.
+    """
+
+    index: int
+    model: str
+    optimizer: str
+    batch_size: int
+    seed: int
+    parameters: dict[str, float] | None
+    config: dict[str, Any] | None
+    best_of: list[int] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest holds it."""
+        return asdict(self)
+
+
+def plan_trials(study: Study) -> list[Trial]:
+    """All trials of a study.
+
+    Raises:
+        InputError: Naming the first trial whose configuration is not valid, and how many there are.
+    """
+    trials: list[Trial] = []
+    problems: list[str] = []
+    _check_same_data(study)
+    num_train = describe_dataset(create_config(_minimal(study.recipe), "the study's recipe").data).num_train
+    cells = itertools.product(study.models, study.batch_sizes, study.optimizers)
+    for model, batch_size, label in cells:
+        first_seed: list[int] = []
+        for seed, parameters in itertools.product(study.seeds, _grid(study.optimizers[label])):
+            index = len(trials)
+            config: dict[str, Any] = {}
+            try:
+                valid = trial_config(study, model, batch_size, label, parameters, seed, num_train)
+                config = valid.model_dump(mode="json")
+            except InputError as error:
+                problems.append(f"model {model}, batch {batch_size}, {label}, {parameters}, seed {seed}: {error}")
+            if seed == study.seeds[0]:
+                first_seed.append(index)
+            trials.append(Trial(index, model, label, batch_size, seed, parameters, config, None))
+        if study.best is not None:
+            for seed in study.best.seeds:
+                if seed in study.seeds:
+                    raise InputError(f"best.seeds must not hold a seed of seeds = {study.seeds}, got {seed}")
+                trials.append(Trial(len(trials), model, label, batch_size, seed, None, None, first_seed))
+    if problems:
+        raise InputError(f"{len(problems)} of {len(trials)} trials cannot be run; the first:\n{problems[0]}")
+    return trials
+
+
+def trial_config(
+    study: Study, model: str, batch_size: int, label: str, parameters: Mapping[str, float], seed: int, num_train: int
+) -> Config:
+    """The configuration of a trial, whose data have so many training images.
+
+    Raises:
+        InputError: If it is not valid.
+    """
+    optimizer = study.optimizers[label]
+    settings = copy.deepcopy(study.recipe)
+    for key, value in _DEFAULTS.items():
+        if _get(settings, key) is None:
+            set_key_(settings, key, copy.deepcopy(value))
+    for key, value in optimizer.settings.items():
+        set_key_(settings, key, copy.deepcopy(value))
+    for name, value in parameters.items():
+        set_key_(settings, optimizer.grid[name].key, value)
+    for key, value in {
+        "run.name": "run", "run.seed": seed, "model.name": model, "batch.global_size": batch_size,
+    }.items():  # fmt: skip
+        set_key_(settings, key, value)
+    epochs = budget_epochs(study, batch_size, num_train)
+    set_key_(settings, "train.epochs", epochs)
+    num_iterations = SlotSampler(num_train, batch_size, 1, seed=0).num_iterations(epochs)
+    for key, link in {**study.linked, **optimizer.linked}.items():
+        set_key_(settings, key, _follow(link, settings, num_iterations))
+    return create_config(settings, "its configuration")
+
+
+def budget_epochs(study: Study, batch_size: int, num_train: int) -> float:
+    """Epochs of a trial by the study's budget rule.
+
+    Args:
+        study: The study.
+        batch_size: Of the trial.
+        num_train: Training images.
+    """
+    budget = study.budget
+    if isinstance(budget, AdjustedEpochs):
+        return (math.log2(batch_size / SMALLEST_BATCH) + 1) * budget.base
+    if isinstance(budget, FixedEpochs):
+        return budget.epochs
+    epochs = budget.iterations * batch_size / num_train
+    sampler = SlotSampler(num_train, batch_size, 1, seed=0)
+    while sampler.num_iterations(epochs) > budget.iterations:  # the nearest decimal may be a little more
+        epochs = math.nextafter(epochs, 0.0)
+    return epochs
+
+
+def _grid(optimizer: OptimizerStudy) -> Iterator[dict[str, float]]:
+    names = list(optimizer.grid)
+    for values in itertools.product(*(axis.points() for axis in optimizer.grid.values())):
+        yield dict(zip(names, values, strict=True))
+
+
+def _follow(link: Link, settings: Mapping[str, Any], num_iterations: int) -> float:
+    source = num_iterations if link.of == ITERATIONS else _get(settings, link.of)
+    if isinstance(source, bool) or not isinstance(source, int | float):
+        raise InputError(f"linked: of must be {ITERATIONS} or a key that is a number, got {link.of} = {source!r}")
+    value = source * link.times
+    value = max(value, link.at_least) if link.at_least is not None else value
+    return round(value) if isinstance(source, int) else value
+
+
+def set_key_(settings: dict[str, Any], key: str, value: object) -> None:
+    """Set a dotted key of nested mappings, which are made where they are missing.
+
+    Raises:
+        InputError: If a part of the key before the last is a value.
+    """
+    *sections, last = key.split(".")
+    section = settings
+    for depth, name in enumerate(sections, start=1):
+        inner = section.get(name)
+        if inner is None:
+            inner = section[name] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"{key}: {'.'.join(sections[:depth])} is a value, not a section")
+        section = inner
+    section[last] = value
+
+
+def _get(settings: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where it is missing."""
+    value: Any = settings
+    for name in key.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(name)
+    return value
+
+
+def _check_same_data(study: Study) -> None:
+    """All columns of a study must train on the same images."""
+    for label, optimizer in study.optimizers.items():
+        keys = [*optimizer.settings, *optimizer.linked, *(axis.key for axis in optimizer.grid.values())]
+        for key in keys:
+            if key.partition(".")[0] == "data":
+                raise InputError(f"optimizers.{label} must leave the data as they are in recipe.data, got {key}")
+
+
+def _minimal(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A valid configuration with the data of these settings."""
+    return {
+        "run": {"name": "run"},
+        "data": settings.get("data"),
+        "model": {"name": "any"},
+        "batch": {"global_size": 1, "per_rank": 1},
+        "train": {"epochs": 1},
+        "optimizer": {"name": "sgd", "learning_rate": 1.0, "momentum": 0.0},
+        "schedule": {"kind": "constant"},
+    }

@@ -1,0 +1,189 @@
+"""Studies: what is accepted and refused, budget rules, grids, links, and that a planned study stays as it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kfac_dist.data.sampling import SlotSampler
+from kfac_dist.errors import InputError
+from kfac_dist.study.definition import Axis, FixedIterations, load_study
+from kfac_dist.study.manifest import StudyFolder
+from kfac_dist.study.trials import budget_epochs, plan_trials
+from tests.paths import CONFIGS
+from tests.unit.study.studies import write_study
+
+
+def problems(tmp_path: Path, changes: dict[str, Any]) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        load_study(write_study(tmp_path, changes))
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"batch_sizes": [100]}, "batch_sizes[0] must be a power of two >= 128, got 100"),
+        ({"batch_sizes": [64]}, "batch_sizes[0] must be a power of two >= 128, got 64"),
+        ({"batch_sizes": [128, 128]}, "batch_sizes must not hold a value twice, got [128, 128]"),
+        ({"models": []}, "models must not be empty, got []"),
+        ({"optimizers": {}}, "optimizers"),
+        ({"budget": {"rule": "fixed_epochs", "base": 3}}, "budget.base must be left out"),
+        ({"budget": {"rule": "epochs"}}, "budget.rule must be one of 'adjusted_epochs', 'fixed_epochs'"),
+        ({"seed": 3}, "seed is not a known key; did you mean seeds?"),
+        ({"optimizers/sgd/grid/learning_rate/lowest": 0.1}, "optimizers.sgd.grid.learning_rate.count must be left out"),
+        (
+            {"optimizers/kfac/grid/damping/lowest": 0.2},
+            "optimizers.kfac.grid.damping.count must be >= 2, with lowest < highest, where no values are listed",
+        ),
+        ({"optimizers/sgd/grid/learning_rate/key": None}, "optimizers.sgd.grid.learning_rate.key is required"),
+        ({"targets": [{"metric": "loss", "value": 1}]}, "targets[0].metric must be 'train_loss' or 'test_top1'"),
+        ({"best": {"seeds": [1], "by": "accuracy"}}, "best.by must be 'train_loss' or 'test_top1', got 'accuracy'"),
+    ],
+)
+def test_one_problem(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    found = problems(tmp_path, changes)
+    assert any(line.startswith(problem) for line in found), found
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    assert len(problems(tmp_path, {"batch_sizes": [3], "models": [1], "seeds": [-1]})) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"recipe/trian": {}}, "trian is not a known key; did you mean train?"),
+        ({"optimizers/sgd/grid/learning_rate/key": "optimizer.lerning_rate"}, "did you mean optimizer.learning_rate?"),
+        ({"linked/batch.per_rank": {"of": "batch.size"}}, "linked: of must be iterations or a key that is a number"),
+        ({"linked/run.name.x": {"of": "iterations"}}, "run.name.x: run.name is a value, not a section"),
+        ({"linked/batch.per_rank": {"of": "batch.global_size", "times": 0.4}}, "must divide batch.global_size = 128"),
+    ],
+)
+def test_trials_that_are_no_configurations(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    study = load_study(write_study(tmp_path, changes))
+    with pytest.raises(InputError, match=r"\d of 8 trials cannot be run; the first:\nmodel digits_cnn") as caught:
+        plan_trials(study)
+    assert problem in str(caught.value)
+
+
+def test_all_columns_have_the_same_data(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, {"optimizers/sgd/settings/data.train_limit": 100}))
+    with pytest.raises(InputError, match=r"optimizers\.sgd must leave the data .*, got data\.train_limit"):
+        plan_trials(study)
+
+
+def test_seeds_of_the_best_are_other_seeds(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, {"best": {"seeds": [1, 0]}}))
+    with pytest.raises(InputError, match=r"best\.seeds must not hold a seed of seeds"):
+        plan_trials(study)
+
+
+ADJUSTED = {"rule": "adjusted_epochs", "base": 100}
+
+
+@pytest.mark.parametrize(
+    ("budget", "batch_size", "epochs", "iterations"),
+    [
+        # CIFAR-10 of the AAAI 2020 study; iterations are ceil(epochs · 50,000 / batch)
+        (ADJUSTED, 128, 100, 39_063),
+        (ADJUSTED, 256, 200, 39_063),
+        (ADJUSTED, 512, 300, 29_297),
+        (ADJUSTED, 1024, 400, 19_532),
+        (ADJUSTED, 2048, 500, 12_208),
+        (ADJUSTED, 4096, 600, 7_325),
+        (ADJUSTED, 8192, 700, 4_273),
+        ({"rule": "adjusted_epochs", "base": 20}, 1024, 80, 3_907),
+        ({"rule": "fixed_epochs", "epochs": 10}, 4096, 10, 123),
+        ({"rule": "fixed_epochs", "epochs": 10}, 512, 10, 977),
+        ({"rule": "fixed_iterations", "iterations": 120}, 4096, 9.8304, 120),
+        ({"rule": "fixed_iterations", "iterations": 777}, 128, 777 * 128 / 50_000, 777),
+    ],
+)
+def test_budgets(tmp_path: Path, budget: dict[str, Any], batch_size: int, epochs: float, iterations: int) -> None:
+    study = load_study(write_study(tmp_path, {"budget": budget}))
+    found = budget_epochs(study, batch_size, 50_000)
+    assert found == pytest.approx(epochs, rel=1e-12)
+    assert SlotSampler(50_000, batch_size, 1, 0).num_iterations(found) == iterations
+
+
+def test_fixed_iterations_are_met_exactly(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path))
+    for iterations in range(1, 400):
+        budget = FixedIterations(rule="fixed_iterations", iterations=iterations)
+        study = study.model_copy(update={"budget": budget})
+        for batch_size in (128, 2048):
+            epochs = budget_epochs(study, batch_size, 1438)
+            assert SlotSampler(1438, batch_size, 1, 0).num_iterations(epochs) == iterations
+
+
+def test_the_papers_grid() -> None:
+    axis = Axis(key="kfac.damping.initial", lowest=1e-4, highest=0.2187, count=8)
+    assert axis.points() == (0.0001, 0.0003, 0.0009, 0.0027, 0.0081, 0.0243, 0.0729, 0.2187)
+
+
+def test_trials_in_full(tmp_path: Path) -> None:
+    trials = plan_trials(load_study(write_study(tmp_path, {"seeds": [3, 5], "best": {"seeds": [7]}})))
+    assert [trial.index for trial in trials] == list(range(20))
+    cells = [(trial.batch_size, trial.optimizer, trial.seed) for trial in trials]
+    assert cells[:5] == [(128, "sgd", 3), (128, "sgd", 3), (128, "sgd", 5), (128, "sgd", 5), (128, "sgd", 7)]
+    assert trials[4].best_of == [0, 1]
+    kfac = trials[16]
+    assert (kfac.optimizer, kfac.batch_size, kfac.seed) == ("kfac", 256, 3)
+    assert kfac.parameters == {"learning_rate": 0.03, "damping": 0.1}
+    config = kfac.config
+    assert config is not None
+    assert config["batch"] == {"global_size": 256, "per_rank": 256}
+    # 4 iterations: 0.3 of them are fewer than the 4 that a hundredth of the damping takes
+    assert config["kfac"]["damping"] == {"initial": 0.1, "target": 0.001, "warmup_steps": 4, "batchnorm_ratio": 16.0}
+    assert (config["schedule"]["end_epoch"], config["train"]["epochs"]) == (2.0, 2.0)
+    assert (config["run"]["seed"], config["checkpoint"]["keep_best"], config["train"]["max_restores"]) == (3, False, 0)
+    assert trials[0].config is not None
+    assert trials[0].config["kfac"] is None
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(path: Path) -> None:
+    study = load_study(path)
+    study = study.model_copy(update={"batch_sizes": (study.batch_sizes[0], study.batch_sizes[-1])})  # the ends will do
+    trials = plan_trials(study)
+    grids: dict[tuple[str, int, str], int] = {}
+    for trial in trials:
+        if trial.best_of is None and trial.seed == study.seeds[0]:
+            key = (trial.model, trial.batch_size, trial.optimizer)
+            grids[key] = grids.get(key, 0) + 1
+    assert len(set(grids.values())) == 1, "equally many configurations for each optimizer and batch size"
+    assert min(grids.values()) >= 12
+    assert {size for _, size, _ in grids} == set(study.batch_sizes)
+
+
+def test_a_recipe_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text((CONFIGS / "quickstart.yaml").read_text(), encoding="utf-8")
+    study = load_study(write_study(tmp_path, {"recipe": "recipe.yaml"}), ["recipe.data.train_limit=256"])
+    assert study.recipe["data"] == {"name": "digits", "train_limit": 256}
+
+
+def test_a_planned_study_stays_as_it_was(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    study = load_study(write_study(tmp_path))
+    trials = folder.write_plan(study)
+    before = (folder.path / "manifest.jsonl").read_bytes()
+    assert folder.write_plan(study) == trials
+    assert folder.read_plan() == (study, trials)
+    changed = load_study(write_study(tmp_path, {"budget": {"rule": "fixed_epochs", "epochs": 3}}))
+    with pytest.raises(InputError, match=r"holds another study.*\n  budget.epochs: 2.0 when it was planned, 3.0 now"):
+        folder.write_plan(changed)
+    assert (folder.path / "manifest.jsonl").read_bytes() == before
+
+
+def test_another_program_with_other_defaults_is_noticed(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    study = load_study(write_study(tmp_path))
+    folder.write_plan(study)
+    path = folder.path / "manifest.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[2]["config"]["train"]["label_smoothing"] = 0.1
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"trial 2 differs.*\n  config.train.label_smoothing: 0.1 when .*, 0.0 now"):
+        folder.write_plan(study)
