@@ -18,7 +18,7 @@ from tests.conftest import run_limited
 from tests.faults.conftest import assert_same, weights
 from tests.paths import ROOT
 
-pytestmark = [pytest.mark.hosts, pytest.mark.mpi]
+pytestmark = [pytest.mark.hosts, pytest.mark.mpi, pytest.mark.slow]
 
 KEEPALIVE_SECONDS = 5 + 2 * 2
 """By the flags in the page."""
