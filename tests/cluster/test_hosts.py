@@ -152,15 +152,15 @@ def cut_off_while_training(
     hosts: VirtualHosts, name: str, command: Sequence[str | os.PathLike[str]], folder: Path
 ) -> float:
     """Start the job and cut the host off after the first checkpoint; returns the seconds from there to mpirun's end."""
-    job = subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_until(lambda: any((folder / "checkpoints").glob("iteration-*")) or job.poll() is not None, 120)
-        hosts.cut_off(name)
-        assert job.poll() is None, "it ended before the host was cut off"
-        began = time.monotonic()
-        _, said = job.communicate(timeout=10 * KEEPALIVE_SECONDS)
-    finally:
-        job.kill()
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True) as job:
+        try:
+            wait_until(lambda: any((folder / "checkpoints").glob("iteration-*")) or job.poll() is not None, 120)
+            hosts.cut_off(name)
+            assert job.poll() is None, "it ended before the host was cut off"
+            began = time.monotonic()
+            _, said = job.communicate(timeout=10 * KEEPALIVE_SECONDS)
+        finally:
+            job.kill()
     seconds = time.monotonic() - began
     print(f"the job ended {seconds:.1f} s after the cut, mpirun with exit code {job.returncode}")
     assert re.search(rf"lost communication with a remote daemon.*{name}", said, re.DOTALL)
