@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 compile() {
     local variant=$1
     shift
-    uv pip compile setup.py - --quiet --upgrade --no-annotate --python-version 3.11 \
+    uv pip compile setup.py - --quiet --upgrade --no-annotate --no-emit-find-links --python-version 3.11 \
         --python-platform x86_64-manylinux_2_28 --custom-compile-command "docker/lock.sh" \
         --output-file "docker/requirements-$variant.lock" "$@"
 }
