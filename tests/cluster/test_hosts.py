@@ -49,7 +49,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualHosts]:
 def documented(mark: str) -> str:
     """The page's block after this mark."""
     page = (ROOT / "docs/several-hosts.md").read_text(encoding="utf-8")
-    (block,) = re.findall(rf"{mark} -->\n```bash\n(.+?)```", page, re.DOTALL)
+    (block,) = re.findall(rf"{mark} -->\n```(?:bash|text)\n(.+?)```", page, re.DOTALL)
     return str(block).rstrip()
 
 
