@@ -31,16 +31,24 @@ MIN_TREND = 0.5
 MIN_CHANGE = 0.05
 MIN_SIZES = 3
 
-_RULE = f"decided if at least {MAJORITY:.0%} of the comparisons agree"
+_RULE = f"decided if at least {100 * MAJORITY:.0f} % of the comparisons agree"
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One comparison: what was compared, the number, and what it says: 1 for the finding, −1 against it, 0 neither."""
+    """One comparison.
+
+    Attributes:
+        where: What was compared.
+        number: What came out, in words.
+        says: 1 for the finding, −1 against it, 0 neither.
+        value: The number that was judged.
+    """
 
     where: str
     number: str
     says: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,18 @@ def judge(study: Study) -> list[Finding]:
     ]
 
 
-def count(votes: Sequence[Vote]) -> tuple[Verdict, str]:
-    """The verdict of votes, and their numbers in words."""
+def count(votes: Sequence[Vote], median: str) -> tuple[Verdict, str]:
+    """The verdict of votes, and what decides it in words.
+
+    Args:
+        votes: All comparisons.
+        median: Form of the sentence about the median of their values.
+    """
     if not votes:
-        return "undecided", "no comparison is possible yet"
+        return "undecided", "No comparison is possible with these results."
     ayes, noes = (sum(vote.says == side for vote in votes) for side in (1, -1))
-    text = f"{ayes} of {len(votes)} comparisons for it, {noes} against it"
+    text = f"{median.format(float(np.median([vote.value for vote in votes])))} "
+    text += f"{ayes} of {len(votes)} comparisons for it, {noes} against it."
     if ayes >= MAJORITY * len(votes):
         return "confirmed", text
     return ("contradicted" if noes >= MAJORITY * len(votes) else "undecided"), text
@@ -103,11 +117,7 @@ def _performance(study: Study, kfac: str | None, sgd: str | None) -> Finding:
                 ours, theirs = best_of(study, Cell(model, size, kfac)), best_of(study, Cell(model, size, sgd))
                 if ours is not None and theirs is not None:
                     votes.append(_compare(f"{model}, batch {size:,}", ours, theirs))
-    verdict, number = count(votes)
-    if votes:
-        number += f"; K-FAC ahead in {sum('superior' in vote.number for vote in votes)}, behind in " + str(
-            sum("inferior" in vote.number for vote in votes)
-        )
+    verdict, number = count(votes, "Median of K-FAC − SGD: {:+.2f} points.")
     rule = (
         f"Best final test accuracy of the grids at each batch size: comparable if they differ by at most "
         f"{100 * MARGIN:g} point. A larger difference speaks against, unless it is inside its 95 % interval over the "
@@ -126,10 +136,10 @@ def _compare(where: str, ours: Best, theirs: Best) -> Vote:
     if math.isfinite(half):
         text += f" ± {100 * half:.2f}"
     if abs(difference) <= MARGIN:
-        return Vote(where, f"{text}: comparable", 1)
+        return Vote(where, f"{text}: comparable", 1, 100 * difference)
     if abs(difference) <= limit:
-        return Vote(where, f"{text}: inside its interval", 0)
-    return Vote(where, f"{text}: {'superior' if difference > 0 else 'inferior'}", -1)
+        return Vote(where, f"{text}: inside its interval", 0, 100 * difference)
+    return Vote(where, f"{text}: {'superior' if difference > 0 else 'inferior'}", -1, 100 * difference)
 
 
 def half_interval(a: Sequence[float], b: Sequence[float]) -> float:
@@ -159,7 +169,7 @@ def _speedup(study: Study, kfac: str | None, sgd: str | None) -> Finding:
                     _only(scaling_of(study, model, sgd, target), sizes),
                 )
                 votes += [vote] if vote is not None else []
-    verdict, number = count(votes)
+    verdict, number = count(votes, "Median of K-FAC's excess ÷ SGD's: {:.2f}.")
     rule = (
         "Fewest iterations of the grid to each training-loss target, divided by ideal scaling from the smallest batch "
         "size that both optimizers reach it with: this excess, at the largest batch size that either reaches it with. "
@@ -187,8 +197,8 @@ def _compare_scaling(where: str, kfac: Scaling, sgd: Scaling) -> Vote | None:
     text = f"{span}: K-FAC {_times(ours)}, SGD {_times(theirs)}"
     diminishing = min(ours, theirs) > 1 + TOLERANCE
     if diminishing and ours > WORSE * theirs:
-        return Vote(where, text, 1)
-    return Vote(where, text, -1 if not diminishing or theirs > WORSE * ours else 0)
+        return Vote(where, text, 1, ours / theirs)
+    return Vote(where, text, -1 if not diminishing or theirs > WORSE * ours else 0, ours / theirs)
 
 
 def _times(excess: float) -> str:
@@ -207,15 +217,15 @@ def _region(study: Study, kfac: str | None, axis: Axis, direction: int) -> Findi
         common = max(grid.best for grid in grids.values())
         for name, best in (("the best of its batch size", None), ("the best of all batch sizes", common)):
             shares = [grid.share(best) for grid in grids.values()]
-            where = f"{model}, after {fixed.place:.4g} {axis}s, within {WITHIN:.0%} of {name}"
+            where = f"{model}, after {fixed.place:.4g} {axis}s, within {100 * WITHIN:.0f} % of {name}"
             votes.append(_vote_on_trend(where, list(grids), shares, direction))
-    verdict, number = count(votes)
+    verdict, number = count(votes, "Median change of the share: {:+.0f} points of the grid.")
     how = "shrink" if direction < 0 else "widen"
     rule = (
-        f"Share of K-FAC's grid with a test accuracy within {WITHIN:.0%} of the best, after the same number of {axis}s "
-        f"(read from the runs' curves). For the finding if Kendall's tau of share and batch size is at least "
-        f"{MIN_TREND:g} in its direction and the share changes by at least {100 * MIN_CHANGE:g} points from the "
-        f"smallest to the largest; against it if that holds the other way round. At least {MIN_SIZES} batch sizes. "
+        f"Share of K-FAC's grid with a test accuracy within {100 * WITHIN:.0f} % of the best, after the same "
+        f"number of {axis}s (read from the runs' curves). For the finding if Kendall's tau of share and batch "
+        f"size is at least {MIN_TREND:g} in its direction and the share changes by at least {100 * MIN_CHANGE:g} "
+        f"points from the smallest to the largest; against it if that holds the other way round. At least {MIN_SIZES} batch sizes. "
         f"{_RULE.capitalize()}."
     )
     claim = f"For fixed {axis}s, larger batches {how} the region of good hyper-parameters."
@@ -229,14 +239,14 @@ def _vote_on_trend(where: str, sizes: Sequence[int], shares: Sequence[float], di
         f"tau {tau:+.2f}"
     )
     clear = abs(tau) >= MIN_TREND and abs(change) >= MIN_CHANGE and tau * change > 0
-    return Vote(where, text, int(np.sign(change)) * direction if clear else 0)
+    return Vote(where, text, int(np.sign(change)) * direction if clear else 0, 100 * change)
 
 
 def _tilt(study: Study, kfac: str | None) -> Finding:
     rule = (
-        f"Correlation of log damping and log learning rate over the configurations within {WITHIN:.0%} of the best "
-        "final test accuracy of their model and batch size, pooled within these groups: confirmed if its 95 % interval "
-        "(Fisher's z, one degree of freedom a group) lies above 0, contradicted if below."
+        f"Correlation of log damping and log learning rate over the configurations within {100 * WITHIN:.0f} % of "
+        "the best final test accuracy of their model and batch size, pooled within these groups: confirmed if its "
+        "95 % interval (Fisher's z, one degree of freedom a group) lies above 0, contradicted if below."
     )
     claim = "Good damping and good learning rates are positively correlated."
     votes, groups = [], []
@@ -249,12 +259,13 @@ def _tilt(study: Study, kfac: str | None) -> Finding:
             group = good_points(grid)
             groups.append(group)
             r = pooled_correlation([group])[0]
-            votes.append(Vote(f"{model}, batch {size:,}", _correlation_text(r, group[0].size), _sign(r)))
+            votes.append(Vote(f"{model}, batch {size:,}", _correlation_text(r, group[0].size), _sign(r), r))
     r, low, high = pooled_correlation(groups)
     if not math.isfinite(low):
-        return Finding(claim, "undecided", "too few good configurations with different values", rule, tuple(votes))
+        return Finding(claim, "undecided", "Too few good configurations with different values.", rule, tuple(votes))
     verdict: Verdict = "confirmed" if low > 0 else "contradicted" if high < 0 else "undecided"
-    return Finding(claim, verdict, f"r = {r:+.2f}, 95 % interval {low:+.2f} … {high:+.2f}", rule, tuple(votes))
+    number = f"r = {r:+.2f}, 95 % interval {low:+.2f} … {high:+.2f}."
+    return Finding(claim, verdict, number, rule, tuple(votes))
 
 
 def _correlation_text(r: float, points: int) -> str:

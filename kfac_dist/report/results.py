@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -136,28 +137,36 @@ class Study:
         """Names of the targets, in the results' order."""
         return list(dict.fromkeys(name for trial in self.trials for name in trial.iterations_to))
 
-    @property
+    @cached_property
     def grid_seed(self) -> int:
         """The seed that whole grids were run with: the one of most trials, the smaller of equals."""
         counts = Counter(trial.seed for trial in self.trials)
         return min(counts, key=lambda seed: (-counts[seed], seed))
 
+    @cached_property
+    def _by_cell(self) -> dict[Cell, list[Trial]]:
+        found: dict[Cell, list[Trial]] = {}
+        for trial in self.trials:
+            if trial.status in _COUNTED:
+                found.setdefault(trial.cell, []).append(trial)
+        return found
+
+    @cached_property
+    def missing(self) -> frozenset[int]:
+        """Indices of planned trials that have no result."""
+        return frozenset(self.plan) - {trial.index for trial in self.trials}
+
     def seeds_of(self, cell: Cell) -> list[Trial]:
         """The trials of a cell that tell something about their configurations, with all seeds."""
-        return [trial for trial in self.trials if trial.cell == cell and trial.status in _COUNTED]
+        return self._by_cell.get(cell, [])
 
     def grid(self, cell: Cell) -> list[Trial]:
         """The trials of a cell's grid: those with the grid's seed."""
         return [trial for trial in self.seeds_of(cell) if trial.seed == self.grid_seed]
 
-    def planned(self, cell: Cell) -> list[int]:
-        """Indices of the trials planned for a cell; those whose line does not tell may be of any cell."""
-        return [index for index, line in self.plan.items() if _may_be_of(line, cell)]
-
     def is_complete(self, cell: Cell) -> bool:
-        """Whether every planned trial of the cell has a result."""
-        there = {trial.index for trial in self.trials}
-        return set(self.planned(cell)) <= there
+        """Whether every planned trial of the cell has a result; a line that does not tell its cell may be of any."""
+        return not any(_may_be_of(self.plan[index], cell) for index in self.missing)
 
     def first_of_kind(self, kind: str) -> str | None:
         """The first optimizer of this name; None if there is none."""

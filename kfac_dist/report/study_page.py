@@ -34,6 +34,10 @@ from kfac_dist.report.study_tables import (
 )
 from kfac_dist.report.words import duration
 
+_LEGEND = (
+    "test accuracy in %. Bold: good; framed: the best; ×: diverged; empty: no result. Colours mean the same in all "
+    "maps of a model."
+)
 _SEEDS = "Bands and bars go from the lowest to the highest of the seeds, where there are several."
 
 
@@ -86,7 +90,7 @@ def _lead(study: Study) -> str:
 
 
 def _notices(study: Study) -> Iterator[Paragraph]:
-    missing = len(study.plan.keys() - {trial.index for trial in study.trials})
+    missing = len(study.missing)
     if missing:
         yield Paragraph(
             f"This study is unfinished: {missing:,} of {len(study.plan):,} trials have no result yet. Tables and "
@@ -172,8 +176,9 @@ def _curves(study: Study, looks: Looks) -> Iterator[Block]:
 
 def _sensitivity(study: Study, looks: Looks) -> Iterator[Block]:
     yield Paragraph(
-        f"A configuration is good if its test accuracy is within {WITHIN:.0%} of the best. After the same epochs and "
-        "iterations, values are read from the runs' curves; each run follows the schedule of its own whole budget."
+        f"A configuration is good if its test accuracy is within {100 * WITHIN:.0f} % of the best. After the "
+        "same epochs and iterations, values are read from the runs' curves; each run follows the schedule of its own "
+        "whole budget."
     )
     for model in study.models:
         yield Figure(list(_share_panels(study, model, looks)), f"{model}: how robust each optimizer is.")
@@ -181,13 +186,14 @@ def _sensitivity(study: Study, looks: Looks) -> Iterator[Block]:
     for model in study.models:
         top = max((trial.test_top1 for trial in study.trials if trial.cell.model == model), default=1.0)
         for label in study.kinds:
-            panels = list(_heat_maps(study, model, label, top))
-            if panels:
-                yield Figure(
-                    panels,
-                    f"{model}, {label}: test accuracy in %. Bold: good; framed: the best; ×: diverged; empty: no "
-                    "result. Colours mean the same in all maps of a model.",
-                )
+            for name, title, grids in _grids(study, model, label):
+                panels = [
+                    draw_heat_map(f"map {model} {label} {name} {size}", f"{label}, batch {size:,}, {title}", grid, top)
+                    for size, grid in grids.items()
+                    if grid.top1.size > 1
+                ]
+                if panels:
+                    yield Figure(panels, f"{model}, {label}, {title}: {_LEGEND}")
 
 
 def _grids(study: Study, model: str, label: str) -> Iterator[tuple[str, str, dict[int, Grid]]]:
@@ -208,13 +214,6 @@ def _share_panels(study: Study, model: str, looks: Looks) -> Iterator[Panel]:
             shares[name][label] = {size: grid.share() for size, grid in grids.items()}
     for name, title in (("end", "at the end"), ("epoch", "after the same epochs"), ("iteration", "same iterations")):
         yield draw_shares(f"share {model} {name}", f"{model}, {title}", shares[name], looks)
-
-
-def _heat_maps(study: Study, model: str, label: str, top: float) -> Iterator[Panel]:
-    for name, title, grids in _grids(study, model, label):
-        for size, grid in grids.items():
-            if grid.top1.size > 1:
-                yield draw_heat_map(f"map {model} {label} {name} {size}", f"batch {size:,}, {title}", grid, top)
 
 
 def _settings(study: Study) -> Iterator[Block]:

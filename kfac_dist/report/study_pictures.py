@@ -1,7 +1,7 @@
 """The figures of a study."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,7 +12,7 @@ from kfac_dist.report.bands import draw_band, finish_axes
 from kfac_dist.report.best import Final, best_of
 from kfac_dist.report.curve import Axis, Metric
 from kfac_dist.report.document import Panel
-from kfac_dist.report.pictures import INK, Look, batch_axis, draw, log_axis, plain, short
+from kfac_dist.report.pictures import INK, Look, batch_axis, draw, log_axis, plain
 from kfac_dist.report.results import Cell, Study
 from kfac_dist.report.scaling import scaling_of
 from kfac_dist.report.sensitivity import Grid
@@ -133,7 +133,8 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
                 text = "×" if value == 0 else f"{100 * value:.0f}"
                 weight = "bold" if good[row, column] else "normal"
                 size = max(4.0, min(8.0, 62 / columns))
-                axes.text(column, row, text, ha="center", va="center", color=colour, weight=weight, fontsize=size)
+                cell = axes.text(column, row, text, ha="center", va="center", color=colour, weight=weight, size=size)
+                cell.set_in_layout(False)  # else its size is measured again and again
                 if value == best and best > 0:
                     axes.add_patch(Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, ec="#D55E00", lw=2))
         turned = 45 if columns > 5 else 0
@@ -152,8 +153,3 @@ def readable_target(target: str) -> str:
     for metric, name in (("train_loss", "training loss"), ("test_top1", "test accuracy")):
         target = target.replace(metric, f"{name} ")
     return target.replace("<=", "≤ ").replace(">=", "≥ ").replace("  ", " ").strip()
-
-
-def batch_names(sizes: Sequence[int]) -> str:
-    """Batch sizes in a sentence."""
-    return ", ".join(short(size) if size >= 1024 else str(size) for size in sizes)

@@ -5,6 +5,8 @@ import io
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from kfac_dist.report.best import best_of, fastest_to, time_to
 from kfac_dist.report.curve import Axis
 from kfac_dist.report.document import Table
@@ -59,7 +61,7 @@ def scaling_table(study: Study, model: str, target: str) -> Table:
         rows.append([label, *texts, str(critical_batch(scaling))])
     caption = (
         f"{model}, {readable_target(target)}: fewest iterations of the grid, and how many times the ideal that is. "
-        f"Critical batch size: where iterations exceed the ideal by {TOLERANCE:.0%}."
+        f"Critical batch size: where iterations exceed the ideal by {100 * TOLERANCE:.0f} %."
     )
     return Table(["optimizer", *(f"{size:,}" for size in study.batch_sizes), "critical batch"], rows, caption)
 
@@ -112,15 +114,15 @@ def sensitivity_table(study: Study) -> Table:
         for axis in axes:
             grid = fixed[cell.model, cell.optimizer, axis].grids.get(cell.batch_size)
             texts.append(f"{100 * grid.share():.0f}" if grid is not None else NONE)
-        x, y = good_points(final)
+        x, y = good_points(final) if final.other == "damping" else (np.empty(0), np.empty(0))
         tilt = f"{correlation(x, y):+.2f} ({x.size})" if math.isfinite(correlation(x, y)) else NONE
         share = f"{100 * final.share():.0f}" if math.isfinite(final.share()) else NONE
         names = [cell.model, f"{cell.batch_size:,}", cell.optimizer]
         rows.append([*names, str(len(study.grid(cell))), share, *texts, tilt])
     caption = (
-        f"Share of the grid, in %, with a test accuracy within {WITHIN:.0%} of the best of the same model, batch size "
-        "and optimizer, at the end, after the same epochs and after the same iterations; correlation of the logarithms "
-        "of learning rate and of the other parameter in that region at the end (number of configurations there)."
+        f"Share of the grid, in %, with a test accuracy within {100 * WITHIN:.0f} % of the best of the same model, "
+        "batch size and optimizer, at the end, after the same epochs and after the same iterations; correlation of the "
+        "logarithms of learning rate and damping in that region at the end (number of configurations there)."
     )
     columns = ["model", "batch", "optimizer", "trials", "at the end", "same epochs", "same iterations", "correlation"]
     return Table(columns, rows, caption, num_labels=3)
