@@ -225,8 +225,8 @@ def _region(study: Study, kfac: str | None, axis: Axis, direction: int) -> Findi
         f"Share of K-FAC's grid with a test accuracy within {100 * WITHIN:.0f} % of the best, after the same "
         f"number of {axis}s (read from the runs' curves). For the finding if Kendall's tau of share and batch "
         f"size is at least {MIN_TREND:g} in its direction and the share changes by at least {100 * MIN_CHANGE:g} "
-        f"points from the smallest to the largest; against it if that holds the other way round. At least {MIN_SIZES} batch sizes. "
-        f"{_RULE.capitalize()}."
+        f"points from the smallest to the largest; against it if that holds the other way round. At least {MIN_SIZES} "
+        f"batch sizes. {_RULE.capitalize()}."
     )
     claim = f"For fixed {axis}s, larger batches {how} the region of good hyper-parameters."
     return Finding(claim, verdict, number, rule, tuple(votes))

@@ -16,7 +16,7 @@ from kfac_dist.report.findings import half_interval
 from kfac_dist.report.groups import Group
 from kfac_dist.report.pictures import Look, draw, looks_of
 from kfac_dist.report.render import write_page
-from kfac_dist.report.words import NONE, decimal, duration, spread
+from kfac_dist.report.words import NONE, decimal, spread
 
 _AXES: tuple[Axis, ...] = ("epoch", "iteration", "seconds")
 _MOST_ROWS = 12
@@ -116,12 +116,12 @@ def _final_table(groups: Sequence[Group]) -> Table:
             mean, half, num_paired = paired_difference(group, groups[-1])
             difference = f"{100 * mean:+.2f}" + (f" ± {100 * half:.2f}" if math.isfinite(half) else "")
             difference += f" (paired, n = {num_paired})" if num_paired else ""
-        rows.append([group.label, spread(accuracy, 2), difference, spread(loss, 4), duration(seconds.mean)])
+        rows.append([group.label, spread(accuracy, 2), difference, spread(loss, 4), spread(seconds, 1)])
     caption = (
         f"At the end: test accuracy in %, its difference to {groups[-1].label} in points with 95 % interval, training "
-        "loss (mean over seeds, with lowest … highest), and training time."
+        "loss and seconds of training; each is the mean over seeds (lowest … highest)."
     )
-    return Table(["group", "test %", "difference", "train loss", "time"], rows, caption)
+    return Table(["group", "test %", "difference", "train loss", "seconds"], rows, caption)
 
 
 def _time_table(groups: Sequence[Group]) -> Table:
