@@ -27,10 +27,10 @@ def mean_and_range(curves: Sequence[Curve], axis: Axis, metric: Metric) -> tuple
         Places, means, lowest and highest, (n,) each; empty without curves.
     """
     if axis == "seconds":
-        iterations, *values = mean_and_range(curves, "iteration", metric)
+        iterations, mean, low, high = mean_and_range(curves, "iteration", metric)
         seconds = [np.interp(iterations, curve.iteration, curve.seconds) for curve in curves if curve.seconds.size]
         mean_seconds: Array = np.mean(seconds, axis=0) if seconds else np.empty(0)
-        return mean_seconds, *values
+        return mean_seconds, mean, low, high
     known = [curve for curve in curves if curve.known(axis, metric)[0].size]
     if not known:
         return np.empty(0), np.empty(0), np.empty(0), np.empty(0)
@@ -39,8 +39,8 @@ def mean_and_range(curves: Sequence[Curve], axis: Axis, metric: Metric) -> tuple
         low = max(float(curve.known(axis, metric)[0][0]) for curve in known)
         high = min(float(curve.known(axis, metric)[0][-1]) for curve in known)
         places = np.unique(np.clip(places, low, high)) if low <= high else np.empty(0)
-    table = np.array([curve.at(axis, places, metric) for curve in known])
-    return places, table.mean(axis=0), table.min(axis=0), table.max(axis=0)
+    values = np.array([curve.at(axis, places, metric) for curve in known])
+    return places, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 
 
 def draw_band(axes: Axes, curves: Sequence[Curve], axis: Axis, metric: Metric, look: Look, label: str) -> None:

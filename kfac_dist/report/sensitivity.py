@@ -41,7 +41,7 @@ class Grid:
 
     def good(self, best: float | None = None) -> NDArray[np.bool_]:
         """Which configurations are within `WITHIN` of the best: of this grid, or of the given one. (m, n)."""
-        level = (1 - WITHIN) * (self.best if best is None else best)
+        level = (1 - WITHIN) * (self.best if best is None else best) - 1e-9  # for rounding
         good: NDArray[np.bool_] = (self.top1 >= level) & (level > 0)
         return good
 
