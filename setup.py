@@ -19,8 +19,10 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_packages(include=["kfac_dist", "kfac_dist.*"]),
+    package_data={"kfac_dist.report": ["templates/*"]},
     python_requires=">=3.11",
     install_requires=[
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "mpi4py>=4",
         "numpy>=1.26",

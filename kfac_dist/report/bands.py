@@ -36,9 +36,9 @@ def mean_and_range(curves: Sequence[Curve], axis: Axis, metric: Metric) -> tuple
         return np.empty(0), np.empty(0), np.empty(0), np.empty(0)
     places = known[0].known(axis, metric)[0]
     if len(known) > 1:  # others may end a little before or begin a little after
-        low = max(float(curve.known(axis, metric)[0][0]) for curve in known)
-        high = min(float(curve.known(axis, metric)[0][-1]) for curve in known)
-        places = np.unique(np.clip(places, low, high)) if low <= high else np.empty(0)
+        start = max(float(curve.known(axis, metric)[0][0]) for curve in known)
+        end = min(float(curve.known(axis, metric)[0][-1]) for curve in known)
+        places = np.unique(np.clip(places, start, end)) if start <= end else np.empty(0)
     values = np.array([curve.at(axis, places, metric) for curve in known])
     return places, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 

@@ -24,7 +24,7 @@ from kfac_dist.report.curve import number
 from kfac_dist.report.document import Block, Figure, Listing, Page, Panel, Paragraph, Section, Table, Tiles
 from kfac_dist.report.health import event_rows, relative_damping, spectra, staleness
 from kfac_dist.report.pictures import Look, looks_of, plain
-from kfac_dist.report.render import write_page
+from kfac_dist.report.render import check_output, write_page
 from kfac_dist.report.runs import RunRecord, read_run_record
 from kfac_dist.report.words import NONE, decimal, duration
 
@@ -42,10 +42,11 @@ def report_run(folder: str | Path, output: str | Path | None = None) -> list[Pat
     Raises:
         InputError: If the folder holds no run with a training iteration, or the output cannot be written.
     """
+    output = check_output(output or Path(folder) / "report.html")
     run = read_run_record(folder)
     if not run.records.get("train"):
         raise InputError(f"{folder}: no training iteration is recorded yet; report it when the run has made one")
-    return write_page(card_page(run), Path(output) if output is not None else Path(folder) / "report.html")
+    return write_page(card_page(run), output)
 
 
 def card_page(run: RunRecord) -> Page:

@@ -15,7 +15,7 @@ from kfac_dist.report.document import Block, Figure, Page, Panel, Paragraph, Sec
 from kfac_dist.report.findings import half_interval
 from kfac_dist.report.groups import Group
 from kfac_dist.report.pictures import Look, draw, looks_of
-from kfac_dist.report.render import write_page
+from kfac_dist.report.render import check_output, write_page
 from kfac_dist.report.words import NONE, decimal, spread
 
 _AXES: tuple[Axis, ...] = ("epoch", "iteration", "seconds")
@@ -28,7 +28,8 @@ def report_pair(groups: Sequence[Group], output: str | Path) -> list[Path]:
     Raises:
         InputError: If the output cannot be written.
     """
-    return write_page(pair_page(groups), Path(output))
+    output = check_output(output)
+    return write_page(pair_page(groups), output)
 
 
 def pair_page(groups: Sequence[Group]) -> Page:

@@ -29,6 +29,17 @@ def to_markdown(page: Page, pictures: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def check_output(output: str | Path) -> Path:
+    """The output, before anything is drawn for it.
+
+    Raises:
+        InputError: If it does not end in .html.
+    """
+    if Path(output).suffix.lower() != ".html":
+        raise InputError(f"--output must end in .html, got {str(output)!r}")
+    return Path(output)
+
+
 def write_page(page: Page, output: Path) -> list[Path]:
     """Write OUTPUT.html, OUTPUT.md and OUTPUT-figures/*.svg.
 
@@ -36,10 +47,8 @@ def write_page(page: Page, output: Path) -> list[Path]:
         The HTML and the Markdown file.
 
     Raises:
-        InputError: If the output does not end in .html or cannot be written.
+        InputError: If the output cannot be written.
     """
-    if output.suffix.lower() != ".html":
-        raise InputError(f"--output must end in .html, got {str(output)!r}")
     markdown, folder = output.with_suffix(".md"), output.with_name(f"{output.stem}-figures")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from kfac_dist.report.curve import Axis
 from kfac_dist.report.document import Block, Figure, Findings, Listing, Page, Panel, Paragraph, Section, Table, Tiles
 from kfac_dist.report.findings import judge
 from kfac_dist.report.pictures import looks_of
-from kfac_dist.report.render import write_page
+from kfac_dist.report.render import check_output, write_page
 from kfac_dist.report.results import Cell, Study, read_study
 from kfac_dist.report.sensitivity import WITHIN, Grid, final_grid, fixed_budget
 from kfac_dist.report.study_pictures import (
@@ -54,8 +54,8 @@ def report_study(folder: str | Path, output: str | Path | None = None) -> list[P
     Raises:
         InputError: If the folder cannot be read as a study, or the output cannot be written.
     """
+    output = check_output(output or Path(folder) / "report.html")
     study = read_study(folder)
-    output = Path(output) if output is not None else Path(folder) / "report.html"
     written = write_page(study_page(study), output)
     table = output.with_suffix(".csv")
     try:
