@@ -72,12 +72,13 @@ def best_of(study: Study, cell: Cell, final: Final = "test_top1") -> Best | None
         return None
     sign = -1.0 if final == "test_top1" else 1.0
     chosen = min(grid, key=lambda trial: sign * getattr(trial, final))
-    others = [
-        trial
-        for trial in study.seeds_of(cell)
-        if trial.parameters == chosen.parameters and trial.index != chosen.index and trial.seed != chosen.seed
-    ]
-    return Best((chosen, *others), _at_edge(chosen, study.grid(cell)))
+    return Best((chosen, *other_seeds(study, chosen)), _at_edge(chosen, study.grid(cell)))
+
+
+def other_seeds(study: Study, chosen: Trial) -> list[Trial]:
+    """Runs of the same configuration with other seeds."""
+    trials = study.seeds_of(chosen.cell)
+    return [trial for trial in trials if trial.parameters == chosen.parameters and trial.seed != chosen.seed]
 
 
 def _at_edge(chosen: Trial, grid: Sequence[Trial]) -> tuple[str, ...]:

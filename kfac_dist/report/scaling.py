@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kfac_dist.report.curve import Array
+from kfac_dist.report.best import Spread, other_seeds
+from kfac_dist.report.curve import Array, number
 from kfac_dist.report.results import Cell, Study, Trial
 
 TOLERANCE = 0.2
@@ -96,6 +97,15 @@ def fastest(trials: Sequence[Trial], target: str) -> Trial | None:
     """The run that reached the target in the fewest iterations; None if none did."""
     reached = [trial for trial in trials if trial.iterations_to.get(target) is not None]
     return min(reached, key=lambda trial: trial.iterations_to[target] or 0, default=None)
+
+
+def spread_to(study: Study, cell: Cell, target: str) -> Spread | None:
+    """Iterations to the target over the seeds of the configuration that is fastest on the grid; None if none is."""
+    chosen = fastest(study.grid(cell), target)
+    if chosen is None:
+        return None
+    runs = [chosen, *other_seeds(study, chosen)]
+    return Spread(tuple(number(trial.iterations_to.get(target)) for trial in runs))
 
 
 def scaling_of(study: Study, model: str, optimizer: str, target: str) -> Scaling:

@@ -132,7 +132,9 @@ def _findings(study: Study) -> list[Block]:
     kfac, sgd = study.first_of_kind("kfac"), study.first_of_kind("sgd")
     text = (
         "Each claim of the AAAI 2020 poster (Ma et al., Inefficiency of K-FAC for Large Batch Size Training) with what "
-        f"this study's data say: K-FAC is its column {kfac or '(none)'}, SGD {sgd or '(none)'}."
+        f"this study's data say: K-FAC is its column {kfac or '(none)'}, SGD {sgd or '(none)'}. "
+        "Its first question, how K-FAC scales beside SGD, is answered by the first two, its second, how the batch size "
+        "changes the sensitivity to hyper-parameters, by the others."
     )
     return [Paragraph(text), Findings(judge(study))]
 
@@ -152,7 +154,9 @@ def _scaling(study: Study, looks: Looks) -> Iterator[Block]:
         return
     panels = [draw_scaling(study, model, target, looks) for model in study.models for target in study.targets]
     yield Figure(
-        panels, "Fewest iterations of the grid to each target. Dotted: ideal scaling, half for twice the batch."
+        panels,
+        "Fewest iterations of the grid to each target; a bar goes from the lowest to the highest seed of that "
+        "configuration. Dotted: ideal scaling, half for twice the batch.",
     )
     for model in study.models:
         for target in study.targets:

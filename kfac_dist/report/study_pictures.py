@@ -14,7 +14,7 @@ from kfac_dist.report.curve import Axis, Metric
 from kfac_dist.report.document import Panel
 from kfac_dist.report.pictures import INK, Look, batch_axis, draw, log_axis, plain
 from kfac_dist.report.results import Cell, Study
-from kfac_dist.report.scaling import scaling_of
+from kfac_dist.report.scaling import scaling_of, spread_to
 from kfac_dist.report.sensitivity import Grid
 
 Looks = Mapping[str, Look]
@@ -55,11 +55,14 @@ def draw_scaling(study: Study, model: str, target: str, looks: Looks) -> Panel:
             scaling = scaling_of(study, model, label, target)
             if scaling.anchor is None:
                 continue
-            reached = np.isfinite(scaling.iterations)
             sizes = scaling.batch_sizes
-            axes.plot(
-                sizes[reached], scaling.iterations[reached], color=look.colour, marker=look.marker, label=label
-            )  # fmt: skip
+            for size, iterations in zip(sizes, scaling.iterations, strict=True):
+                spread = spread_to(study, Cell(model, int(size), label), target)
+                if spread is not None and math.isfinite(iterations):
+                    axes.vlines(size, spread.lowest, spread.highest, color=look.colour, linewidth=3, alpha=0.4)
+            reached = np.isfinite(scaling.iterations)
+            points = sizes[reached], scaling.iterations[reached]
+            axes.plot(*points, color=look.colour, marker=look.marker, label=label)
             axes.plot(sizes[scaling.anchor :], scaling.ideal()[scaling.anchor :], ":", color=look.colour, lw=1.2)
         batch_axis(axes, study.batch_sizes)
         log_axis(axes, "y")

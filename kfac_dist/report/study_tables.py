@@ -85,14 +85,14 @@ def time_table(study: Study, sgd: str) -> Table:
                 f"{cell.batch_size:,}",
                 cell.optimizer,
                 f"{100 * level:.2f}",
-                *reached(time_to(ours.trials, level)),
-                *reached(fastest_to(study.grid(cell), level)),
+                *reached(time_to(ours.trials, level), rival.chosen),
+                *reached(fastest_to(study.grid(cell), level), rival.chosen),
             ]
         )
     caption = (
         f"Until the test accuracy is the final one of the best {sgd} (mean over its seeds), found at an evaluation: "
         "each optimizer's configuration with the best final accuracy (mean over the seeds that come there), and the "
-        "one of its grid that needs the fewest epochs."
+        f"one of its grid that needs the fewest epochs. In brackets: how many times {sgd}'s whole run that is."
     )
     columns = ["model", "batch", "optimizer", "level %", "epochs", "iterations", "seconds"]
     return Table([*columns, "fastest: epochs", "iterations", "seconds"], rows, caption, num_labels=3)

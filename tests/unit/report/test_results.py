@@ -5,7 +5,7 @@ import pytest
 from kfac_dist.errors import InputError
 from kfac_dist.report.best import best_of, fastest_to, time_to
 from kfac_dist.report.results import Cell, read_study
-from kfac_dist.report.study_tables import to_csv
+from kfac_dist.report.study_tables import time_table, to_csv
 from tests.unit.report.synthetic_study import curve_of, result, write_study
 
 CELL = Cell("net", 128, "kfac")
@@ -122,3 +122,19 @@ def test_a_study_without_results_says_so(tmp_path):
     (folder / "results" / "00000.json").unlink()
     with pytest.raises(InputError, match="no trial has finished yet"):
         read_study(folder)
+
+
+def test_the_time_to_sgds_accuracy_is_told_beside_sgds_whole_run(tmp_path):
+    slow, fast = curve_of(0.7, 8, 10, 2.0), curve_of(0.9, 8, 10, 3.0)
+    results = [
+        result(0, "sgd", top1=0.7, curve=slow, epochs=8.0, seconds=16.0),
+        result(1, "kfac", top1=0.9, curve=fast, epochs=8.0, seconds=24.0),
+        result(2, "muon", top1=0.6),
+    ]
+    first = next(point for point in fast if point["test_top1"] >= 0.7)
+    epochs = int(first["epoch"])
+    rows = {row[2]: row[3:] for row in time_table(read_study(write_study(tmp_path / "study", results)), "sgd").rows}
+    times = [f"{epochs}.0 ({epochs / 8:.2f} ×)", f"{10 * epochs}", f"{3 * epochs}.0 ({3 * epochs / 16:.2f} ×)"]
+    assert rows["kfac"] == ["70.00", *times, *times]
+    assert rows["sgd"][1:4] == ["8.0 (1.00 ×)", "80", "16.0 (1.00 ×)"]
+    assert rows["muon"][1:4] == ["not reached", "–", "–"]

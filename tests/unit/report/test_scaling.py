@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kfac_dist.report.results import Cell, read_study
-from kfac_dist.report.scaling import Scaling, critical_batch, fastest, scaling_of
+from kfac_dist.report.scaling import Scaling, critical_batch, fastest, scaling_of, spread_to
 from tests.unit.report.synthetic_study import result, write_study
 
 SIZES = np.array([128.0, 256.0, 512.0, 1024.0, 2048.0])
@@ -72,6 +72,21 @@ def test_the_fewest_iterations_of_the_grid_are_taken(tmp_path):
 def test_other_seeds_of_the_best_do_not_count_as_more_of_the_grid(tmp_path):
     target = "train_loss<=0.5"
     results = [result(i, "sgd", 128, {"learning_rate": 0.1 * i}, iterations_to={target: 900}) for i in (0, 1)]
-    results.append(result(2, "sgd", 128, {"learning_rate": 0.1}, iterations_to={target: 500}, seed=1))
+    results.append(result(2, "sgd", 128, {"learning_rate": 0.3}, iterations_to={target: 500}, seed=1))
     study = read_study(write_study(tmp_path / "study", results))
     assert scaling_of(study, "net", "sgd", target).iterations == [900]
+    assert spread_to(study, Cell("net", 128, "sgd"), target).values == (900,)
+    assert spread_to(study, Cell("net", 128, "kfac"), target) is None
+
+
+def test_seeds_of_the_fastest_configuration_are_its_spread(tmp_path):
+    target = "train_loss<=0.5"
+    found = ((0, 0.1, 400), (0, 0.2, 300), (0, 0.3, None), (1, 0.2, 350), (2, 0.2, None), (1, 0.1, 100))
+    results = [
+        result(index, "sgd", 128, {"learning_rate": rate}, iterations_to={target: iterations}, seed=seed)
+        for index, (seed, rate, iterations) in enumerate(found)
+    ]
+    study = read_study(write_study(tmp_path / "study", results))
+    spread = spread_to(study, Cell("net", 128, "sgd"), target)
+    assert (spread.values[:2], spread.lowest, spread.highest) == ((300, 350), 300, 350)
+    assert len(spread.values) == 3
