@@ -17,7 +17,7 @@ import scipy.stats
 from kfac_dist.report.best import Best, best_of
 from kfac_dist.report.curve import Axis
 from kfac_dist.report.results import Cell, Study
-from kfac_dist.report.scaling import TOLERANCE, Scaling, scaling_of
+from kfac_dist.report.scaling import TOLERANCE, Scaling, readable_target, scaling_of
 from kfac_dist.report.sensitivity import WITHIN, final_grid, fixed_budget, good_points, pooled_correlation, trend
 
 Verdict = Literal["confirmed", "contradicted", "undecided"]
@@ -82,21 +82,24 @@ def judge(study: Study) -> list[Finding]:
     ]
 
 
-def count(votes: Sequence[Vote], median: str) -> tuple[Verdict, str]:
+def count(votes: Sequence[Vote], summary: str) -> tuple[Verdict, str]:
     """The verdict of votes, and what decides it in words.
 
     Args:
         votes: All comparisons.
-        median: Form of the sentence about the median of their values.
+        summary: A sentence about their values.
     """
     if not votes:
         return "undecided", "No comparison is possible with these results."
     ayes, noes = (sum(vote.says == side for vote in votes) for side in (1, -1))
-    text = f"{median.format(float(np.median([vote.value for vote in votes])))} "
-    text += f"{ayes} of {len(votes)} comparisons for it, {noes} against it."
+    text = f"{summary} {ayes} of {len(votes)} comparisons for it, {noes} against it."
     if ayes >= MAJORITY * len(votes):
         return "confirmed", text
     return ("contradicted" if noes >= MAJORITY * len(votes) else "undecided"), text
+
+
+def _median(votes: Sequence[Vote]) -> float:
+    return float(np.median([vote.value for vote in votes])) if votes else math.nan
 
 
 def _complete_sizes(study: Study, model: str, *optimizers: str) -> list[int]:
@@ -117,7 +120,7 @@ def _performance(study: Study, kfac: str | None, sgd: str | None) -> Finding:
                 ours, theirs = best_of(study, Cell(model, size, kfac)), best_of(study, Cell(model, size, sgd))
                 if ours is not None and theirs is not None:
                     votes.append(_compare(f"{model}, batch {size:,}", ours, theirs))
-    verdict, number = count(votes, "Median of K-FAC − SGD: {:+.2f} points.")
+    verdict, number = count(votes, f"Median of K-FAC − SGD: {_median(votes):+.2f} points.")
     rule = (
         f"Best final test accuracy of the grids at each batch size: comparable if they differ by at most "
         f"{100 * MARGIN:g} point. A larger difference speaks against, unless it is inside its 95 % interval over the "
@@ -165,12 +168,12 @@ def _speedup(study: Study, kfac: str | None, sgd: str | None) -> Finding:
             sizes = _complete_sizes(study, model, kfac, sgd)
             for target in losses or study.targets:
                 vote = _compare_scaling(
-                    f"{model}, {target}",
+                    f"{model}, {readable_target(target)}",
                     _only(scaling_of(study, model, kfac, target), sizes),
                     _only(scaling_of(study, model, sgd, target), sizes),
                 )
                 votes += [vote] if vote is not None else []
-    verdict, number = count(votes, "Median of K-FAC's excess ÷ SGD's: {:.2f}.")
+    verdict, number = count(votes, _summary(_median(votes)))
     rule = (
         "Fewest iterations of the grid to each training-loss target, divided by ideal scaling from the smallest batch "
         "size that both optimizers reach it with: this excess, at the largest batch size that either reaches it with. "
@@ -202,6 +205,13 @@ def _compare_scaling(where: str, kfac: Scaling, sgd: Scaling) -> Vote | None:
     return Vote(where, text, -1 if not diminishing or theirs > WORSE * ours else 0, ours / theirs)
 
 
+def _summary(ratio: float) -> str:
+    """Of the median of K-FAC's excess divided by SGD's; infinite or 0 where one does not reach the target."""
+    if ratio == 0 or not math.isfinite(ratio):
+        return f"{'SGD' if ratio == 0 else 'K-FAC'} does not reach the target at the largest batch size."
+    return f"Median of K-FAC's excess ÷ SGD's: {ratio:.2f}."
+
+
 def _times(excess: float) -> str:
     return f"{excess:.2f} × ideal" if math.isfinite(excess) else "does not reach it"
 
@@ -220,7 +230,7 @@ def _region(study: Study, kfac: str | None, axis: Axis, direction: int) -> Findi
             shares = [grid.share(best) for grid in grids.values()]
             where = f"{model}, after {fixed.place:.4g} {axis}s, within {100 * WITHIN:.0f} % of {name}"
             votes.append(_vote_on_trend(where, list(grids), shares, direction))
-    verdict, number = count(votes, "Median change of the share: {:+.0f} points of the grid.")
+    verdict, number = count(votes, f"Median change of the share: {_median(votes):+.0f} points of the grid.")
     how = "shrink" if direction < 0 else "widen"
     rule = (
         f"Share of K-FAC's grid with a test accuracy within {100 * WITHIN:.0f} % of the best, after the same "

@@ -118,3 +118,10 @@ def scaling_of(study: Study, model: str, optimizer: str, target: str) -> Scaling
             sizes.append(float(size))
             iterations.append(math.inf if trial is None else float(trial.iterations_to[target] or 0))
     return Scaling(np.array(sizes), np.array(iterations))
+
+
+def readable_target(target: str) -> str:
+    """``train_loss<=0.5`` as a reader would say it."""
+    for metric, name in (("train_loss", "training loss"), ("test_top1", "test accuracy")):
+        target = target.replace(metric, f"{name} ")
+    return target.replace("<=", "≤ ").replace(">=", "≥ ").replace("  ", " ").strip()

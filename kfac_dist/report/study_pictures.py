@@ -14,7 +14,7 @@ from kfac_dist.report.curve import Axis, Metric
 from kfac_dist.report.document import Panel
 from kfac_dist.report.pictures import INK, Look, batch_axis, draw, log_axis, plain
 from kfac_dist.report.results import Cell, Study
-from kfac_dist.report.scaling import scaling_of, spread_to
+from kfac_dist.report.scaling import readable_target, scaling_of, spread_to
 from kfac_dist.report.sensitivity import Grid
 
 Looks = Mapping[str, Look]
@@ -149,10 +149,3 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
 
     alt = f"{title}: test accuracy over learning rate and {grid.other or 'nothing else'}"
     return draw(name, alt, fill, height=1.15 + 0.27 * max(2, rows), legend=False)
-
-
-def readable_target(target: str) -> str:
-    """``train_loss<=0.5`` as a reader would say it."""
-    for metric, name in (("train_loss", "training loss"), ("test_top1", "test accuracy")):
-        target = target.replace(metric, f"{name} ")
-    return target.replace("<=", "≤ ").replace(">=", "≥ ").replace("  ", " ").strip()

@@ -11,9 +11,8 @@ from kfac_dist.report.best import best_of, fastest_to, time_to
 from kfac_dist.report.curve import Axis
 from kfac_dist.report.document import Table
 from kfac_dist.report.results import Cell, Study, Trial
-from kfac_dist.report.scaling import TOLERANCE, critical_batch, scaling_of
+from kfac_dist.report.scaling import TOLERANCE, critical_batch, readable_target, scaling_of
 from kfac_dist.report.sensitivity import WITHIN, correlation, final_grid, fixed_budget, good_points
-from kfac_dist.report.study_pictures import readable_target
 from kfac_dist.report.words import NONE, decimal, duration, parameters, reached, spread
 
 

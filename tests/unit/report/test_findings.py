@@ -107,12 +107,18 @@ def test_the_deciding_number_of_diminishing_returns(tmp_path):
     assert "Median of K-FAC's excess ÷ SGD's: 1.60." in one.number
 
 
+def test_a_target_that_one_does_not_reach_is_told_in_words(tmp_path):
+    slow, fast = (800, 600, 500, None), (800, 600, 500, 400)
+    assert "K-FAC does not reach the target" in finding(tmp_path / "a", SPEEDUP, speeds(slow, fast)).number
+    assert "SGD does not reach the target" in finding(tmp_path / "b", SPEEDUP, speeds(fast, slow)).number
+
+
 def test_accuracy_targets_decide_only_where_there_is_no_loss_target(tmp_path):
     results = speeds((800, 600, 500, 400), (800, 500, 350, 250))
     for one in results:
         one["iterations_to"]["test_top1>=0.6"] = 100  # contradicts
     found = finding(tmp_path, SPEEDUP, results)
-    assert [vote.where for vote in found.votes] == ["net, train_loss<=0.5"]
+    assert [vote.where for vote in found.votes] == ["net, training loss ≤ 0.5"]
     alone = speeds((800, 600, 500, 400), (800, 500, 350, 250), target="test_top1>=0.6")
     assert finding(tmp_path / "alone", SPEEDUP, alone).verdict == "confirmed"
 

@@ -10,8 +10,9 @@ from kfac_dist.report.document import Figure, Findings, Listing, Page, Paragraph
 from kfac_dist.report.findings import Finding, Vote
 from kfac_dist.report.pictures import INK, draw, log_axis, looks_of, plain, short, slug
 from kfac_dist.report.render import check_output, to_html, to_markdown, write_page
+from kfac_dist.report.scaling import readable_target
 from kfac_dist.report.sensitivity import Grid
-from kfac_dist.report.study_pictures import draw_heat_map, readable_target
+from kfac_dist.report.study_pictures import draw_heat_map
 
 
 def line(axes):
