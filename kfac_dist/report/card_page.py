@@ -76,7 +76,7 @@ def _first(run: RunRecord) -> Iterator[Block]:
             ("iterations", f"{len(train):,}"),
             ("epochs", decimal(number(train[-1].get("epoch")), 2)),
             ("seconds", duration(number(run.summary.get("seconds")))),
-            ("images per second", decimal(float(np.nanmedian(column(train, "images_per_second"))), 0)),
+            ("images per second", decimal(float(np.median(column(train, "images_per_second"))), 0)),
             ("ranks", str(run.environment.get("num_ranks", NONE))),
         ]
     )
@@ -103,11 +103,12 @@ def _curvature(run: RunRecord, look: Look) -> Iterator[Block]:
     if any("diff" in record for record in fisher):
         panels.append(draw_change(fisher))
     damping = column(train, "damping")
-    ratio = run.setting("kfac.damping.batchnorm_ratio")
-    yield Paragraph(
-        f"Damping went from {damping[0]:.3g} to {damping[-1]:.3g} (lowest {np.nanmin(damping):.3g}); BatchNorm's is "
-        f"{ratio} times that. Refresh schedule: {_schedule(run)}."
-    )
+    damping = damping[np.isfinite(damping)]
+    if damping.size:
+        yield Paragraph(
+            f"Damping went from {damping[0]:.3g} to {damping[-1]:.3g} (lowest {damping.min():.3g}); BatchNorm's is "
+            f"{run.setting('kfac.damping.batchnorm_ratio')} times that. Refresh schedule: {_schedule(run)}."
+        )
     if panels:
         yield Figure(
             panels,

@@ -135,7 +135,12 @@ def batch_axis(axes: Axes, sizes: list[int]) -> None:
 
 
 def log_axis(axes: Axes, which: str) -> None:
-    """A logarithmic axis whose numbers read as numbers, also where it spans less than a decade."""
+    """A logarithmic axis whose numbers read as numbers, also where it spans less than a decade.
+
+    It stays linear where nothing positive is drawn.
+    """
+    if not np.isfinite(axes.dataLim.minposx if which == "x" else axes.dataLim.minposy):
+        return
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()

@@ -152,7 +152,18 @@ def _scaling(study: Study, looks: Looks) -> Iterator[Block]:
     if not study.targets:
         yield Paragraph("The study has no targets.")
         return
-    panels = [draw_scaling(study, model, target, looks) for model in study.models for target in study.targets]
+    reached = {
+        (trial.cell.model, target)
+        for trial in study.trials
+        for target, iterations in trial.iterations_to.items()
+        if iterations is not None
+    }
+    panels = [
+        draw_scaling(study, model, target, looks)
+        for model in study.models
+        for target in study.targets
+        if (model, target) in reached
+    ]
     yield Figure(
         panels,
         "Fewest iterations of the grid to each target; a bar goes from the lowest to the highest seed of that "
