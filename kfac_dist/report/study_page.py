@@ -164,11 +164,12 @@ def _scaling(study: Study, looks: Looks) -> Iterator[Block]:
         for target in study.targets
         if (model, target) in reached
     ]
-    yield Figure(
-        panels,
-        "Fewest iterations of the grid to each target; a bar goes from the lowest to the highest seed of that "
-        "configuration. Dotted: ideal scaling, half for twice the batch.",
-    )
+    if panels:
+        yield Figure(
+            panels,
+            "Fewest iterations of the grid to each target; a bar goes from the lowest to the highest seed of that "
+            "configuration. Dotted: ideal scaling, half for twice the batch.",
+        )
     for model in study.models:
         for target in study.targets:
             yield scaling_table(study, model, target)

@@ -71,7 +71,7 @@ def test_markdown_says_the_same():
     text = to_markdown(make_page(), "figures")
     assert "# A <page>" in text
     assert "> careful" in text
-    assert "| name | value | \n| --- | ---: |\n| a\\|b | 1 | " in text
+    assert "| name | value |\n| --- | ---: |\n| a\\|b | 1 |\n" in text
     assert "1. ✗ **contradicted**: a & b" in text
     assert "- (against) x<y: 1.5" in text
     assert "![a line](figures/first.svg)" in text
