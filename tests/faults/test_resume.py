@@ -104,10 +104,10 @@ def check_grid(train: Run, mpirun: Run, tmp_path: Path, saved_on: int, resumed_o
         shutil.copytree(tmp_path / "stopped", part)
         program = ROOT / "tests/faults/programs/reown.py"
         overrides = [f"run.output_dir={tmp_path}", "run.name=part", *without(EVERYTHING, [GRID]), GRID]
-        looked = mpirun(num_ranks, [program, part, QUICKSTART, *overrides], env={"PYTHONPATH": str(ROOT)}, timeout=120)
+        looked = mpirun(num_ranks, [program, part, QUICKSTART, *overrides], env={"PYTHONPATH": str(ROOT)}, timeout=300)
         assert looked.returncode == 0, looked.stdout + looked.stderr
         assert looked.stdout.count(" owns ['0'") >= 1
-        resumed = train(num_ranks, "part", "--resume", str(part), GRID)
+        resumed = train(num_ranks, "part", "--resume", str(part), GRID, timeout=300)
         assert resumed.returncode == 0, resumed.stderr
         whole, other = weights(tmp_path / "whole"), weights(part)
         for key, value in whole.items():
