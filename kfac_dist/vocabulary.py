@@ -37,3 +37,5 @@ Initialization = Literal["recipe", "own"]
 
 Preprocessing = Literal["paper", "random_resized_crop"]
 """How ImageNet's images are cut out; see `kfac_dist.data.imagenet.crops`."""
+FinalMetric = Literal["train_loss", "test_top1"]
+"""What a study's trial ends with; see `kfac_dist.study.results`."""

@@ -92,7 +92,9 @@ def python() -> Iterator[Interpreter]:
             changed = {name for name, value in env.items() if (os.environ | BASE).get(name) != value}
             first = os.fspath(args[0])
             is_program = first.endswith(".py") or first == "-m"
-            if not is_program or any(name.startswith(READ_AT_START) for name in changed - {"PYTHONPATH"}):
+            if env.get("PYTHONPATH") == str(ROOT):  # other folders may hold packages in place of installed ones
+                changed -= {"PYTHONPATH"}
+            if not is_program or any(name.startswith(READ_AT_START) for name in changed):
                 return [sys.executable, *args]
             if server is None:
                 environment = {name: value for name, value in (os.environ | BASE).items() if name != "PYTHONPATH"}

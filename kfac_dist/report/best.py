@@ -7,13 +7,11 @@ of it is the mean over all its seeds. Choosing looks at the test images, as in t
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from kfac_dist.report.results import Cell, Study, Trial
-
-Final = Literal["train_loss", "test_top1"]
+from kfac_dist.vocabulary import FinalMetric
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,12 @@ class Best:
         """The run that it was chosen by."""
         return self.trials[0]
 
-    def spread(self, final: Final) -> Spread:
+    def spread(self, final: FinalMetric) -> Spread:
         """The final value over its seeds."""
         return Spread(tuple(getattr(trial, final) for trial in self.trials))
 
 
-def best_of(study: Study, cell: Cell, final: Final = "test_top1") -> Best | None:
+def best_of(study: Study, cell: Cell, final: FinalMetric = "test_top1") -> Best | None:
     """The configuration with the best final value on the grid's seed; None if no trial came to its end."""
     grid = [trial for trial in study.grid(cell) if trial.is_done and math.isfinite(getattr(trial, final))]
     if not grid:

@@ -9,13 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from kfac_dist.report.bands import draw_band, finish_axes
-from kfac_dist.report.best import Final, best_of
+from kfac_dist.report.best import best_of
 from kfac_dist.report.curve import Axis, Metric
 from kfac_dist.report.document import Panel
 from kfac_dist.report.pictures import INK, Look, batch_axis, draw, log_axis, plain
 from kfac_dist.report.results import Cell, Study
 from kfac_dist.report.scaling import readable_target, scaling_of, spread_to
 from kfac_dist.report.sensitivity import Grid
+from kfac_dist.vocabulary import FinalMetric
 
 Looks = Mapping[str, Look]
 
@@ -23,7 +24,7 @@ _FINAL_NAMES = {"test_top1": "best test accuracy (%)", "train_loss": "best train
 _MAP = colormaps["cividis"]
 
 
-def draw_best(study: Study, model: str, final: Final, looks: Looks) -> Panel:
+def draw_best(study: Study, model: str, final: FinalMetric, looks: Looks) -> Panel:
     """The best final value of each optimizer against the batch size, with the range over seeds."""
 
     def fill(axes: Axes) -> None:

@@ -24,6 +24,7 @@ from kfac_dist.config.load import apply_overrides_
 from kfac_dist.config.messages import describe
 from kfac_dist.config.sections import Kind, Section, Text
 from kfac_dist.errors import InputError
+from kfac_dist.vocabulary import FinalMetric
 
 SMALLEST_BATCH = 128
 
@@ -48,8 +49,6 @@ def _check_some(values: _Sized) -> _Sized:
         raise ValueError("must not be empty")
     return values
 
-
-Metric = Literal["train_loss", "test_top1"]
 
 # Strict(False) lets a YAML list stand for the tuple; what is in it stays strict.
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -145,13 +144,13 @@ class Best(Section):
     """More seeds for the best configuration of each model, optimizer and batch size: by final value, first seed."""
 
     seeds: Seeds
-    by: Metric = "test_top1"
+    by: FinalMetric = "test_top1"
 
 
 class Target(Section):
     """A value to be reached: a mean training loss from above, or a test accuracy (a fraction) from below."""
 
-    metric: Metric
+    metric: FinalMetric
     value: PositiveFloat
 
     @property

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kfac_dist.study.definition import Metric, Target
+from kfac_dist.study.definition import Target
+from kfac_dist.vocabulary import FinalMetric
 
 _WINDOW_EPOCHS = 0.2
 
@@ -79,7 +80,7 @@ def iterations_to(
     return None
 
 
-def best_of(results: Sequence[Mapping[str, Any]], by: Metric) -> Mapping[str, Any] | None:
+def best_of(results: Sequence[Mapping[str, Any]], by: FinalMetric) -> Mapping[str, Any] | None:
     """The result with the best final value, the first of equals; None if no trial came to its end."""
     done = [result for result in results if result["status"] == "done" and result["final"][by] is not None]
     sign = 1 if by == "train_loss" else -1

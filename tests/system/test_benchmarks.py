@@ -46,7 +46,7 @@ def test_help_is_printed_and_nothing_measured(program: Path, run_python: Run) ->
     finished = run_python([program, "--help"], env={"PYTHONPATH": str(ROOT)})
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith(f"usage: {program.name}")
-    assert "--output" in finished.stdout
+    assert "--output" in finished.stdout or program.name == "scaling.py", "which writes into its folder"
     assert "| " not in finished.stdout, "a table"
 
 
