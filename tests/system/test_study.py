@@ -12,6 +12,7 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import torch
 
 from kfac_dist.study.claims import claim_trial, count_deaths
 from kfac_dist.study.command import main
@@ -34,6 +35,16 @@ def study(run_python: Callable[..., CompletedProcess[str]]) -> Command:
         return run_python(command, env={"KFAC_DIST_PROGRESS": progress}, timeout=120)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the workers and here, or sums differ in the last bit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
