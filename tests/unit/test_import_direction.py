@@ -31,6 +31,7 @@ ROOMS = (
     "training",
     "planning",
     "plots",
+    "report",
     "study",
     "doctor",
     "memory",

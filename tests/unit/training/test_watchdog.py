@@ -1,7 +1,9 @@
 """The watchdog ends what stands still, and only that."""
 
+import faulthandler
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,13 @@ from kfac_dist.timing import StageTimer
 from kfac_dist.training.watchdog import Watchdog
 
 LIMIT = 0.3  # seconds
+
+
+@pytest.fixture(autouse=True)
+def not_ended() -> Iterator[None]:
+    """The watchdog's last resort, where a job would not end, would end the tests some seconds later."""
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 class Job:

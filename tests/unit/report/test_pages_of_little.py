@@ -1,0 +1,65 @@
+"""Pages of runs and studies that have next to nothing to show, or nothing good. Warnings are errors here."""
+
+import json
+
+import pytest
+
+from kfac_dist.report.card_page import report_run
+from kfac_dist.report.study_page import report_study
+from tests.unit.report.synthetic_run import write_run
+from tests.unit.report.synthetic_study import result, write_study
+
+RATES = (0.1, 0.2)
+NOTHING = {"curve": [], "final": {"train_loss": None, "test_top1": None}, "best_test_top1": None}
+
+
+def diverged(index, size):
+    parameters = {"learning_rate": RATES[index % 2], "damping": 0.1}
+    reached = {"train_loss<=0.5": None}
+    return result(index, "kfac", size, parameters, None, status="diverged", iterations_to=reached, **NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("results", "says"),
+    [
+        ([result(0)], "70.00"),
+        ([diverged(0, 128), diverged(1, 128)], "not reached"),
+        ([diverged(0, 128), diverged(1, 128), result(2, "kfac", 256, top1=0.5)], "50.00"),
+        ([result(0, status="failed", error="no memory", **NOTHING)], "1 trials failed and count nowhere; the first"),
+        ([result(0, parameters={"width": 2.0}), result(1, "sgd", top1=None, loss=None, seconds=None)], "width 2"),
+    ],
+)
+def test_a_study_of_little(tmp_path, results, says):
+    page, _, _ = report_study(write_study(tmp_path / "study", results))
+    assert says in page.read_text()
+
+
+def rewrite(folder, change):
+    path = folder / "metrics.jsonl"
+    records = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records if record))
+    return folder
+
+
+def test_the_first_iteration_of_a_run_that_told_less(tmp_path):
+    folder = write_run(tmp_path / "run")
+    names = ("kind", "iteration", "epoch", "loss")
+    rewrite(folder, lambda record: {name: record[name] for name in names} if record.get("iteration") == 0 else None)
+    (folder / "DONE").unlink()
+    text = report_run(folder)[0].read_text()
+    assert "This run is not finished" in text
+    assert "Eigenvalues were not recorded: train with kfac.monitor.spectrum=true." in text
+    assert "Refreshes were not recorded: train with kfac.monitor.diff=true." in text
+
+
+def test_a_run_in_which_everything_is_zero(tmp_path):
+    zero = ("loss", "learning_rate", "momentum", "damping", "smallest_eigenvalue", "largest_eigenvalue", "diff")
+    folder = rewrite(write_run(tmp_path / "run"), lambda record: record | {n: 0.0 for n in zero if n in record})
+    assert "Damping went from 0 to 0" in report_run(folder)[0].read_text()
+
+
+def test_a_run_that_diverged(tmp_path):
+    folder = rewrite(write_run(tmp_path / "run", "sgd"), lambda record: record | {"loss": "NaN"})
+    text = report_run(folder)[0].read_text()
+    assert "Curvature" not in text
+    assert "87.50 %" in text
