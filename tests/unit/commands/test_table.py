@@ -40,15 +40,6 @@ def test_no_or_a_wrong_command_shows_one_screen(
         assert f"\n  {name} " in shown.err
 
 
-def test_the_bare_command_is_told_what_there_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As the installed `kfac-dist` calls it: without arguments, so that they are this process's."""
-    monkeypatch.setattr("sys.argv", ["kfac-dist"])
-    assert main() == 2
-    assert capsys.readouterr().err.startswith("error: a command is missing\n")
-
-
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main(["-h"]) == main(["--version"]) == 0
     shown = capsys.readouterr()
