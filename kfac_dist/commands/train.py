@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, parse: Parse = parse_train) -> 
         except AgreedInputError as error:
             message, code = f"error: {error}", launch.EXIT_BAD_INPUT
         except RunStopped as stop:
-            message, code = f"{stop}; go on with --resume", launch.EXIT_STOPPED
+            message, code = f"{stop}; go on with --resume auto", launch.EXIT_STOPPED
         except NoProgress as error:
             message, code = f"not started again: {error}", launch.EXIT_NO_PROGRESS
         except TrainingFailed as error:

@@ -1,5 +1,6 @@
 """The recipes that come with the package, by name: `imagenet/bs4k`, in any folder, is configs/imagenet/bs4k.yaml."""
 
+import difflib
 import stat
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def find_configuration(given: str | Path) -> Path:
         given: Path of a YAML file, or a recipe's name such as ``quickstart``.
 
     Raises:
-        InputError: If it is neither; lists the names that there are.
+        InputError: If it is neither; names the nearest recipe, and lists those that there are.
     """
     path, found = Path(given), recipes()
     try:
@@ -39,7 +40,9 @@ def find_configuration(given: str | Path) -> Path:
         return path
     if str(given) in found:
         return found[str(given)]
+    close = difflib.get_close_matches(str(given), found, n=1)
     raise InputError(
-        f"{path}: no such file (the current directory is {Path.cwd()}) and no recipe of this name; recipes: "
-        + ", ".join(found)
+        f"{path}: no such file (the current directory is {Path.cwd()}) and no recipe of this name; "
+        + (f"did you mean {close[0]}? " if close else "")
+        + f"recipes: {', '.join(found)}"
     )

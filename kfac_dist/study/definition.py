@@ -22,6 +22,7 @@ from pydantic import (
 from kfac_dist.config import strict_yaml
 from kfac_dist.config.load import apply_overrides_
 from kfac_dist.config.messages import describe
+from kfac_dist.config.recipes import recipes
 from kfac_dist.config.sections import Kind, Section, Text
 from kfac_dist.errors import InputError
 from kfac_dist.vocabulary import FinalMetric
@@ -182,7 +183,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study's file, put its recipe in, apply overrides, and validate the result.
 
     Args:
-        path: YAML file. Its `recipe` is a mapping, or the path of a configuration, from the file's folder.
+        path: YAML file. Its `recipe` is a mapping, the path of a configuration, from the file's folder, or the name
+            of a recipe, such as ``quickstart``.
         overrides: ``dotted.key=value`` each, such as ``recipe.data.root=/data``.
 
     Raises:
@@ -191,7 +193,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     settings = strict_yaml.read_mapping(path)
     recipe = settings.get("recipe")
     if isinstance(recipe, str):
-        settings["recipe"] = strict_yaml.read_mapping(path.parent / recipe)
+        beside, named = path.parent / recipe, recipes().get(recipe)
+        settings["recipe"] = strict_yaml.read_mapping(beside if named is None or beside.is_file() else named)
     problems = apply_overrides_(settings, overrides)
     try:
         study = Study.model_validate(settings)

@@ -40,10 +40,10 @@ def select(trials: Sequence[Trial], only: str | None) -> list[Trial]:
 
 
 def describe_status(folder: StudyFolder, trials: Sequence[Trial], lease_seconds: float) -> list[str]:
-    """A table of the trials' states, and the errors of those that failed, a line each."""
+    """A table of the trials' states, and the errors of those that failed, each error once."""
     finished = folder.finished()
     counts: dict[tuple[str, str, int], Counter[str]] = {}
-    problems: list[str] = []
+    problems: dict[str, list[int]] = {}  # trials by their error: what all of them lack is told once
     seconds = 0.0
     for trial in trials:
         state = "waiting"
@@ -51,7 +51,7 @@ def describe_status(folder: StudyFolder, trials: Sequence[Trial], lease_seconds:
             result = folder.read_result(trial.index)
             state, seconds = result["status"], seconds + result["seconds"]
             if state == "failed":
-                problems.append(f"trial {trial.index} failed: {result['error']}")
+                problems.setdefault(result["error"], []).append(trial.index)
         elif is_claimed(folder.trial(trial.index), lease_seconds):
             state = "running"
         counts.setdefault((trial.model, trial.optimizer, trial.batch_size), Counter())[state] += 1
@@ -63,7 +63,12 @@ def describe_status(folder: StudyFolder, trials: Sequence[Trial], lease_seconds:
     total = sum(counts.values(), Counter())
     done = len(trials) - total["waiting"] - total["running"]
     last = f"{done} of {len(trials)} trials are finished, {seconds:.0f} s of training"
-    return [header, *rows, last, *problems]
+    return [header, *rows, last, *(_describe_problem(error, indices) for error, indices in problems.items())]
+
+
+def _describe_problem(error: str, indices: Sequence[int]) -> str:
+    more = f" (and {len(indices) - 1} more with this error, up to trial {indices[-1]})" if len(indices) > 1 else ""
+    return f"trial {indices[0]} failed: {error}{more}"
 
 
 def retry(folder: StudyFolder, trials: Iterable[Trial]) -> list[int]:

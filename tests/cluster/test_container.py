@@ -121,7 +121,7 @@ def test_docker_stop(built: Buildah, container: str) -> None:
     image = built.image()
     stopped = built.run(container, "sh", "-c", script, "sh", *image["Entrypoint"], *image["Cmd"])
     assert stopped.returncode == 75, stopped.stderr
-    assert "go on with --resume" in stopped.stdout + stopped.stderr
+    assert "go on with --resume auto" in stopped.stdout + stopped.stderr
     assert built.run(container, "test", "-e", "runs/quickstart/DONE").returncode != 0
 
 

@@ -35,6 +35,12 @@ def test_what_is_neither_lists_the_names(name: str, tmp_path: Path, monkeypatch:
     assert str(refused.value).startswith(f"{name.rstrip('/')}: no such file" if name != "imagenet/bs4k/" else name[:-1])
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("quikstart", "quickstart"), ("imagenet/bs4", "imagenet/bs4k")])
+def test_a_typing_error_in_a_recipes_name_is_told(typed: str, meant: str) -> None:
+    with pytest.raises(InputError, match=rf"no recipe of this name; did you mean {meant}\? recipes: "):
+        find_configuration(typed)
+
+
 def test_a_folder_and_an_impossible_name_are_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a directory; give a YAML file"):
         load_config(tmp_path)

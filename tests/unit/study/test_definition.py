@@ -164,6 +164,15 @@ def test_a_recipe_by_its_path(tmp_path: Path) -> None:
     assert study.recipe["data"] == {"name": "digits", "train_limit": 256}
 
 
+def test_a_recipe_by_its_name_unless_a_file_is_there(tmp_path: Path) -> None:
+    named = write_study(tmp_path, {"recipe": "quickstart"})
+    assert load_study(named).recipe["run"] == {"name": "quickstart"}
+    with pytest.raises(InputError, match="/quikstart: no such file"):
+        load_study(write_study(tmp_path, {"recipe": "quikstart"}))
+    (tmp_path / "quickstart").write_text("run: {name: mine}\ndata: {name: digits}\n", encoding="utf-8")
+    assert load_study(write_study(tmp_path, {"recipe": "quickstart"})).recipe["run"] == {"name": "mine"}
+
+
 def test_a_planned_study_stays_as_it_was(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "study")
     study = load_study(write_study(tmp_path))

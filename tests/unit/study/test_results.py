@@ -9,7 +9,7 @@ from kfac_dist.errors import InputError, TrainingDiverged
 from kfac_dist.study.definition import Target, load_study
 from kfac_dist.study.manifest import StudyFolder
 from kfac_dist.study.results import best_of, summarise
-from kfac_dist.study.status import select
+from kfac_dist.study.status import describe_status, select
 from kfac_dist.study.trial_run import ClaimLost, EarlyDivergence
 from kfac_dist.study.trials import Trial
 from kfac_dist.study.worker import _is_ready
@@ -110,3 +110,14 @@ def test_more_seeds_wait_for_failed_trials(tmp_path: Path) -> None:
         assert not _is_ready(trials[2], {0}, folder)
         folder.write_result(1, {"index": 1, "status": second})
         assert _is_ready(trials[2], {0, 1}, folder) == is_ready
+
+
+def test_an_error_of_many_trials_is_told_once(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    trials = folder.write_plan(load_study(write_study(tmp_path)))
+    for index, error in enumerate(["no data", "no data", "no memory", "no data"]):
+        folder.write_result(index, {"index": index, "status": "failed", "error": error, "seconds": 0.0})
+    assert describe_status(folder, trials, 60.0)[-2:] == [
+        "trial 0 failed: no data (and 2 more with this error, up to trial 3)",
+        "trial 2 failed: no memory",
+    ]
