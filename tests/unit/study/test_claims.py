@@ -125,6 +125,16 @@ def test_deaths_are_counted_until_they_are_forgiven(tmp_path: Path, dead_pid: in
     assert count_deaths(tmp_path) == 0
 
 
+def test_workers_that_ask_for_the_time_are_no_deaths(tmp_path: Path) -> None:
+    claim = claim_trial(tmp_path, LEASE)
+    assert claim is not None
+    for node in range(4):
+        (tmp_path / f"claims/.now.node{node}.1").touch()
+    assert count_deaths(tmp_path) == 1
+    release_all(tmp_path)
+    assert count_deaths(tmp_path) == 0
+
+
 def test_the_heartbeat_touches_and_notices(tmp_path: Path) -> None:
     orphaned: list[int] = []
     claim = claim_trial(tmp_path, LEASE)
