@@ -193,6 +193,25 @@ def test_failed_trials_are_told_and_retried(tmp_path: Path, study: Command, caps
     assert "1 of 4 trials are finished" in capsys.readouterr().out
 
 
+def test_a_worker_that_cannot_write_is_a_failure(tmp_path: Path, study: Command) -> None:
+    folder = tmp_path / "study"
+    assert main(["plan", str(write_study(tmp_path)), "--folder", str(folder)]) == 0
+    (folder / "trials/00000").touch()
+    ended = study("run", "--folder", folder, "--only", "index=0")
+    assert ended.returncode == 1
+    assert f"error: a worker ended before its trials were done; see {folder}/workers" in ended.stderr
+
+
+def test_overrides_may_stand_behind_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = str(write_study(tmp_path)), tmp_path / "study"
+    assert main(["plan", path, "--folder", str(folder), "batch_sizes=[128]", "--only", "index=0", "seeds=[5]"]) == 0
+    assert {trial.batch_size for trial in StudyFolder(folder).read_plan()[1]} == {128}
+    assert {trial.seed for trial in StudyFolder(folder).read_plan()[1]} == {5}
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", path, "--folder", str(folder), "more.yaml"])
+    assert "unrecognized arguments: more.yaml" in capsys.readouterr().err
+
+
 def test_diverged_trials_end_early_and_count_as_such(tmp_path: Path) -> None:
     grid = {"learning_rate": {"key": "optimizer.learning_rate", "values": [1e4, 1e30]}}
     path = write_study(tmp_path, {**LONG, "optimizers/sgd/grid": grid})
