@@ -25,8 +25,9 @@ _LEASE_SECONDS = 120.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 if a worker failed, 2 for bad input, 3 if trials failed, 75 if
-    stopped.
+    """Run the command line; returns the exit code.
+
+    0; 1 if a worker failed; 2 for bad input; 3 if trials failed; 75 if a signal stopped it.
     """
     parser = _parser()
     options, more = parser.parse_known_args(arguments)

@@ -59,7 +59,8 @@ class StudyProgress:
 def run_workers(settings: WorkerSettings, num_workers: int) -> int:
     """Run the selected trials on this machine; the exit code: 0, 75 where a signal stopped them, 1 if a worker failed.
 
-    A trial that failed is no failure of its worker, but a full disk, or a damaged file of the study, is. A worker that died is replaced, as long as there is something to do.
+    A trial that failed is no failure of its worker, but a full disk, or a damaged file of the study, is. A worker that
+    a signal killed is replaced, as long as there is something to do.
 
     Args:
         settings: Of all workers.
