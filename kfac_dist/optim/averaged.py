@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -174,4 +175,9 @@ class AveragedOptimizer(DistributedOptimizer):
 
     def _move(self) -> None:
         """Update the parameters by their `grad`, which is the average over the ranks."""
-        super().step()
+        step: Any = super().step
+        if getattr(
+            step, "hooked", False
+        ):  # once an optimizer of torch's own was made; they stand around `step` already
+            step = partial(step.__wrapped__, self)
+        step()

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
@@ -166,9 +166,11 @@ class Muon(AveragedOptimizer):
 
     def _split(self, group: dict[str, Any], others: dict[str, Any]) -> list[dict[str, Any]]:
         """A group's matrices and its other parameters, those that there are."""
-        parameters = list(group["params"])
-        matrices = [parameter for parameter in parameters if id(parameter) in self._is_matrix]
-        rest = [parameter for parameter in parameters if id(parameter) not in self._is_matrix]
+        given = group["params"]
+        parameters = [given] if isinstance(given, Tensor) else list(given)  # as torch, also with their names
+        kinds = [id(each[1] if isinstance(each, tuple) else each) in self._is_matrix for each in parameters]
+        matrices = [each for each, is_matrix in zip(parameters, kinds, strict=True) if is_matrix]
+        rest = [each for each, is_matrix in zip(parameters, kinds, strict=True) if not is_matrix]
         parts = [{**group, "params": matrices}, {**others, **group, "params": rest}]
         return [part for part in parts if part["params"]]
 
