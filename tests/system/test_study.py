@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kfac_dist.errors import InputError
 from kfac_dist.study.claims import claim_trial, count_deaths
 from kfac_dist.study.command import main
 from kfac_dist.study.definition import load_study
@@ -200,6 +201,28 @@ def test_a_worker_that_cannot_write_is_a_failure(tmp_path: Path, study: Command)
     ended = study("run", "--folder", folder, "--only", "index=0")
     assert ended.returncode == 1
     assert f"error: a worker ended before its trials were done; see {folder}/workers" in ended.stderr
+
+
+def test_a_run_that_cannot_be_removed_is_not_taken_for_the_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    study = load_study(write_study(tmp_path))
+    trial = folder.write_plan(study)[0]
+    (folder.trial(0) / "run").mkdir(parents=True)
+    (folder.trial(0) / "run/metrics.jsonl").touch()
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # a network's file system may keep files in use
+    assert trial.parameters is not None
+    assert trial.config is not None
+    with pytest.raises(InputError, match=r"00000/run: cannot be removed; delete it, then retry"):
+        run_trial(study, trial, trial.parameters, trial.config, folder.trial(0), 0, lambda: False)
+
+
+def test_finished_trials_are_known_by_their_whole_number(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    for name in ("00007.json", "123456.json", "00003.bak.json", ".00004.json.host.1"):
+        (tmp_path / "results" / name).touch()
+    assert StudyFolder(tmp_path).finished() == {7, 123456}
 
 
 def test_overrides_may_stand_behind_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
