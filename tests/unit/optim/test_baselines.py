@@ -228,3 +228,23 @@ def test_muon_takes_parameters_in_every_form_that_torch_does() -> None:
         results.append(weights(net))
     for result in results[1:]:
         assert_equal(result, results[0])
+
+
+@pytest.mark.parametrize("name", ["lars", "muon"])
+def test_a_layer_that_is_added_later_is_trained_as_if_it_had_been_there(name: str) -> None:
+    results = []
+    for is_late in (False, True):
+        net, head = make_net(), nn.Linear(4, 4, dtype=torch.float64)
+        with torch.no_grad():
+            head.weight.copy_(torch.eye(4))
+            head.bias.zero_()
+        if is_late:
+            optimizer = make(name, net, averaging=Averaging(weight_rescaling="always"))
+            net.append(head)
+            optimizer.add_param_group({"params": head.parameters()})
+        else:
+            net.append(head)
+            optimizer = make(name, net, averaging=Averaging(weight_rescaling="always"))
+        train(net, optimizer, steps=2)
+        results.append(weights(net))
+    assert_equal(*results)
