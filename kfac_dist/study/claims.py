@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,12 @@ def _is_held(claim: Path, lease_seconds: float) -> bool:
 def _now_at(folder: Path) -> float:
     """The time by the clock of the file system, which may be another machine's."""
     mark = folder / f".now.{socket.gethostname()}.{os.getpid()}"
-    mark.touch()
-    now = mark.stat().st_mtime
-    mark.unlink(missing_ok=True)
+    try:
+        mark.touch()
+        now = mark.stat().st_mtime
+        mark.unlink(missing_ok=True)
+    except OSError:  # who may only read the study, or a full disk
+        return time.time()
     return now
 
 

@@ -1,5 +1,6 @@
 """Claims: one worker at a time, whoever else tries; and what happens to those of the dead."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -93,6 +94,21 @@ def test_a_lease_of_another_machine(tmp_path: Path, other_machine: pytest.Monkey
     assert is_claimed(tmp_path, LEASE)
     os.utime(claim.folder / "owner.json", (old, old))
     assert claim_trial(tmp_path, LEASE) is not None
+
+
+def test_who_may_only_read_goes_by_its_own_clock(tmp_path: Path, other_machine: pytest.MonkeyPatch) -> None:
+    claim = claim_trial(tmp_path, LEASE)
+    assert claim is not None
+    other_machine.undo()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    other_machine.setattr(Path, "touch", refuse)
+    assert is_claimed(tmp_path, LEASE)
+    old = time.time() - 2 * LEASE
+    os.utime(claim.folder / "owner.json", (old, old))
+    assert not is_claimed(tmp_path, LEASE)
 
 
 def test_a_claim_whose_maker_died_at_once(tmp_path: Path) -> None:
