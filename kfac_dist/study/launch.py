@@ -42,7 +42,7 @@ class StudyProgress:
         self._bar.update(done - self._done)
         if self._style == "lines" and done * self._LINES // self._total > self._done * self._LINES // self._total:
             elapsed = time.monotonic() - self._started
-            left = elapsed / (done - self._first) * (self._total - done)
+            left = elapsed / max(1, done - self._first) * (self._total - done)  # a retry takes trials back
             end = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
             print(
                 f"{done} of {self._total} trials, {elapsed:.0f} s, about {left:.0f} s left (until {end})",
