@@ -10,10 +10,10 @@ set -euo pipefail
 port="${SSH_PORT:-2222}"
 folder="$HOME/.ssh"
 
-make_keys() {
+make_keys() ( # a subshell: the lock ends with it, and not with the command that this script becomes
     exec 9>"$folder/lock"
     flock 9 # containers start at once
-    [ ! -e "$folder/config" ] || return 0
+    [ ! -e "$folder/config" ] || exit 0
     umask 077
     ssh-keygen -q -t ed25519 -N "" -C kfac_dist -f "$folder/id"
     ssh-keygen -q -t ed25519 -N "" -C kfac_dist -f "$folder/host"
@@ -21,7 +21,7 @@ make_keys() {
     echo "* $(cut -d " " -f 1,2 "$folder/host.pub")" >"$folder/known_hosts"
     printf '%s\n' "Port $port" "IdentityFile $folder/id" "BatchMode yes" "ConnectTimeout 5" \
         "StrictHostKeyChecking yes" >"$folder/config"
-}
+)
 
 serve() {
     printf '%s\n' "Port $port" "HostKey $folder/host" "AuthorizedKeysFile $folder/authorized_keys" \

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The words behind `kfac-dist`; by default those of this process.
     """
-    name, *rest = sys.argv[1:] if arguments is None else arguments or [""]
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name == "--version":
         return _say(f"kfac_dist {__version__}")
     if name in ("-h", "--help"):

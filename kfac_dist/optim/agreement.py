@@ -58,7 +58,7 @@ def _describe(model: nn.Module) -> Iterator[str]:
 
 def _describe_given(model: nn.Module, trained: Sequence[Parameter]) -> Iterator[str]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return (f"params[{number}] {names.get(id(p), 'not of the model')}" for number, p in enumerate(trained))
+    return (f"params[{n}] {names.get(id(p)) or _line('not of the model', p)}" for n, p in enumerate(trained))
 
 
 def _line(name: str, parameter: Parameter) -> str:

@@ -1,8 +1,10 @@
 """Optimizers that need nothing of the ranks but the averaged gradient: the update itself is one of `torch.optim`."""
 
 import operator
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -74,8 +76,8 @@ class AveragedOptimizer(DistributedOptimizer):
         self._max_grad_norm = averaging.max_grad_norm
         self._loss_scaler = averaging.loss_scaler
         self._gradient_comm_dtype = averaging.gradient_comm_dtype
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._rescalable = list(rescaled_weights(model))
+        self._model = weakref.ref(model)
+        self._look_at_layers()
         self._trained: list[Parameter] = []
         self._follow_freezing()
         check("params", bool(self._trained), "none", "parameters that are not frozen")
@@ -83,6 +85,13 @@ class AveragedOptimizer(DistributedOptimizer):
         if self._loss_scaler is not None:
             self._loss_scaler.serve(self)
         broadcast_model(model, self.communicator, self._parameters())
+
+    def _look_at_layers(self) -> None:
+        """Note which parameters are what in the model, which may have got more layers."""
+        model = self._model()
+        if model is not None:
+            self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+            self._rescalable = list(rescaled_weights(model))
 
     def _parameters(self) -> list[Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -113,6 +122,7 @@ class AveragedOptimizer(DistributedOptimizer):
         """Train more parameters; collective once the optimizer is made: they take rank 0's values."""
         super().add_param_group(param_group)
         if hasattr(self, "_trained"):
+            self._look_at_layers()
             added = self.param_groups[-1]["params"]
             agree_on_group(self._names, added, self.communicator)
             for parameter in added:
@@ -174,4 +184,9 @@ class AveragedOptimizer(DistributedOptimizer):
 
     def _move(self) -> None:
         """Update the parameters by their `grad`, which is the average over the ranks."""
-        super().step()
+        step: Any = super().step
+        if getattr(
+            step, "hooked", False
+        ):  # once an optimizer of torch's own was made; they stand around `step` already
+            step = partial(step.__wrapped__, self)
+        step()

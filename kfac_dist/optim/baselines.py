@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
@@ -86,6 +86,9 @@ class LARS(AveragedOptimizer, torch.optim.SGD):
         super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         self._trust_coefficient = trust_coefficient
         self._start(model, averaging)
+
+    def _look_at_layers(self) -> None:
+        super()._look_at_layers()
         self._scaled = {id(weight) for weight in self._rescalable}
 
     def _move(self) -> None:
@@ -159,24 +162,30 @@ class Muon(AveragedOptimizer):
             "ns_steps": newton_schulz_steps, "lr_ratio": 1.0,
         }  # fmt: skip
         self._is_matrix = {id(weight) for weight in rescaled_weights(model)}
-        others = {"lr": others_lr, "lr_ratio": others_lr / lr}
-        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        super().__init__([part for group in groups for part in self._split(group, others)], defaults)
+        self._others = {"lr": others_lr, "lr_ratio": others_lr / lr}
+        super().__init__(given, defaults)
         self._start(model, averaging)
 
-    def _split(self, group: dict[str, Any], others: dict[str, Any]) -> list[dict[str, Any]]:
+    def _look_at_layers(self) -> None:
+        super()._look_at_layers()
+        self._is_matrix = {id(weight) for weight in self._rescalable}
+
+    def _split(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         """A group's matrices and its other parameters, those that there are."""
-        parameters = list(group["params"])
-        matrices = [parameter for parameter in parameters if id(parameter) in self._is_matrix]
-        rest = [parameter for parameter in parameters if id(parameter) not in self._is_matrix]
-        parts = [{**group, "params": matrices}, {**others, **group, "params": rest}]
+        given = group["params"]
+        parameters = [given] if isinstance(given, Tensor) else list(given)  # as torch, also with their names
+        kinds = [id(each[1] if isinstance(each, tuple) else each) in self._is_matrix for each in parameters]
+        matrices = [each for each, is_matrix in zip(parameters, kinds, strict=True) if is_matrix]
+        rest = [each for each, is_matrix in zip(parameters, kinds, strict=True) if not is_matrix]
+        parts = [{**group, "params": matrices}, {**self._others, **group, "params": rest}]
         return [part for part in parts if part["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Train more parameters, all matrices or none; see `SGD`."""
-        super().add_param_group(param_group)
-        kinds = {id(parameter) in self._is_matrix for parameter in self.param_groups[-1]["params"]}
-        check("a parameter group", len(kinds) < 2, "both", "of weights of linear and convolution layers, or of others")
+        """Train more parameters, in two groups where they are of both kinds; see `SGD`."""
+        if hasattr(self, "_trained"):
+            self._look_at_layers()
+        for part in self._split(param_group):
+            super().add_param_group(part)
 
     def _move(self) -> None:
         for group in self.param_groups:

@@ -110,13 +110,15 @@ def broadcast_model(model: nn.Module, communicator: Communicator, trained: Seque
     Args:
         model: This rank's model.
         communicator: The ranks.
-        trained: What its optimizer was given, to be compared too.
+        trained: What its optimizer was given, to be compared too, and sent where it is not the model's.
 
     Raises:
         AgreedInputError: On every rank, before anything is sent, if the ranks' models differ in more than values.
     """
     agree_on_model(model, trained, communicator)
-    for tensor in (*model.parameters(), *model.buffers()):
+    own = {id(parameter) for parameter in model.parameters()}
+    others = (parameter for parameter in trained if id(parameter) not in own)
+    for tensor in (*model.parameters(), *model.buffers(), *others):
         values = tensor.data
         for dimension, stride in enumerate(values.stride()):
             if stride == 0 and values.shape[dimension] > 1:  # an expanded tensor holds each value once

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,23 +91,25 @@ def is_claimed(trial: Path, lease_seconds: float) -> bool:
 
 def count_deaths(trial: Path) -> int:
     """How many workers left the trial without giving it back; the one who has it is counted, too."""
-    claims = trial / "claims"
-    return sum(not (claim / _RELEASED).exists() for claim in claims.iterdir()) if claims.is_dir() else 0
+    return sum(not (claim / _RELEASED).exists() for claim in _all_claims(trial / "claims"))
 
 
 def release_all(trial: Path) -> None:
     """Forget who left the trial: it may be taken again as if it were new."""
-    claims = trial / "claims"
-    for claim in claims.iterdir() if claims.is_dir() else ():
+    for claim in _all_claims(trial / "claims"):
         Claim(claim).release()
 
 
-def _last_claim(claims: Path) -> Path | None:
+def _all_claims(claims: Path) -> list[Path]:
+    """In no order; without the marks of workers that ask for the time."""
     try:
-        numbers = [int(name) for name in os.listdir(claims) if name.isdigit()]
+        return [claims / name for name in os.listdir(claims) if name.isdigit()]
     except FileNotFoundError:
-        return None
-    return claims / str(max(numbers)) if numbers else None
+        return []
+
+
+def _last_claim(claims: Path) -> Path | None:
+    return max(_all_claims(claims), key=lambda claim: int(claim.name), default=None)
 
 
 def _is_held(claim: Path, lease_seconds: float) -> bool:
@@ -126,9 +129,12 @@ def _is_held(claim: Path, lease_seconds: float) -> bool:
 def _now_at(folder: Path) -> float:
     """The time by the clock of the file system, which may be another machine's."""
     mark = folder / f".now.{socket.gethostname()}.{os.getpid()}"
-    mark.touch()
-    now = mark.stat().st_mtime
-    mark.unlink(missing_ok=True)
+    try:
+        mark.touch()
+        now = mark.stat().st_mtime
+        mark.unlink(missing_ok=True)
+    except OSError:  # who may only read the study, or a full disk
+        return time.time()
     return now
 
 

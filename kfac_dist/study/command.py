@@ -1,7 +1,7 @@
 """The command line of studies.
 
-python -m kfac_dist.study plan   STUDY.yaml --folder DIR [dotted.key=value ...]
-python -m kfac_dist.study run    [STUDY.yaml] --folder DIR [dotted.key=value ...] [--workers N] [--only FILTER]
+python -m kfac_dist.study plan   STUDY.yaml [dotted.key=value ...] --folder DIR
+python -m kfac_dist.study run    [STUDY.yaml [dotted.key=value ...]] --folder DIR [--workers N] [--only FILTER]
 python -m kfac_dist.study status [STUDY.yaml] --folder DIR [--only FILTER]
 python -m kfac_dist.study retry  [STUDY.yaml] --folder DIR [--only FILTER]
 """
@@ -25,8 +25,15 @@ _LEASE_SECONDS = 120.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 3 if trials failed, 75 if stopped."""
-    options = _parser().parse_args(arguments)
+    """Run the command line; returns the exit code.
+
+    0; 1 if a worker failed; 2 for bad input; 3 if trials failed; 75 if a signal stopped it.
+    """
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if any(word.startswith("-") or "=" not in word for word in more):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.overrides += more  # those behind an option, which argparse leaves
     try:
         return _run(options)
     except InputError as error:

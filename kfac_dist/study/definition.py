@@ -154,6 +154,13 @@ class Target(Section):
     metric: FinalMetric
     value: PositiveFloat
 
+    @field_validator("value")
+    @classmethod
+    def _check_fraction(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("metric") == "test_top1" and value > 1:
+            raise ValueError("must be a fraction, at most 1, where metric is test_top1")
+        return value
+
     @property
     def name(self) -> str:
         """Such as ``train_loss<=0.5``."""

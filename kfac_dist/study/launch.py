@@ -17,6 +17,7 @@ from kfac_dist.study.manifest import StudyFolder
 from kfac_dist.study.worker import WorkerSettings, work
 
 EXIT_STOPPED = 75
+EXIT_WORKER_FAILED = 1
 _POLL_SECONDS = 0.5
 
 
@@ -41,7 +42,7 @@ class StudyProgress:
         self._bar.update(done - self._done)
         if self._style == "lines" and done * self._LINES // self._total > self._done * self._LINES // self._total:
             elapsed = time.monotonic() - self._started
-            left = elapsed / (done - self._first) * (self._total - done)
+            left = elapsed / max(1, done - self._first) * (self._total - done)  # a retry takes trials back
             end = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
             print(
                 f"{done} of {self._total} trials, {elapsed:.0f} s, about {left:.0f} s left (until {end})",
@@ -56,9 +57,10 @@ class StudyProgress:
 
 
 def run_workers(settings: WorkerSettings, num_workers: int) -> int:
-    """Run the selected trials on this machine; the exit code: 0, or 75 where a signal stopped them.
+    """Run the selected trials on this machine; the exit code: 0, 75 where a signal stopped them, 1 if a worker failed.
 
-    A worker that died is replaced, as long as there is something to do.
+    A trial that failed is no failure of its worker, but a full disk, or a damaged file of the study, is. A worker that
+    a signal killed is replaced, as long as there is something to do.
 
     Args:
         settings: Of all workers.
@@ -91,7 +93,13 @@ def run_workers(settings: WorkerSettings, num_workers: int) -> int:
         finally:
             progress.show(len(selected & folder.finished()))
             progress.close()
-    return EXIT_STOPPED if any(worker.exitcode == EXIT_STOPPED for worker in workers) else 0
+    codes = {worker.exitcode for worker in workers}
+    if EXIT_STOPPED in codes:
+        return EXIT_STOPPED
+    if codes == {0} or selected <= folder.finished():
+        return 0
+    print(f"error: a worker ended before its trials were done; see {folder.workers}", file=sys.stderr)
+    return EXIT_WORKER_FAILED
 
 
 def threads_for(num_workers: int) -> int:

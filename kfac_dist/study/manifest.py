@@ -49,7 +49,8 @@ class StudyFolder:
             names = os.listdir(self.path / "results")
         except FileNotFoundError:
             return set()
-        return {int(name[:5]) for name in names if name.endswith(".json") and name[:5].isdigit()}
+        stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return {int(stem) for stem in stems if stem.isdigit()}
 
     def read_result(self, index: int) -> dict[str, Any]:
         """What came of a finished trial.

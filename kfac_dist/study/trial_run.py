@@ -13,9 +13,10 @@ from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.config.load import create_config
 from kfac_dist.config.schema import Config
 from kfac_dist.devices import check_precision, choose_device
-from kfac_dist.errors import TrainingDiverged
+from kfac_dist.errors import InputError, TrainingDiverged
 from kfac_dist.runs.environment import cpu_model
 from kfac_dist.runs.reader import read_metrics
+from kfac_dist.runs.writer import choose_run_directory
 from kfac_dist.study.definition import Study
 from kfac_dist.study.results import summarise
 from kfac_dist.study.trials import Trial
@@ -92,6 +93,7 @@ def run_trial(
     Raises:
         RunStopped: If a signal asked for it, after a checkpoint.
         ClaimLost: If another worker has taken it.
+        InputError: If a run that is there has no checkpoint and cannot be removed.
         Exception: Whatever training raises.
     """
     config = create_config(_in_folder(settings, folder), f"trial {trial.index}")
@@ -101,6 +103,8 @@ def run_trial(
     trainer = TrialTrainer(config, device, is_lost)
     if not (run.is_dir() and trainer.resume(run)):
         shutil.rmtree(run, ignore_errors=True)
+        if choose_run_directory(folder, RUN_FOLDER) != run:  # the result would be that of the run which is there
+            raise InputError(f"{run}: cannot be removed; delete it, then retry the trial")
     seconds_before, cpu_start = trainer.seconds_before, time.process_time()
     status, error = "done", None
     try:

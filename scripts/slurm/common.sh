@@ -135,6 +135,7 @@ trap 'take_signal TERM' TERM
 
 # Ends the job with `code`. Only after 75, stopped after a checkpoint, it is queued again, and not if it was cancelled.
 end_job() {
+    rm -f "$started" || true # what a launch on one rank left
     case "$code" in
         75) ;;
         2 | 3 | 93) say "exit code $code: not queued again, see above" && exit "$code" ;;

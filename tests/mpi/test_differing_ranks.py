@@ -51,3 +51,8 @@ def test_a_state_loaded_on_one_rank_only_is_refused_on_all(said: dict[tuple[str,
 def test_parameter_groups_that_differ_are_refused(said: dict[tuple[str, int], str]) -> None:
     for rank in (0, 1):
         assert "the ranks' parameter groups differ: 4.weight (3, 30) torch.float32 on rank 1" in said["adds", rank]
+
+
+def test_parameters_beside_the_models_that_differ_are_refused(said: dict[tuple[str, int], str]) -> None:
+    for rank in (0, 1):
+        assert "not of the model (4,) torch.float32 on rank 1" in said["beside", rank]

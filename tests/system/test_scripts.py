@@ -1,9 +1,10 @@
-"""scripts/setup.sh and scripts/test.sh in a checkout whose tools are stand-ins: what they ask for, and when."""
+"""scripts/setup.sh, scripts/test.sh and docker/ssh-host.sh with stand-ins for their tools: what they ask for, when."""
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,25 @@ def test_a_stage_that_fails_is_named_and_the_others_run(words: str, stage: str, 
     assert finished.returncode == 1
     assert finished.stdout.splitlines()[-1] == f"FAILED: {stage}"
     assert len(checkout.calls("-m pytest")) == 1
+
+
+def test_a_container_that_waits_for_others_lets_them_make_or_find_the_keys(tmp_path: Path) -> None:
+    tools = {"ssh-keygen": 'for word; do file=$word; done; echo k k >"$file"; echo k k >"$file.pub"', "ssh": "exit 1"}
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / "bin").mkdir()
+    for name, text in tools.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = os.environ | {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    command = [ROOT / "docker/ssh-host.sh"]
+    with subprocess.Popen([*command, "run", "node2", "--", "true"], env=env) as first:
+        try:
+            while not (tmp_path / ".ssh/config").exists():
+                assert first.poll() is None
+                time.sleep(0.05)
+            second = subprocess.run([*command, "help"], env=env, stderr=subprocess.PIPE, text=True, timeout=20)
+            assert first.poll() is None, "it still waits for node2, which does not answer"
+        finally:
+            first.kill()
+    assert second.returncode == 2
+    assert "docker/ssh-host.sh serve" in second.stderr

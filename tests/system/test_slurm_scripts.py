@@ -141,6 +141,14 @@ def test_the_exit_code_decides(submitted: Submitted, env: dict[str, str], code: 
     assert ("Slurm refuses the requeue: submit again with --resume auto" in done.stdout) == ("scontrol" in env)
 
 
+def test_the_sign_of_the_ranks_is_taken_away(submitted: Submitted) -> None:
+    launcher = submitted.home / "scripts/mpirun.sh"
+    launcher.write_text(STUB.replace("case", 'touch "$TMPDIR/kfac_dist-started.7"\ncase', 1))
+    assert submitted.run("train.sbatch", "c.yaml").returncode == 0
+    assert len(submitted.calls()) == 2
+    assert not (submitted.home / "kfac_dist-started.7").exists()
+
+
 def test_the_clusters_own_settings(submitted: Submitted) -> None:
     site = submitted.home / "scripts/slurm/site.sh"
     site.write_text('export KFAC_DIST_LAUNCHER=srun\nfalse\necho "$unset" >/dev/null\n')  # as `module` does

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from kfac_dist.errors import InputError
 from kfac_dist.study.claims import claim_trial, count_deaths
 from kfac_dist.study.command import main
 from kfac_dist.study.definition import load_study
@@ -202,6 +203,47 @@ def test_failed_trials_are_told_and_retried(tmp_path: Path, study: Command, caps
     assert count_deaths(folder / "trials/00000") == 0
     assert main(["status", "--folder", str(folder)]) == 0
     assert "1 of 4 trials are finished" in capsys.readouterr().out
+
+
+def test_a_worker_that_cannot_write_is_a_failure(tmp_path: Path, study: Command) -> None:
+    folder = tmp_path / "study"
+    assert main(["plan", str(write_study(tmp_path)), "--folder", str(folder)]) == 0
+    (folder / "trials/00000").touch()
+    ended = study("run", "--folder", folder, "--only", "index=0")
+    assert ended.returncode == 1
+    assert f"error: a worker ended before its trials were done; see {folder}/workers" in ended.stderr
+
+
+def test_a_run_that_cannot_be_removed_is_not_taken_for_the_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    study = load_study(write_study(tmp_path))
+    trial = folder.write_plan(study)[0]
+    (folder.trial(0) / "run").mkdir(parents=True)
+    (folder.trial(0) / "run/metrics.jsonl").touch()
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # a network's file system may keep files in use
+    assert trial.parameters is not None
+    assert trial.config is not None
+    with pytest.raises(InputError, match=r"00000/run: cannot be removed; delete it, then retry"):
+        run_trial(study, trial, trial.parameters, trial.config, folder.trial(0), 0, lambda: False)
+
+
+def test_finished_trials_are_known_by_their_whole_number(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    for name in ("00007.json", "123456.json", "00003.bak.json", ".00004.json.host.1"):
+        (tmp_path / "results" / name).touch()
+    assert StudyFolder(tmp_path).finished() == {7, 123456}
+
+
+def test_overrides_may_stand_behind_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder = str(write_study(tmp_path)), tmp_path / "study"
+    assert main(["plan", path, "--folder", str(folder), "batch_sizes=[128]", "--only", "index=0", "seeds=[5]"]) == 0
+    assert {trial.batch_size for trial in StudyFolder(folder).read_plan()[1]} == {128}
+    assert {trial.seed for trial in StudyFolder(folder).read_plan()[1]} == {5}
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", path, "--folder", str(folder), "more.yaml"])
+    assert "unrecognized arguments: more.yaml" in capsys.readouterr().err
 
 
 def test_diverged_trials_end_early_and_count_as_such(tmp_path: Path) -> None:

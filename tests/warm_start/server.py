@@ -43,6 +43,9 @@ def become(request: dict[str, Any], streams: list[int]) -> list[str]:
     first = request["folder"] if program[0] == "-m" else os.path.dirname(os.path.realpath(program[0]))
     added = [path for path in request["environment"].get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [first, *added, *sys.path[1:]]
+    # Each interpreter starts with random seeds of its own: what a program forgot to seed must not agree between ranks.
+    sys.modules["torch"].default_generator.seed()
+    sys.modules["numpy"].random.seed()
     return program
 
 

@@ -108,6 +108,16 @@ def check_one_rank_has_the_gradient(kind: str, communicator: Communicator) -> No
     assert model[2].weight.grad is None
 
 
+def check_parameters_beside_the_models(communicator: Communicator) -> None:
+    """Such as a learned temperature: every rank takes rank 0's, if they have the same shape."""
+    temperature = nn.Parameter(torch.full((3,), float(communicator.rank)))
+    model = make_net()
+    SGD(model, communicator, [*model.parameters(), temperature])
+    assert temperature.tolist() == [0.0, 0.0, 0.0], f"rank {communicator.rank} trains {temperature} of its own"
+    other = nn.Parameter(torch.zeros(3 + communicator.rank))
+    say(communicator, "beside", lambda: SGD(model, communicator, [*model.parameters(), other]))
+
+
 def check_owners_are_adopted(communicator: Communicator) -> None:
     """A run that unfroze layers shares them out otherwise than a new process, which can yet go on with its state."""
     model = make_net()
@@ -149,6 +159,7 @@ def main() -> int:
         check_a_step_with_all_frozen(kind, communicator)
     check_one_rank_adds_another_group(communicator)
     check_one_rank_loads(communicator)
+    check_parameters_beside_the_models(communicator)
     check_owners_are_adopted(communicator)
     return 0
 

@@ -27,10 +27,12 @@ def test_every_row_names_a_function(name: str) -> None:
         (["--frobnicate"], "error: no command '--frobnicate'\n"),
     ],
 )
+@pytest.mark.parametrize("typed", [False, True])
 def test_no_or_a_wrong_command_shows_one_screen(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], said: str, typed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(words) == 2
+    monkeypatch.setattr("sys.argv", ["kfac-dist", *words])
+    assert main(None if typed else words) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith(said)

@@ -201,3 +201,50 @@ def test_no_weight_decay_on_biases_and_batchnorm(name: str) -> None:
         decays = [by_id[id(parameter)] for parameter in net.parameters()]
         assert (decays[0], decays[4]) == (0.1, 0.1)
         assert {decays[number] for number in (1, 2, 3, 5)} == expected
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_hooks_of_a_step_are_called_once(name: str) -> None:
+    for kind in (torch.optim.SGD, torch.optim.AdamW):  # their classes' steps call hooks from then on
+        kind(make_net().parameters(), lr=0.1)
+    net, calls = make_net(), list[str]()
+    optimizer = make(name, net)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(net, optimizer, steps=1)
+    assert calls == ["before", "after"]
+
+
+def test_muon_takes_parameters_in_every_form_that_torch_does() -> None:
+    results = []
+    for params in (
+        lambda net: None,
+        lambda net: net.named_parameters(),
+        lambda net: [{"params": list(net.named_parameters())}],
+        lambda net: [{"params": parameter} for parameter in net.parameters()],
+    ):
+        net = make_net()
+        train(net, make("muon", net, params=params(net)), steps=2)
+        results.append(weights(net))
+    for result in results[1:]:
+        assert_equal(result, results[0])
+
+
+@pytest.mark.parametrize("name", ["lars", "muon"])
+def test_a_layer_that_is_added_later_is_trained_as_if_it_had_been_there(name: str) -> None:
+    results = []
+    for is_late in (False, True):
+        net, head = make_net(), nn.Linear(4, 4, dtype=torch.float64)
+        with torch.no_grad():
+            head.weight.copy_(torch.eye(4))
+            head.bias.zero_()
+        if is_late:
+            optimizer = make(name, net, averaging=Averaging(weight_rescaling="always"))
+            net.append(head)
+            optimizer.add_param_group({"params": head.parameters()})
+        else:
+            net.append(head)
+            optimizer = make(name, net, averaging=Averaging(weight_rescaling="always"))
+        train(net, optimizer, steps=2)
+        results.append(weights(net))
+    assert_equal(*results)

@@ -1,5 +1,6 @@
 """Claims: one worker at a time, whoever else tries; and what happens to those of the dead."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -95,6 +96,21 @@ def test_a_lease_of_another_machine(tmp_path: Path, other_machine: pytest.Monkey
     assert claim_trial(tmp_path, LEASE) is not None
 
 
+def test_who_may_only_read_goes_by_its_own_clock(tmp_path: Path, other_machine: pytest.MonkeyPatch) -> None:
+    claim = claim_trial(tmp_path, LEASE)
+    assert claim is not None
+    other_machine.undo()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    other_machine.setattr(Path, "touch", refuse)
+    assert is_claimed(tmp_path, LEASE)
+    old = time.time() - 2 * LEASE
+    os.utime(claim.folder / "owner.json", (old, old))
+    assert not is_claimed(tmp_path, LEASE)
+
+
 def test_a_claim_whose_maker_died_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "claims" / "0"
     folder.mkdir(parents=True)
@@ -121,6 +137,16 @@ def test_deaths_are_counted_until_they_are_forgiven(tmp_path: Path, dead_pid: in
         assert claim is not None
         assert count_deaths(tmp_path) == number + 1
         rewrite_owner(claim, pid=dead_pid)
+    release_all(tmp_path)
+    assert count_deaths(tmp_path) == 0
+
+
+def test_workers_that_ask_for_the_time_are_no_deaths(tmp_path: Path) -> None:
+    claim = claim_trial(tmp_path, LEASE)
+    assert claim is not None
+    for node in range(4):
+        (tmp_path / f"claims/.now.node{node}.1").touch()
+    assert count_deaths(tmp_path) == 1
     release_all(tmp_path)
     assert count_deaths(tmp_path) == 0
 

@@ -39,6 +39,7 @@ def problems(tmp_path: Path, changes: dict[str, Any]) -> list[str]:
         ),
         ({"optimizers/sgd/grid/learning_rate/key": None}, "optimizers.sgd.grid.learning_rate.key is required"),
         ({"targets": [{"metric": "loss", "value": 1}]}, "targets[0].metric must be 'train_loss' or 'test_top1'"),
+        ({"targets": [{"metric": "test_top1", "value": 90}]}, "targets[0].value must be a fraction, at most 1, where"),
         ({"best": {"seeds": [1], "by": "accuracy"}}, "best.by must be 'train_loss' or 'test_top1', got 'accuracy'"),
     ],
 )
