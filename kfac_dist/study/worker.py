@@ -133,7 +133,10 @@ def _run_claimed(
         with Heartbeat(claim, settings.lease_seconds, settings.parent, _stop_self) as heartbeat:
             result = run_trial(study, trial, parameters, config, place, number, lambda: heartbeat.is_lost)
     except (Stopped, RunStopped):
-        claim.release()
+        try:
+            claim.release()
+        except Stopped:  # told again meanwhile, by the command or by the machine; not a third time
+            claim.release()
         raise
     except TrainingDiverged as error:
         result = unfinished_result(trial, parameters, "diverged", str(error))
@@ -182,8 +185,10 @@ def _write_to_file(folder: Path, number: int) -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    """Between trials; while one trains, the trainer has handlers of its own."""
+    """Between trials; while one trains, the trainer has handlers of its own. Once is enough: the process ends."""
     del number, frame
+    for wish in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(wish, signal.SIG_IGN)
     raise Stopped
 
 
