@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -42,6 +43,7 @@ _HINT = (
 )
 
 _opened: list[dist.ProcessGroup] = []
+_communicators: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
 _store: TCPStore | None = None  # it serves the other ranks for as long as it is referred to
 
 
@@ -81,7 +83,7 @@ def connect_by_default_group(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessGro
         with _explaining(backend, dist.get_world_size()):
             group = _new_group(backend, _CPU, timeout)
         _close_at_exit(group)
-    return ProcessGroupCommunicator(group, backend, _CPU)
+    return _let_go_at_exit(ProcessGroupCommunicator(group, backend, _CPU))
 
 
 def connect_gpus(
@@ -113,7 +115,7 @@ def connect_gpus(
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # backends connect lazily
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return ProcessGroupCommunicator(group, backend, device, host)
+    return _let_go_at_exit(ProcessGroupCommunicator(group, backend, device, host))
 
 
 def _say_where() -> None:
@@ -221,6 +223,23 @@ def _close_at_exit(group: dist.ProcessGroup) -> None:
     if not _opened:
         atexit.register(_close_groups)
     _opened.append(group)
+
+
+def _let_go_at_exit(communicator: ProcessGroupCommunicator) -> ProcessGroupCommunicator:
+    if not _communicators:
+        atexit.register(_let_go)
+    _communicators.add(communicator)
+    return communicator
+
+
+def _let_go() -> None:
+    """At exit: leave no group alive that the program has destroyed.
+
+    A thread of gloo frees the tensors of its last collective, for which it needs the interpreter: where that has
+    begun to end, the process aborts. A group that nobody holds any more waits for its threads.
+    """
+    while _communicators:
+        _communicators.pop().let_go()
 
 
 def _close_groups() -> None:

@@ -65,6 +65,10 @@ class ProcessGroupCommunicator(Communicator):
         else:
             self.local_rank, self.local_size = self._find_local_rank()
 
+    def let_go(self) -> None:
+        """Give up the process group, so that it ends with its threads; no collective can follow."""
+        del self._group
+
     @property
     def description(self) -> str:
         version = ""
