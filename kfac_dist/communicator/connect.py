@@ -4,9 +4,10 @@ Over MPI the user sets no environment variable and no address: rank 0 opens a TC
 travel over MPI. The store listens on all of rank 0's network interfaces for as long as the job runs and, like MPI and
 NCCL themselves, lets in whoever reaches it.
 
-A default process group that the user's program has made is left alone: ours is then a new group beside it. Else ours
-becomes the default, since that is the only public way to make one. Those that were made here are destroyed when Python
-exits.
+A default process group that the user's program has made is left alone: ours is then a new group beside it, so that its
+collectives and the program's (DistributedDataParallel's run in the background) need not come in one order on all ranks.
+Else ours becomes the default, since that is the only public way to make one. Those that were made here are destroyed
+when Python exits.
 """
 
 import atexit
@@ -43,6 +44,7 @@ _HINT = (
 )
 
 _opened: list[dist.ProcessGroup] = []
+_beside: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default group, and ours for the CPU beside it
 _communicators: weakref.WeakSet[ProcessGroupCommunicator] = weakref.WeakSet()
 _store: TCPStore | None = None  # it serves the other ranks for as long as it is referred to
 
@@ -55,11 +57,11 @@ def has_default_group() -> bool:
 def connect_by_default_group(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessGroupCommunicator:
     """The communicator for CPU tensors over torch.distributed's default process group; collective, needs no MPI.
 
-    Where there is no default group, torchrun's variables make one, over gloo. Where it takes no CPU tensors (NCCL
-    alone), a gloo group is put beside it.
+    Where there is no default group, torchrun's variables make one, over gloo. Its ranks get a group beside it: of its
+    own backend for the CPU, gloo where it has none (NCCL alone). All communicators of one default group share it.
 
     Args:
-        timeout: For connecting, and for each collective later, of a group that is made here.
+        timeout: For connecting, and for each collective later, where the default group does not say.
 
     Raises:
         InputError: If there is neither a default group nor all of torchrun's variables, or if this rank could not
@@ -76,13 +78,9 @@ def connect_by_default_group(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessGro
         with _explaining("gloo", int(os.environ["WORLD_SIZE"])):
             group = _init_default_group("gloo", timeout=timeout)
         _close_at_exit(group)
-    backend = _backends_of_default_group().get("cpu")
-    group = _default_group()
-    if backend is None:
-        backend = "gloo"
-        with _explaining(backend, dist.get_world_size()):
-            group = _new_group(backend, _CPU, timeout)
-        _close_at_exit(group)
+    backend = _backends_of_default_group().get("cpu", "gloo")
+    with _explaining(backend, dist.get_world_size()):
+        group = _group_beside_default(backend, timeout)
     return _let_go_at_exit(ProcessGroupCommunicator(group, backend, _CPU))
 
 
@@ -172,6 +170,17 @@ def _init_default_group(backend: str, **settings: Any) -> dist.ProcessGroup:
     return _default_group()
 
 
+def _group_beside_default(backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    global _beside
+    default = _default_group()
+    if _beside is None or _beside[0] is not default:
+        with contextlib.suppress(AttributeError, RuntimeError):  # torch has no public way to ask; NCCL alone has no CPU
+            timeout = default._get_backend(_CPU).options._timeout
+        _beside = default, _new_group(backend, _CPU, timeout)
+        _close_at_exit(_beside[1])
+    return _beside[1]
+
+
 def _new_group(backend: str, device: torch.device, timeout: timedelta) -> dist.ProcessGroup:
     device_id = device if device.type == "cuda" else None
     return dist.new_group(backend=backend, timeout=timeout, device_id=device_id)  # type: ignore[return-value]
@@ -233,11 +242,14 @@ def _let_go_at_exit(communicator: ProcessGroupCommunicator) -> ProcessGroupCommu
 
 
 def _let_go() -> None:
-    """At exit: leave no group alive that the program has destroyed.
+    """At exit: leave none of our groups alive.
 
     A thread of gloo frees the tensors of its last collective, for which it needs the interpreter: where that has
-    begun to end, the process aborts. A group that nobody holds any more waits for its threads.
+    begun to end, the process aborts. A group that nobody holds any more waits for its threads; the program's own is
+    held by whatever it was given to (DistributedDataParallel), which is why our collectives do not use it.
     """
+    global _beside
+    _beside = None
     while _communicators:
         _communicators.pop().let_go()
 

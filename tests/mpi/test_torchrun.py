@@ -42,6 +42,13 @@ def one_rank(run_python: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return weights(folder, 1, 0)
 
 
+def test_collectives_beside_the_programs(torchrun: Run) -> None:
+    """Defect: in one group with the program's, they were mixed up where the ranks began them in different orders."""
+    finished = torchrun(2, PROGRAMS / "own_script.py", "orders", timeout=60)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout == "theirs [1.0], ours [30.0], given up after 0:01:17\n"
+
+
 @pytest.mark.parametrize("way", ["plain", "module", "no_sync", "synced"])
 def test_own_script_equals_one_rank(way: str, one_rank: dict[str, Tensor], torchrun: Run, tmp_path: Path) -> None:
     """Defect: each process trained by itself, also beside a process group of the script's own."""

@@ -4,6 +4,7 @@ raise        the last rank raises while the others wait for it
 thread_ignored  the same, after an exception in another thread, which ends that thread only
 opt_out      neither; looks at the hook with and without it
 group_after  raise, after the script has made a process group of its own: torch's hook then stands around ours
+orders       the ranks begin a collective of the script's and one of ours in different orders
 train        K-FAC on data that differ by rank; the weights must not
 spawn        the same in two processes that no launcher started, whose script has made the default process group
 """
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -50,6 +52,22 @@ def look_at_hook() -> None:
     communicator.print_once("hook left alone, then set once")
 
 
+def use_both_groups() -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=77))
+    communicator = create_communicator()
+    theirs, ours = torch.tensor([float(communicator.rank)]), torch.tensor([10.0 + 10.0 * communicator.rank])
+    if communicator.rank == 1:
+        communicator.all_reduce_(ours)
+    work = dist.all_reduce(theirs, async_op=True)
+    if communicator.rank == 0:
+        communicator.all_reduce_(ours)
+    assert work is not None
+    work.wait()
+    timeout = communicator._group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[attr-defined]
+    communicator.print_once(f"theirs {theirs.tolist()}, ours {ours.tolist()}, given up after {timeout}")
+    dist.destroy_process_group()
+
+
 def train() -> None:
     device = local_device()
     communicator = create_communicator()
@@ -79,6 +97,8 @@ def main(case: str) -> None:
     if case == "spawn":
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(train_in_group, (folder,), nprocs=2)
+    elif case == "orders":
+        use_both_groups()
     elif case == "train":
         train()
     elif case == "opt_out":
