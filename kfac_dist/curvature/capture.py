@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
-from kfac_dist.tensors.packing import pack_symmetric
 
 
 class Capture:
@@ -186,12 +185,10 @@ class Capture:
         num_samples = hook.num_samples
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             for matrix in hook.wanted:
-                dtype = self._destinations[hook.name, matrix].dtype
-                factor = block.factor(matrix, x, g, num_samples).to(dtype)
-                self._add(block, matrix, factor, g.numel(), num_samples or g.shape[0])
+                self._add(block, matrix, x, g, num_samples)
         self.captured.add(hook.name)
 
-    def _add(self, block: Block, matrix: str, factor: Tensor, num_gradients: int, num_samples: int) -> None:
+    def _add(self, block: Block, matrix: str, x: Tensor, g: Tensor, num_samples: int | None) -> None:
         """Add one call's factor to what this update has so far.
 
         Calls of a layer in one forward are further positions, so A and F add up over them and are averaged over
@@ -199,14 +196,14 @@ class Capture:
         """
         key = block.name, matrix
         destination = self._destinations[key]
-        num_features = factor.shape[0] * factor.shape[-1]
-        weight = num_gradients / (num_samples * num_features) if matrix == "G" else 1.0
+        count, size = block.factor_shapes[matrix]
+        weight = g.numel() / ((num_samples or g.shape[0]) * count * size) if matrix == "G" else 1.0
         total = self._weights[key] = self._weights.get(key, 0.0) + weight
         if total == weight:
-            pack_symmetric(factor, out=destination)
+            block.pack_factor(matrix, x, g, num_samples, out=destination)
             return
         packed = torch.empty_like(destination)
-        pack_symmetric(factor, out=packed)
+        block.pack_factor(matrix, x, g, num_samples, out=packed)
         if matrix == "G":
             destination.lerp_(packed, weight / total)
         else:

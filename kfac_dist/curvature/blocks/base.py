@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfac_dist.curvature.solvers import Solver
+from kfac_dist.tensors.packing import pack_symmetric
 from kfac_dist.vocabulary import BatchNormForm
 
 FactorKey = tuple[str, str]  # (block name, matrix name: "A", "G" or "F")
@@ -92,6 +93,18 @@ class Block(ABC):
         Returns:
             (count, n, n), in fp32 where the layer ran in half precision.
         """
+
+    def pack_factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None, out: Tensor) -> None:
+        """`factor`, as upper triangles.
+
+        Args:
+            matrix: A key of `factor_shapes`.
+            x: The call's input.
+            g: Gradient of the mean loss at the call's output.
+            num_samples: N where it is not the size of the first dimension, or None.
+            out: (count·n(n+1)/2,), contiguous, of any precision; overwritten.
+        """
+        pack_symmetric(self.factor(matrix, x, g, num_samples).to(out.dtype), out=out)
 
     @staticmethod
     @abstractmethod

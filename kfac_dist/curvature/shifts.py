@@ -1,0 +1,183 @@
+"""Σ a aᵀ over the patches of a 3×3 convolution from products of the image with itself, shifted.
+
+A block of the sum, one for each pair of places in the kernel, takes the products of pixels that lie a fixed shift
+apart. Pairs with the same shift take the same pixels, but for those at the image's border that the patch of an output
+pixel cannot have there. So 13 products of C columns, one for each shift up to sign, replace the 45 of an unfolded
+input, nothing is unfolded, and what the border excludes is taken off again: the first or last row, column and corner.
+
+The image lies in memory with two further rows and columns of zeros, so that a shift is an offset between rows of one
+long matrix: what wraps round meets zeros. This holds for stride 1 and zeros around the image, one deep; all else is
+left to `kfac_dist.curvature.patches`, which is also what this is tested against. Exact, not an approximation.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kfac_dist.curvature.factors import cross_moment, sum_dtype
+from kfac_dist.curvature.patches import Patches
+
+_MARGIN = 2  # zeros beside an image: the largest shift
+_PLACES = [divmod(place, 3) for place in range(9)]  # (row, column) in the kernel
+# Values of the images that are multiplied at once on a CPU: they are read 26 times and should stay in its cache.
+_CHUNK_NUMEL = 1 << 20
+
+
+class _Block(NamedTuple):
+    """What distinguishes a block of the sum: the shift, and what of the image the upper place of the pair cannot meet.
+
+    The kernel's first row never meets the image's last one, nor its last row the image's first. Where rows are shifted
+    a pair loses no more by that, as those products would reach beyond the image. Columns are alike.
+
+    Attributes:
+        rows: Shift in rows, ≥ 0.
+        columns: Shift in columns, ≥ 0 where no row is shifted.
+        row: 0 lacks the last image row, 2 the first, 1 none.
+        column: Likewise for columns.
+    """
+
+    rows: int
+    columns: int
+    row: int = 1
+    column: int = 1
+
+    @classmethod
+    def of(cls, upper: int, lower: int) -> "_Block":
+        """The block of two places, upper ≤ lower."""
+        (row, column), (lower_row, lower_column) = _PLACES[upper], _PLACES[lower]
+        rows, columns = lower_row - row, lower_column - column
+        return cls(rows, columns, row if rows == 0 else 1, column if columns == 0 else 1)
+
+
+_PAIRS = {(upper, lower): _Block.of(upper, lower) for upper in range(9) for lower in range(upper, 9)}
+_SHIFTS = [_Block(0, 0), _Block(0, 1), _Block(0, 2)] + [_Block(r, c) for r in (1, 2) for c in range(-2, 3)]
+_BLOCKS = _SHIFTS + sorted(set(_PAIRS.values()) - set(_SHIFTS))  # 13 and 16
+
+
+def pays(x: Tensor, patches: Patches) -> bool:
+    """Whether the sum can be had this way, and sooner.
+
+    On a CPU it was sooner at all shapes measured (benchmarks/results/). On a GPU none was measured yet.
+
+    Args:
+        x: Layer input, (N, C, H, W).
+        patches: Where the patches lie.
+    """
+    return (
+        x.device.type == "cpu"
+        and patches.kernel_size == (3, 3)
+        and patches.stride == patches.dilation == (1, 1)
+        and patches.padding == (1, 1, 1, 1)
+        and patches.padding_mode == "zeros"
+        and patches.groups == 1
+    )
+
+
+def pack_patch_moment(x: Tensor, ones: bool, scale: float, out: Tensor) -> None:
+    """Write the upper triangle of scale · Σ a aᵀ into a flat buffer; a's order is that of the layer's flattened weight.
+
+    Args:
+        x: Layer input, (N, C, H, W).
+        ones: Whether each patch is to end in a further 1, the input of a bias.
+        scale: Factor.
+        out: (n(n+1)/2,) with n = 9 C, one larger with ones; overwritten.
+    """
+    channels = x.shape[1]
+    blocks, sums = _blocks_and_sums(x, ones)
+    values = blocks.flatten()
+    if ones:
+        values = torch.cat([values, sums.flatten(), sums.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])])
+    values = values.mul_(scale).to(out.dtype)
+    torch.index_select(values, 0, _triangle_index(channels, ones, x.device), out=out)
+
+
+@dataclass
+class _Border:
+    """A sum over all pixels, and what the border has in it: (2, *) the first and last row, column; (2, 2, *) corners.
+
+    Attributes:
+        total: (*).
+        rows: (2, *).
+        columns: (2, *).
+        corners: (2, 2, *), by row and column.
+    """
+
+    total: Tensor
+    rows: Tensor
+    columns: Tensor
+    corners: Tensor
+
+    def lacking(self, row: int, column: int) -> Tensor:
+        """The sum without what `_Block.row` and `_Block.column` say that it lacks."""
+        value = self.total
+        last = {0: 1, 2: 0}  # the place's row or column → which border row or column its patches cannot have there
+        if row in last:
+            value = value - self.rows[last[row]]
+        if column in last:
+            value = value - self.columns[last[column]]
+        if row in last and column in last:
+            value = value + self.corners[last[row], last[column]]
+        return value
+
+
+def _blocks_and_sums(x: Tensor, ones: bool) -> tuple[Tensor, Tensor]:
+    """Every distinct block of Σ a aᵀ, (29, C, C) in the order of `_BLOCKS`; and with ones Σ a, (9, C), else zeros."""
+    _, channels, height, width = x.shape
+    margin_width = width + _MARGIN
+    zeros = partial(torch.zeros, dtype=sum_dtype(x), device=x.device)
+    blocks = zeros(len(_BLOCKS), channels, channels)
+    row_edges, column_edges = zeros(2, 3, 2, channels, channels)  # by shift; of the first and the last
+    corners = zeros(4, channels, channels)
+    sums = _Border(*(zeros(*shape, channels) for shape in ((), (2,), (2,), (2, 2))))
+    parts = x.split(max(1, _CHUNK_NUMEL // (channels * (height + _MARGIN) * margin_width)))
+    images = zeros(len(parts[0]), height + _MARGIN, margin_width, channels)
+    for part in parts:
+        chunk = images[: len(part)]
+        chunk[:, :height, :width] = part.permute(0, 2, 3, 1)
+        pixels = chunk.view(1, -1, channels)
+        rows = torch.stack([chunk[:, 0], chunk[:, height - 1]])
+        columns = torch.stack([chunk[:, :, 0], chunk[:, :, width - 1]])
+        ends = torch.stack([rows[:, :, 0], rows[:, :, width - 1]], dim=1)  # (2, 2, N, C)
+        for block, shift in zip(blocks, _SHIFTS, strict=False):
+            block += _shifted_moment(pixels, shift.rows * margin_width + shift.columns)[0]
+        for distance in range(3):
+            row_edges[distance] += _shifted_moment(rows.flatten(1, 2), distance)
+            column_edges[distance] += _shifted_moment(columns.flatten(1, 2), distance)
+        corners += _shifted_moment(ends.flatten(0, 1), 0)
+        if ones:
+            sums.total += pixels[0].sum(dim=0)
+            sums.rows += rows.sum(dim=(1, 2))
+            sums.columns += columns.sum(dim=(1, 2))
+            sums.corners += ends.sum(dim=2)
+    for number, of in enumerate(_BLOCKS[len(_SHIFTS) :], start=len(_SHIFTS)):
+        full = blocks[_SHIFTS.index(_Block(of.rows, of.columns))]
+        border = _Border(full, row_edges[of.columns], column_edges[of.rows], corners.view(2, 2, channels, channels))
+        blocks[number] = border.lacking(of.row, of.column)
+    return blocks, torch.stack([sums.lacking(row, column) for row, column in _PLACES])
+
+
+def _shifted_moment(stack: Tensor, shift: int) -> Tensor:
+    """Σ row[i] · row[i + shift]ᵀ: (k, R, n) → (k, n, n)."""
+    return cross_moment(stack[:, : stack.shape[1] - shift], stack[:, shift:])
+
+
+@lru_cache(maxsize=64)
+def _triangle_index(channels: int, ones: bool, device: torch.device) -> Tensor:
+    """For each value of the packed sum its place among the blocks' values, the sums and the number of patches."""
+    numbers = torch.empty(9, 9, dtype=torch.int32)
+    for (upper, lower), block in _PAIRS.items():
+        numbers[upper, lower] = numbers[lower, upper] = _BLOCKS.index(block)
+    within = torch.arange(channels**2, dtype=torch.int32).view(channels, 1, channels, 1)
+    is_upper = torch.ones(9, 9, dtype=torch.bool).triu()[:, None]
+    index = numbers[:, None] * channels**2 + torch.where(is_upper, within, within.transpose(0, 2))
+    index = index.view(9 * channels, 9 * channels)  # rows and columns by channel, then place, as the weight has them
+    if ones:
+        sums = (
+            torch.arange(9 * channels, dtype=torch.int32).view(9, channels).T.reshape(-1, 1)
+            + len(_BLOCKS) * channels**2
+        )
+        index = torch.cat([torch.cat([index, sums], dim=1), index.new_full((1, 9 * channels + 1), int(sums.max()) + 1)])
+    return torch.cat([row[start:] for start, row in enumerate(index)]).to(device)
