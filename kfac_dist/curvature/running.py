@@ -1,5 +1,6 @@
 """What the owner of a layer keeps: the running Fisher and what it is solved with."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,11 +104,38 @@ def update_running_averages(factors: Sequence[tuple[RunningAverage, Tensor]], de
         old.append(average.value)
         new.append(factor)
     for weight, (old, new) in by_weight.items():
-        old_finite, new_finite = _are_finite(old), _are_finite(new)
-        for number, (average_value, factor) in enumerate(zip(old, new, strict=True)):
-            torch.where(new_finite[number], factor, average_value, out=factor)
-            torch.where(old_finite[number], average_value, factor, out=average_value)
-        torch._foreach_lerp_(old, new, weight)
+        if old[0].device.type == "cpu":  # which may be asked: there is nothing to wait for
+            old, new = _keep_finite_on_host(old, new)
+        else:
+            _keep_finite_on_device(old, new)
+        if old:
+            torch._foreach_lerp_(old, new, weight)
+
+
+def _keep_finite_on_host(old: list[Tensor], new: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those pairs of which both are finite; of the others the old value becomes the finite one of the two."""
+    kept: tuple[list[Tensor], list[Tensor]] = [], []
+    for average, factor in zip(old, new, strict=True):
+        if not _is_finite(factor):
+            continue
+        if _is_finite(average):
+            kept[0].append(average)
+            kept[1].append(factor)
+        else:
+            average.copy_(factor)
+    return kept
+
+
+def _is_finite(stack: Tensor) -> bool:
+    return all(math.isfinite(value) for value in stack.aminmax())  # ten times as fast as a norm on a CPU
+
+
+def _keep_finite_on_device(old: list[Tensor], new: list[Tensor]) -> None:
+    """Replace what is not finite of each pair by its other half, without a word to the host."""
+    old_finite, new_finite = _are_finite(old), _are_finite(new)
+    for number, (average, factor) in enumerate(zip(old, new, strict=True)):
+        torch.where(new_finite[number], factor, average, out=factor)
+        torch.where(old_finite[number], average, factor, out=average)
 
 
 def _are_finite(stacks: list[Tensor]) -> Sequence[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kfac_dist.curvature.running import RunningAverage, update_running_averages
+from kfac_dist.curvature.running import RunningAverage, _keep_finite_on_device, update_running_averages
 from tests.small_net import make_batch, make_kfac, make_net, running
 from tests.unit.curvature.layer_factors import random
 
@@ -76,6 +76,21 @@ def test_finite_factors_are_averaged_to_the_bit_and_a_bad_one_spoils_no_other(dt
     for average, value in zip(averages, expected, strict=True):
         assert value.isfinite().all()
         assert torch.equal(average.value, value)
+
+
+def test_a_device_chooses_as_the_host_does():
+    first, second = factors(2)
+    bad = torch.full_like(first, math.nan)
+    pairs = [(first, second), (first, bad), (bad, second), (bad, bad)]
+    old, new = ([pair[half].clone() for pair in pairs] for half in (0, 1))
+    _keep_finite_on_device(old, new)
+    torch._foreach_lerp_(old, new, 0.75)
+    averages = [RunningAverage(pair[0].clone(), 1) for pair in pairs]
+    update_running_averages(
+        [(average, new.clone()) for average, (_, new) in zip(averages, pairs, strict=True)], 1 / 3
+    )  # the second one weighs 3/4
+    for value, average in zip(old, averages, strict=True):
+        torch.testing.assert_close(value, average.value, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad_step", [0, 2])
