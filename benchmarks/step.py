@@ -1,4 +1,4 @@
-"""A training step of K-FAC beside one of SGD: seconds, seconds by stage, and on GPUs peak memory.
+"""A training step of K-FAC beside one of SGD: seconds and rates by stage, bytes that travel, on GPUs peak memory.
 
     python benchmarks/step.py --batch 128 --output benchmarks/results/DATE-step
     mpirun -n 4 python benchmarks/step.py --model resnet50 --image-size 224 --classes 1000 --batch 32 --precision bf16
@@ -10,6 +10,10 @@
 The optimizers take turns, each on a network of its own, so that a machine whose speed drifts favours none; the figures
 are medians over the rounds. A turn is --steps steps, or more where it takes more to fill whole intervals. Within a turn
 the host runs ahead of the GPU, as in training. Ratios are to the baseline: `sgd`, or `torch` where that is faster.
+
+A first turn, which is not timed, counts each stage's operations. The stage "factors" is what K-FAC's backward takes
+beyond sgd's. Rates are held against those of one large product, or for stage 4 one large Cholesky factorisation, on
+rank 0. --output also draws the stages, as PATH.svg.
 """
 
 import argparse
@@ -19,12 +23,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from clock import allocated_bytes, seconds_of, watch_peak
-from program import count, create_parser, describe_run, device_from, table, write_record
+from program import count, create_parser, describe_run, device_from, write_record
+from step_figures import BASELINES, StepFigures, draw_stages, tables
 from torch import Tensor, nn
+from work import Ceilings, Traffic, WorkClock, measure_ceilings, traffic_of
 from workload import Workload, add_workload_arguments, workloads_from
 
 from kfac_dist.communicator import Communicator, create_communicator, launch, library_version
@@ -32,11 +39,11 @@ from kfac_dist.errors import AgreedInputError
 from kfac_dist.optim.kfac import KFAC
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.sgd import SGD
-from kfac_dist.precision import configure_backends
+from kfac_dist.plots import save_figure
+from kfac_dist.precision import HALF_DTYPES, configure_backends
 from kfac_dist.timing import STAGES, StageTimer
 
 TITLE = "K-FAC's step beside SGD's"
-BASELINES = ("torch", "sgd")
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Candidate:
         interval: Steps from one refresh to the next; 1 for SGD.
         step: Trains one step.
         timer: Charged by `step`.
+        clock: The timer's.
+        traffic: Bytes of a step's collectives; None of SGD.
         state_bytes: GPU memory that it holds between steps.
     """
 
@@ -55,6 +64,8 @@ class Candidate:
     interval: int
     step: Callable[[], None]
     timer: StageTimer
+    clock: WorkClock
+    traffic: Traffic | None
     state_bytes: int
 
 
@@ -67,29 +78,10 @@ class Turn:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class StepFigures:
-    """Results of a workload, by candidate.
-
-    Attributes:
-        seconds: Median seconds per step.
-        rounds: Seconds per step in each round.
-        ratio_to_baseline: Of the medians, to the fastest SGD.
-        stage_seconds: Median seconds per step by stage, of rank 0.
-        peak_bytes: Most GPU memory that it needs if alone; 0 on a CPU.
-        peak_bytes_beyond_sgd: The same less what `sgd` needs.
-    """
-
-    seconds: dict[str, float]
-    rounds: dict[str, list[float]]
-    ratio_to_baseline: dict[str, float]
-    stage_seconds: dict[str, dict[str, float]]
-    peak_bytes: dict[str, int]
-    peak_bytes_beyond_sgd: dict[str, int]
-
-
-def create_step(workload: Workload, name: str, communicator: Communicator, timer: StageTimer) -> Callable[[], None]:
-    """A function that trains a candidate's own network by one step; collective."""
+def create_step(
+    workload: Workload, name: str, communicator: Communicator, timer: StageTimer
+) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A function that trains a candidate's own network by one step, and the optimizer; collective."""
     model, images, labels = workload.create(communicator.rank)
     optimizer, scale_loss, update = create_optimizer(name, model, communicator, workload, timer)
 
@@ -101,7 +93,7 @@ def create_step(workload: Workload, name: str, communicator: Communicator, timer
             scale_loss(loss).backward()
         update()
 
-    return step
+    return step, optimizer
 
 
 def create_optimizer(
@@ -138,17 +130,33 @@ def interval_of(name: str) -> int:
 
 def create_candidate(workload: Workload, name: str, communicator: Communicator) -> Candidate:
     """Set one up and train its first step, which refreshes; collective."""
-    timer = StageTimer.on(workload.device)
+    clock = WorkClock(workload.device)
+    timer = StageTimer(clock)
     before = allocated_bytes(workload.device)
-    step = create_step(workload, name, communicator, timer)
+    step, optimizer = create_step(workload, name, communicator, timer)
     step()
-    return Candidate(name, interval_of(name), step, timer, allocated_bytes(workload.device) - before)
+    traffic = traffic_of(optimizer) if isinstance(optimizer, KFAC) else None
+    return Candidate(name, interval_of(name), step, timer, clock, traffic, allocated_bytes(workload.device) - before)
+
+
+def steps_of_turn(candidate: Candidate, num_steps: int) -> int:
+    """The steps of whole intervals, at least `num_steps`."""
+    return -(-num_steps // candidate.interval) * candidate.interval
+
+
+def count_operations(candidate: Candidate, num_steps: int) -> dict[str, float]:
+    """Operations per step by stage, of a turn that is not timed; collective."""
+    taken = steps_of_turn(candidate, num_steps)
+    with candidate.clock.counting():
+        candidate.timer.lap()
+        for _ in range(taken):
+            candidate.step()
+        return {stage: value / taken for stage, value in candidate.timer.lap().items()}
 
 
 def take_turn(candidate: Candidate, num_steps: int, communicator: Communicator, device: torch.device) -> Turn:
     """Train whole intervals of at least `num_steps` steps; collective."""
-    num_intervals = -(-num_steps // candidate.interval)
-    taken = num_intervals * candidate.interval
+    taken = steps_of_turn(candidate, num_steps)
     candidate.timer.lap()
     communicator.barrier()
     with watch_peak(device) as peak_so_far:
@@ -163,20 +171,26 @@ def take_turn(candidate: Candidate, num_steps: int, communicator: Communicator, 
 def measure(
     workload: Workload, communicator: Communicator, intervals: Sequence[int], num_rounds: int, num_steps: int
 ) -> StepFigures:
-    """Let the candidates take turns; one more round warms up. Collective."""
+    """Let the candidates take turns; the one that counts operations warms up. Collective."""
     baselines = BASELINES if communicator.size == 1 else ("sgd",)
     names = [*baselines, *(f"kfac{interval}" for interval in intervals)]
     candidates = [create_candidate(workload, name, communicator) for name in names]
+    operations = {candidate.name: count_operations(candidate, num_steps) for candidate in candidates}
     turns: dict[str, list[Turn]] = {name: [] for name in names}
-    for number in range(num_rounds + 1):
+    for _ in range(num_rounds):
         for candidate in candidates:
-            turn = take_turn(candidate, num_steps, communicator, workload.device)
-            if number:
-                turns[candidate.name].append(turn)
-    return summarise(turns)
+            turns[candidate.name].append(take_turn(candidate, num_steps, communicator, workload.device))
+    half = HALF_DTYPES.get(workload.precision.name)
+    ceilings = measure_ceilings(workload.device, half)
+    return summarise(turns, operations, candidates[-1].traffic, ceilings)
 
 
-def summarise(turns: dict[str, list[Turn]]) -> StepFigures:
+def summarise(
+    turns: dict[str, list[Turn]],
+    operations: dict[str, dict[str, float]],
+    traffic: Traffic | None,
+    ceilings: Ceilings,
+) -> StepFigures:
     """Medians over the rounds, and ratios of them."""
     rounds = {name: [turn.seconds for turn in taken] for name, taken in turns.items()}
     seconds = {name: statistics.median(values) for name, values in rounds.items()}
@@ -190,36 +204,12 @@ def summarise(turns: dict[str, list[Turn]]) -> StepFigures:
             name: {stage: statistics.median(turn.stage_seconds[stage] for turn in taken) for stage in STAGES}
             for name, taken in turns.items()
         },
+        operations=operations,
+        traffic=traffic,
+        ceilings=ceilings,
         peak_bytes=peaks,
         peak_bytes_beyond_sgd={name: peak - peaks["sgd"] for name, peak in peaks.items()},
     )
-
-
-def tables(figures: dict[str, StepFigures]) -> list[str]:
-    """Markdown; a row for each workload, and for each of its candidates by stage."""
-    names = list(next(iter(figures.values())).seconds)
-    rows = [
-        [workload, *(f"{1e3 * of.seconds[name]:.1f} ({of.ratio_to_baseline[name]:.2f}×)" for name in names)]
-        for workload, of in figures.items()
-    ]
-    lines = [
-        "Milliseconds per step (and times the faster SGD); kfacN refreshes the Fisher every N steps:",
-        "",
-        *table(["workload", *names], rows),
-    ]
-    if any(any(of.peak_bytes.values()) for of in figures.values()):
-        rows = [
-            [workload, *(f"{of.peak_bytes[n] / 2**20:.0f} ({of.peak_bytes_beyond_sgd[n] / 2**20:+.0f})" for n in names)]
-            for workload, of in figures.items()
-        ]
-        lines += ["", "Peak MiB of GPU memory (and beyond sgd's):", "", *table(["workload", *names], rows)]
-    stages = [stage for stage in STAGES if stage != "data"]
-    rows = [
-        [workload, name, *(f"{1e3 * of.stage_seconds[name][stage]:.2f}" for stage in stages)]
-        for workload, of in figures.items()
-        for name in names
-    ]
-    return [*lines, "", "Milliseconds per step by stage:", "", *table(["workload", "optimizer", *stages], rows)]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -253,6 +243,8 @@ def main(arguments: argparse.Namespace) -> int:
             if setup.is_main:
                 results = {name: asdict(of) for name, of in figures.items()}
                 write_record(arguments.output, TITLE, environment, results, tables(figures))
+                if arguments.output is not None:
+                    save_figure(draw_stages(figures), Path(f"{arguments.output}.svg"))
         setup.print_once("\n".join(tables(figures)))
         return 0
     except AgreedInputError as error:

@@ -91,10 +91,19 @@ def test_a_step_on_one_rank_and_on_two(mpirun: Run, tmp_path: Path) -> None:
                 stages = figures["stage_seconds"][name]
                 assert sum(stages.values()) < 2 * max(rounds)
                 assert (stages["inverse"] > 0) == name.startswith("kfac")
+                operations = figures["operations"][name]
+                assert operations["forward"] == figures["operations"]["sgd"]["forward"] > 0
+                assert (operations["precondition"] > 0) == name.startswith("kfac")
+            of_kfac1, of_kfac3 = (figures["operations"][name] for name in ("kfac1", "kfac3"))
+            factors = [of["backward"] - figures["operations"]["sgd"]["backward"] for of in (of_kfac1, of_kfac3)]
+            assert 0 < factors[1] < factors[0]
+            assert all(sent == formula > 0 for sent, formula in figures["traffic"].values())
+            assert min(figures["ceilings"][name] for name in ("product", "cholesky", "memory")) > 0
             baseline = min(figures["seconds"][name] for name in names)
             assert figures["ratio_to_baseline"]["kfac3"] == pytest.approx(figures["seconds"]["kfac3"] / baseline)
         assert finished.stdout.strip() in Path(f"{output}.md").read_text(encoding="utf-8")
         assert f"ranks: {num_ranks}" in Path(f"{output}.md").read_text(encoding="utf-8")
+        assert "kfac3" in Path(f"{output}.svg").read_text(encoding="utf-8")
 
 
 def test_factors_and_their_errors(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""Figures of the step benchmark, as tables and as a picture."""
+
+from dataclasses import asdict, dataclass
+
+import matplotlib
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from program import table
+from work import Ceilings, Traffic
+
+from kfac_dist.timing import STAGES
+
+matplotlib.use("Agg")
+matplotlib.rcParams["svg.fonttype"] = "none"  # text as text
+
+BASELINES = ("torch", "sgd")
+_STAGES = ("forward", "backward", "factors", "reduce_scatter", "inverse", "precondition", "all_gather", "update")
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Results of a workload, by candidate.
+
+    Attributes:
+        seconds: Median seconds per step.
+        rounds: Seconds per step in each round.
+        ratio_to_baseline: Of the medians, to the fastest SGD.
+        stage_seconds: Median seconds per step by stage, of rank 0.
+        operations: Floating-point operations per step by stage, of rank 0.
+        traffic: Bytes of the collectives of a step with a refresh, each with what its formula says; of K-FAC.
+        ceilings: Rates to hold the stages' against, of rank 0.
+        peak_bytes: Most GPU memory that it needs if alone; 0 on a CPU.
+        peak_bytes_beyond_sgd: The same less what `sgd` needs.
+    """
+
+    seconds: dict[str, float]
+    rounds: dict[str, list[float]]
+    ratio_to_baseline: dict[str, float]
+    stage_seconds: dict[str, dict[str, float]]
+    operations: dict[str, dict[str, float]]
+    traffic: Traffic | None
+    ceilings: Ceilings
+    peak_bytes: dict[str, int]
+    peak_bytes_beyond_sgd: dict[str, int]
+
+
+def tables(figures: dict[str, StepFigures]) -> list[str]:
+    """Markdown; a row for each workload, and for each of its candidates by stage."""
+    names = list(next(iter(figures.values())).seconds)
+    rows = [
+        [workload, *(f"{1e3 * of.seconds[name]:.1f} ({of.ratio_to_baseline[name]:.2f}×)" for name in names)]
+        for workload, of in figures.items()
+    ]
+    lines = [
+        "Milliseconds per step (and times the faster SGD); kfacN refreshes the Fisher every N steps:",
+        "",
+        *table(["workload", *names], rows),
+    ]
+    if any(any(of.peak_bytes.values()) for of in figures.values()):
+        rows = [
+            [workload, *(f"{of.peak_bytes[n] / 2**20:.0f} ({of.peak_bytes_beyond_sgd[n] / 2**20:+.0f})" for n in names)]
+            for workload, of in figures.items()
+        ]
+        lines += ["", "Peak MiB of GPU memory (and beyond sgd's):", "", *table(["workload", *names], rows)]
+    stages = [stage for stage in STAGES if stage != "data"]
+    rows = [
+        [workload, name, *(f"{1e3 * of.stage_seconds[name][stage]:.2f}" for stage in stages)]
+        for workload, of in figures.items()
+        for name in names
+    ]
+    lines += ["", "Milliseconds per step by stage:", "", *table(["workload", "optimizer", *stages], rows)]
+    heads = ["workload", "optimizer", "stage", "ms", "GFLOP", "GFLOP/s", "of the ceiling"]
+    rates = [row for workload, of in figures.items() for row in _rate_rows(workload, of)]
+    lines += ["", "Operations of the stages that calculate, and rates:", "", *table(heads, rates)]
+    for workload, of in figures.items():
+        lines += ["", f"{workload}: {_ceiling_line(of.ceilings)}", "", _traffic_line(of.traffic)]
+    return lines
+
+
+def _stages_with_factors(figures: dict[str, StepFigures]) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds by stage, by optimizer, by workload; of K-FAC the factors apart from the backward."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for workload, of in figures.items():
+        plain = of.stage_seconds["sgd"]["backward"]
+        found[workload] = {}
+        for name, seconds in of.stage_seconds.items():
+            beyond = 0.0 if name in BASELINES else max(0.0, seconds["backward"] - plain)
+            found[workload][name] = seconds | {"backward": seconds["backward"] - beyond, "factors": beyond}
+    return found
+
+
+def _rate_rows(workload: str, of: StepFigures) -> list[list[str]]:
+    """Rows for the stages of each optimizer that calculate; of K-FAC its factors apart from the backward."""
+    training = of.ceilings.half_product or of.ceilings.product
+    rows = []
+    for name, operations in of.operations.items():
+        if name == "torch":
+            continue
+        seconds = of.stage_seconds[name]
+        figures = {stage: (seconds[stage], operations[stage], training) for stage in ("forward", "backward")}
+        if name != "sgd":
+            plain = of.stage_seconds["sgd"]["backward"], of.operations["sgd"]["backward"]
+            figures["backward"] = (*plain, training)
+            figures["factors"] = seconds["backward"] - plain[0], operations["backward"] - plain[1], training
+            figures["inverse"] = seconds["inverse"], operations["inverse"], of.ceilings.cholesky
+            figures["precondition"] = seconds["precondition"], operations["precondition"], of.ceilings.product
+        for stage, (taken, count_of, ceiling) in figures.items():
+            if count_of > 0 and taken > 0:
+                rate = count_of / taken
+                figure = [f"{1e3 * taken:.1f}", f"{count_of / 1e9:.2f}", f"{rate / 1e9:.0f}", f"{rate / ceiling:.0%}"]
+                rows.append([workload, name, stage, *figure])
+    return rows
+
+
+def _ceiling_line(of: Ceilings) -> str:
+    half = "" if of.half_product is None else f", in half precision {of.half_product / 1e9:.0f}"
+    return (
+        f"one large product {of.product / 1e9:.0f} GFLOP/s{half}, one Cholesky factorisation {of.cholesky / 1e9:.0f}, "
+        f"a copy {of.memory / 1e9:.1f} GB/s."
+    )
+
+
+def _traffic_line(of: Traffic | None) -> str:
+    assert of is not None  # the last candidate is K-FAC's
+    parts = [f"{name} {sent:,} bytes (formula {formula:,})" for name, (sent, formula) in asdict(of).items()]
+    return f"Each rank gives to the collectives of a step with a refresh: {', '.join(parts)}."
+
+
+def draw_stages(figures: dict[str, StepFigures]) -> Figure:
+    """A panel for each workload, in it a bar for each optimizer, stacked of its stages."""
+    seconds = _stages_with_factors(figures)
+    figure, axes = plt.subplots(
+        len(seconds), 1, figsize=(8, 1.2 + 0.45 * sum(len(of) + 2 for of in seconds.values())), squeeze=False,
+        gridspec_kw={"height_ratios": [len(of) for of in seconds.values()]}, layout="constrained",
+    )  # fmt: skip
+    colours = dict(zip(_STAGES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    for axis, (workload, of) in zip(axes[:, 0], seconds.items(), strict=True):
+        names = list(of)
+        starts = [0.0] * len(names)
+        for stage in _STAGES:
+            widths = [1e3 * of[name][stage] for name in names]
+            axis.barh(names, widths, left=starts, color=colours[stage], label=stage)
+            starts = [start + width for start, width in zip(starts, widths, strict=True)]
+        for name, total in zip(names, starts, strict=True):
+            axis.annotate(f"{total:.0f}", (total, name), xytext=(3, 0), textcoords="offset points", va="center")
+        axis.invert_yaxis()
+        axis.margins(x=0.08)
+        axis.set_title(workload, loc="left", fontsize="medium")
+        axis.set_xlabel("milliseconds per step")
+    axes[0, 0].legend(ncols=4, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.15), frameon=False)
+    return figure
