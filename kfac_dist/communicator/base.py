@@ -239,6 +239,16 @@ class Communicator(ABC):
         self._start_all_gather_v(gathered, counts)()
         return [segment.numpy().tobytes() for segment in gathered.split(counts)]
 
+    def broadcast_bytes(self, message: bytes, root: int = 0) -> bytes:
+        """The root's message, on every rank (start-up only: not pickled)."""
+        length = int(self.broadcast_(torch.tensor([len(message)], device="cpu"), root).item())
+        if not length:
+            return b""
+        sent = torch.empty(length, dtype=torch.uint8, device="cpu")
+        if self.rank == root:
+            sent = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        return self.broadcast_(sent, root).numpy().tobytes()
+
     @abstractmethod
     def barrier(self) -> None:
         """Return when every rank has called."""
