@@ -112,7 +112,7 @@ def main(arguments: argparse.Namespace) -> None:
     lines += table(["", "seconds until listed"], rows)
     lines += [
         "",
-        f"Handed to the other ranks, and kept: {results['bytes'] / 2**20:.1f} MiB; {handed_over:.3f} s to make and read.",
+        f"Handed to other ranks, and kept: {results['bytes'] / 2**20:.1f} MiB; {handed_over:.3f} s to make and read.",
     ]
     write_record(arguments.output, TITLE, environment, results, lines)
     print("\n".join(lines))

@@ -1,12 +1,15 @@
 """The command lines of `train.py` and of `kfac-dist train`, `evaluate` and `explain`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from kfac_dist.errors import InputError
 from kfac_dist.runs.reader import CONFIG_FILE
+
+Parse = Callable[[Sequence[str]], argparse.Namespace]
+"""What reads a command line."""
 
 _DEFAULTS = {"print_config": False, "explain": False, "ranks": None, "resume": None, "evaluate": None}
 

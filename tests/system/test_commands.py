@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kfac_dist.commands.train import Parse, main
+from kfac_dist.commands.train import main
 from kfac_dist.config.load import load_config
-from kfac_dist.training.command_line import parse_evaluate, parse_explain, parse_train
+from kfac_dist.training.command_line import Parse, parse_evaluate, parse_explain, parse_train
 from tests.paths import CONFIGS, ROOT
 from tests.system.conftest import Outcome
 

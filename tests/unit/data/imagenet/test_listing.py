@@ -1,4 +1,4 @@
-"""Listings kept in the cache: used while nothing has changed, made anew where something has, or where they are damaged."""
+"""Listings kept in the cache: used while nothing has changed; made anew where something has, or where damaged."""
 
 import os
 import time
