@@ -226,9 +226,10 @@ class _LayerHook:
         self, module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
     ) -> None:
         if torch.compiler.is_compiling():
-            from kfac_dist.curvature.uncompiled import break_graph  # see `not_compiled`
+            from kfac_dist.curvature.uncompiled import call  # see `not_compiled`
 
-            break_graph()
+            call(self, module, inputs, keywords, output)
+            return
         capture = self._capture() if self._capture is not None else None
         if capture is not None and not torch._C._are_functorch_transforms_active() and not torch._C._is_tracing():
             capture.on_forward(self._name, module, inputs[0] if inputs else keywords["input"], output)

@@ -1,5 +1,7 @@
 """Importing this module loads the compiler and keeps it out of the classes that `not_compiled` decorates."""
 
+from collections.abc import Callable
+
 import torch
 
 from kfac_dist.curvature.hook_classes import HOOK_CLASSES
@@ -10,9 +12,9 @@ for hook_class in HOOK_CLASSES:
     hook_class.__call__ = torch.compiler.disable(hook_class.__call__, reason=_REASON)
 
 
-def _do_nothing() -> None:
-    pass
+def _call(hook: Callable[..., None], *arguments: object) -> None:
+    hook(*arguments)
 
 
-break_graph = torch.compiler.disable(_do_nothing, reason=_REASON)
-"""What a hook calls that is being traced already: the model's graph ends before it, and it is called as it now is."""
+call = torch.compiler.disable(_call, reason=_REASON)
+"""``call(hook, *arguments)``: what a hook does that is being traced already. The graph of its model ends before it."""
