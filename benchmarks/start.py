@@ -29,9 +29,10 @@ from kfac_dist.errors import InputError
 
 TITLE = "From mpirun to the first iterations"
 PATIENCE = 300.0  # seconds
+POLL = 0.005  # seconds
 FEWEST_ITERATIONS = 20
 ALONE = "torch and MPI alone"
-START_ALONE = "import torch, mpi4py.MPI"
+START_ALONE = "import sys, torch, mpi4py.MPI; open(sys.argv[1], 'w').close()"
 EXPECTED = ("torch", "mpi4py")  # all that these import counts as theirs
 
 
@@ -88,7 +89,7 @@ def time_run(arguments: argparse.Namespace, checkout: Path, num_ranks: int) -> d
                 for number in (1, 10):
                     if number not in seen and iterations_in(metrics) >= number:
                         seen[number] = time.perf_counter() - start
-                time.sleep(0.005)
+                time.sleep(POLL)
         finally:
             job.terminate()
             code = job.wait()
@@ -105,10 +106,16 @@ def time_run(arguments: argparse.Namespace, checkout: Path, num_ranks: int) -> d
 
 
 def time_alone(num_ranks: int) -> float:
-    """Seconds until ranks that only import torch and start MPI have ended."""
-    start = time.perf_counter()
-    launch(num_ranks, ["-c", START_ALONE], ROOT).wait()
-    return time.perf_counter() - start
+    """Seconds until a rank that only imports torch and starts MPI has done so."""
+    with tempfile.TemporaryDirectory() as name:
+        marker = Path(name, "started")
+        start = time.perf_counter()
+        job = launch(num_ranks, ["-c", START_ALONE, str(marker)], ROOT)
+        while not marker.exists() and job.poll() is None:
+            time.sleep(POLL)
+        seconds = time.perf_counter() - start
+        job.wait()
+    return seconds
 
 
 def time_imports(arguments: argparse.Namespace, checkout: Path) -> dict[str, float]:
@@ -144,9 +151,17 @@ def count_calls(arguments: argparse.Namespace, checkout: Path) -> dict[str, int]
     return {
         "all": len(calls),
         "opened": len(opened),
-        "compiled modules among these": len(python),
+        "Python modules": len(python),
         "not found": len(missing),
     }
+
+
+def revision_of(checkout: Path | None) -> str | None:
+    """Git's short name of what a checkout holds."""
+    if checkout is None:
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or checkout.name
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -164,7 +179,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, checkout in checkouts.items()
     }
     calls = {name: count_calls(arguments, checkout) for name, checkout in checkouts.items()}
-    return {"seconds": seconds, "import_seconds": imports, "file_calls": calls}
+    return {"seconds": seconds, "import_seconds": imports, "file_calls": calls, "beside": revision_of(arguments.beside)}
 
 
 def tables_of(results: dict[str, Any]) -> list[str]:
@@ -180,10 +195,12 @@ def tables_of(results: dict[str, Any]) -> list[str]:
                 rows.append([name, num_ranks, f"{first:.2f}", beyond, f"{tenth:.2f}", f"{1000 * steady:.1f}"])
     heads = ["seconds until", "ranks", "first iteration", "beyond torch and MPI", "tenth", "later ones, ms each"]
     lines = table(heads, rows)
-    lines += ["", "Seconds of importing, one rank (medians):", ""]
+    if results["beside"]:
+        lines += ["", f"Beside: the checkout at {results['beside']}."]
+    lines += ["", "Seconds of importing, one rank, the fastest trial, since other work on the machine only adds:", ""]
     rows = []
     for name, trials in results["import_seconds"].items():
-        packages = {package: statistics.median(trial.get(package, 0.0) for trial in trials) for package in trials[0]}
+        packages = min(trials, key=lambda trial: sum(trial.values()))
         others = {package: value for package, value in packages.items() if package not in EXPECTED}
         largest = ", ".join(f"{package} {value:.2f}" for package, value in list(others.items())[:5])
         expected = sum(packages.values()) - sum(others.values())

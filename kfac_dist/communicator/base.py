@@ -280,6 +280,11 @@ class Communicator(ABC):
             raise AgreedInputError(problems[failed[0]].decode() + where)
 
 
+def ranks_in_words(count: int) -> str:
+    """For texts: ``1 rank``, ``2 ranks``."""
+    return f"{count} rank" if count == 1 else f"{count} ranks"
+
+
 def own_segment(rank: int, counts: Sequence[int]) -> slice:
     """Where a rank's segment lies in a buffer."""
     starts = [0, *accumulate(counts)]

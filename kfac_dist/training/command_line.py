@@ -1,6 +1,8 @@
 """The command lines of `train.py` and of `kfac-dist train`, `evaluate` and `explain`."""
 
 import argparse
+import difflib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +18,10 @@ _DEFAULTS = {"print_config": False, "explain": False, "ranks": None, "resume": N
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        close = difflib.get_close_matches(unknown.partition("=")[0], re.findall(r"--[a-z-]+", self.format_help()), n=1)
+        if unknown != message and close:
+            message += f"; did you mean {close[0]}?"
         raise InputError(f"{message}\n{self.format_usage().strip()}")
 
 
