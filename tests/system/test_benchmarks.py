@@ -132,12 +132,14 @@ def finished_run(run_python: Run, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_construction_of_factors(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
-    sizes = ["--model", "digits_cnn", "--image-size", "8", "--batch", "4", "--precision", "fp32"]
+    sizes = ["--model", "digits_cnn", "--image-size", "8", "--batch", "4", "--precision", "bf16", "--calls", "1"]
     finished = run_benchmark("factors.py", *sizes, "--output", tmp_path / "factors")
     assert finished.returncode == 0, finished.stderr
     record, text = read_record(tmp_path / "factors")
     (figures,) = record["results"].values()
-    assert figures
+    seconds = figures["seconds"]
+    assert list(seconds) == ["half", "fp32", "gemm"]
+    assert figures["half_over_fp32"] == pytest.approx(seconds["fp32"] / seconds["half"])
     assert finished.stdout.strip() in text
 
 
@@ -201,10 +203,10 @@ def test_a_start(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_a_start_of_what_fails_is_named(run_benchmark: Callable[..., Any]) -> None:
-    config = [ROOT / "configs/quickstart.yaml", "train.epochs=1", "schedule.end_epoch=1"]
+    config = [ROOT / "configs/quickstart.yaml", "train.epoch=1"]
     finished = run_benchmark("start.py", *config, "--ranks", "1", "--trials", "1")
     assert finished.returncode == 2
-    assert finished.stderr == "error: CONFIG must train for at least 20 iterations; its job ended with 0 after 12\n"
+    assert finished.stderr == "error: CONFIG must train for at least 20 iterations; its job ended with 2 after 0\n"
 
 
 @pytest.mark.slow
