@@ -1,7 +1,6 @@
 """Train an image classifier with distributed K-FAC: `[mpirun -n P] python train.py CONFIG.yaml [key=value …]`."""
 
-from kfac_dist.commands.train import main
-from kfac_dist.communicator import launch
+from kfac_dist.commands.early import run_script
 
 if __name__ == "__main__":
-    launch.run(main)
+    run_script()

@@ -29,5 +29,9 @@ class NoProgress(RuntimeError):
     """A run was restarted again and again at the same iteration. Exit code 93: not to be queued again."""
 
 
+class ImageError(RuntimeError):
+    """An image that cannot be used; the message names its file."""
+
+
 class RankFailed(RuntimeError):
     """One rank cannot go on, and the others do not know: `launch.run` ends the job without a traceback. Exit code 3."""

@@ -26,10 +26,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("kfac_dist.commands.train:train", "train a recipe or a YAML file, or go on with a run"),
-    "evaluate": Command("kfac_dist.commands.train:evaluate", "show the accuracy of a run or of a checkpoint"),
+    "train": Command("kfac_dist.commands.early:train", "train a recipe or a YAML file, or go on with a run"),
+    "evaluate": Command("kfac_dist.commands.early:evaluate", "show the accuracy of a run or of a checkpoint"),
     "explain": Command(
-        "kfac_dist.commands.train:explain", "show layers, owners, bytes and schedules of a configuration"
+        "kfac_dist.commands.early:explain", "show layers, owners, bytes and schedules of a configuration"
     ),
     "memory": Command("kfac_dist.memory:main", "show what the Fisher of a network takes on each rank"),
     "plots": Command("kfac_dist.plots.command:main", "draw curves and the paper's figures"),

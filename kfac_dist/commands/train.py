@@ -1,4 +1,4 @@
-"""The commands that work with a configuration on all ranks: `kfac-dist train`, `evaluate` and `explain`; `train.py`."""
+"""What `kfac-dist train`, `evaluate`, `explain` and `train.py` do on all ranks, after `commands/early.py`."""
 
 import argparse
 import sys
@@ -14,26 +14,9 @@ from kfac_dist.devices import check_precision, choose_device
 from kfac_dist.errors import AgreedInputError, NoProgress, RunStopped, TrainingFailed
 from kfac_dist.planning.explain import explain as describe_plan
 from kfac_dist.runs.log import RunLog, logger
-from kfac_dist.training.command_line import parse_evaluate, parse_explain, parse_train
+from kfac_dist.training.command_line import Parse, parse_train
 from kfac_dist.training.run_state import find_run, load_weights
 from kfac_dist.training.trainer import Trainer
-
-Parse = Callable[[Sequence[str]], argparse.Namespace]
-
-
-def train(arguments: Sequence[str]) -> None:
-    """`kfac-dist train`; ends the process."""
-    launch.run(partial(main, arguments, partial(parse_train, program="kfac-dist train")))
-
-
-def evaluate(arguments: Sequence[str]) -> None:
-    """`kfac-dist evaluate`; ends the process."""
-    launch.run(partial(main, arguments, parse_evaluate))
-
-
-def explain(arguments: Sequence[str]) -> None:
-    """`kfac-dist explain`; ends the process."""
-    launch.run(partial(main, arguments, parse_explain))
 
 
 def main(arguments: Sequence[str] | None = None, parse: Parse = parse_train) -> int:

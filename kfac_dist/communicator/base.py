@@ -239,6 +239,16 @@ class Communicator(ABC):
         self._start_all_gather_v(gathered, counts)()
         return [segment.numpy().tobytes() for segment in gathered.split(counts)]
 
+    def broadcast_bytes(self, message: bytes, root: int = 0) -> bytes:
+        """The root's message, on every rank (start-up only: not pickled)."""
+        length = int(self.broadcast_(torch.tensor([len(message)], device="cpu"), root).item())
+        if not length:
+            return b""
+        sent = torch.empty(length, dtype=torch.uint8, device="cpu")
+        if self.rank == root:
+            sent = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        return self.broadcast_(sent, root).numpy().tobytes()
+
     @abstractmethod
     def barrier(self) -> None:
         """Return when every rank has called."""
@@ -268,6 +278,11 @@ class Communicator(ABC):
         if failed:
             where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"
             raise AgreedInputError(problems[failed[0]].decode() + where)
+
+
+def ranks_in_words(count: int) -> str:
+    """For texts: ``1 rank``, ``2 ranks``."""
+    return f"{count} rank" if count == 1 else f"{count} ranks"
 
 
 def own_segment(rank: int, counts: Sequence[int]) -> slice:

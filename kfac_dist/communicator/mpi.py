@@ -25,7 +25,14 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from kfac_dist.communicator.base import Communicator, Completion, ReduceOp, already_complete, own_segment
+from kfac_dist.communicator.base import (
+    Communicator,
+    Completion,
+    ReduceOp,
+    already_complete,
+    own_segment,
+    ranks_in_words,
+)
 from kfac_dist.communicator.fastest import Algorithm, measure_algorithms
 from kfac_dist.communicator.staging import NOTHING, WHOLE, Staging
 from kfac_dist.communicator.staging import is_cuda_aware as is_cuda_aware
@@ -79,7 +86,7 @@ class MpiCommunicator(Communicator):
         way = ""
         if self._device.type == "cuda":
             way = "CUDA-aware" if self._is_cuda_aware else "CUDA buffers through pinned host memory"
-        return f"{self.size} ranks over MPI{way and f' ({way})'}, {self.local_size} on this host; {choice}"
+        return f"{ranks_in_words(self.size)} over MPI{way and f' ({way})'}, {self.local_size} on this host; {choice}"
 
     # Collectives --------------------------------------------------------------------------------------
 

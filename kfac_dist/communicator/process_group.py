@@ -23,7 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kfac_dist.communicator.base import Communicator, Completion, ReduceOp, already_complete, own_segment
+from kfac_dist.communicator.base import (
+    Communicator,
+    Completion,
+    ReduceOp,
+    already_complete,
+    own_segment,
+    ranks_in_words,
+)
 from kfac_dist.communicator.launcher_variables import launched_by_torchrun
 from kfac_dist.communicator.staging import NOTHING, WHOLE, Staging
 
@@ -74,7 +81,7 @@ class ProcessGroupCommunicator(Communicator):
         version = ""
         if self._is_nccl:
             version = " " + ".".join(str(part) for part in torch.cuda.nccl.version())
-        return f"{self.size} ranks over {self._backend.upper()}{version}, {self.local_size} on this host"
+        return f"{ranks_in_words(self.size)} over {self._backend.upper()}{version}, {self.local_size} on this host"
 
     # Collectives --------------------------------------------------------------------------------------
 

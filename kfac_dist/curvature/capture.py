@@ -17,13 +17,14 @@ examples, saliency) leaves no trace.
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
+from kfac_dist.curvature.hook_classes import not_compiled
 
 
 class Capture:
@@ -210,15 +211,7 @@ class Capture:
             destination.add_(packed)
 
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def _not_compiled(function: _F) -> _F:
-    """Keep `torch.compile` out of it: traced, it would be compiled anew for each layer's name, which is limited."""
-    kept_out: _F = torch.compiler.disable(function, reason="K-FAC's hooks cannot be part of a graph (fullgraph=False)")
-    return kept_out
-
-
+@not_compiled
 class _LayerHook:
     """A layer's forward hook; holds the capture weakly. A copy of it, as in a copied model, does nothing."""
 
@@ -226,10 +219,14 @@ class _LayerHook:
         self._capture: weakref.ref[Capture] | None = weakref.ref(capture)
         self._name = name
 
-    @_not_compiled
     def __call__(
         self, module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
     ) -> None:
+        if torch.compiler.is_compiling():
+            from kfac_dist.curvature.uncompiled import call  # see `not_compiled`
+
+            call(self, module, inputs, keywords, output)
+            return
         capture = self._capture() if self._capture is not None else None
         if capture is not None and not torch._C._are_functorch_transforms_active() and not torch._C._is_tracing():
             capture.on_forward(self._name, module, inputs[0] if inputs else keywords["input"], output)

@@ -28,7 +28,7 @@ def main(options: argparse.Namespace) -> int:
             workers = options.workers or launch.set_threads_per_rank(communicator.local_size)
             if options.image_size < 1 or workers < 1:
                 raise InputError("--image-size and --workers must be >= 1")
-            images = list_images(options.root, "train")
+            images = list_images(options.root, "train", None, communicator)
         mean, skipped = compute_mean_image(images, options.image_size, communicator, workers, options.skip_damaged)
         with communicator.raise_on_all_ranks():
             if communicator.is_main:

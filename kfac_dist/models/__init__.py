@@ -74,8 +74,10 @@ def create_model(
     if variant is not None:
         build = partial(_build_variant, build, name, variant)
     with torch.random.fork_rng(devices=[]):
-        # Shapes only: no memory, no arithmetic. But a network of one's own may compute in its constructor.
-        _check_takes_images(name, build, num_classes, image_shape, "meta" if own is None else "cpu")
+        # torchvision's networks may be large: shapes only. This package's are computed sooner than the meta device is
+        # ready, which loads torch's compiler for them; and one's own may compute in its constructor.
+        device = "cpu" if own is not None or name in _NETWORKS else "meta"
+        _check_takes_images(name, build, num_classes, image_shape, device)
         torch.manual_seed(seed)  # for what `_initialise_` leaves alone
         model = build()
     if initialization == "recipe":

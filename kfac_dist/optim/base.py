@@ -1,12 +1,30 @@
 """What the trainer asks of an optimizer, and what every optimizer here refuses."""
 
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _without_compiler(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method of torch's optimizer without the wrapper that keeps `torch.compile` out of it.
+
+    That one loads the compiler at the first call, which takes about a second, for a wish that only a loaded compiler
+    can hear. Where it is loaded, or the wrapper is of another kind, the method as it is.
+    """
+    is_wrapper = getattr(method, "__globals__", {}).get("__name__") == "torch._compile"
+    if not is_wrapper or "torch._dynamo" in sys.modules:
+        return method
+    wrapped: Callable[_P, _R] = getattr(method, "__wrapped__", method)
+    return wrapped
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -34,6 +52,18 @@ class DistributedOptimizer(torch.optim.Optimizer):
             f"{type(self).__name__} cannot be copied or pickled: it is tied to its model's layers and to the other "
             "ranks. Save its state_dict(), make a new one for the copied model, and load the state into that"
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _without_compiler(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        _without_compiler(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return _without_compiler(torch.optim.Optimizer.state_dict)(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        _without_compiler(torch.optim.Optimizer.load_state_dict)(self, state_dict)
 
     def refuse_grad_scaler(self) -> None:
         """Refuse a step that a GradScaler drives.

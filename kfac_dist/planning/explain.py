@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kfac_dist.communicator.base import ranks_in_words
 from kfac_dist.config.load import batch_slots, warnings_of
 from kfac_dist.config.schema import Config
 from kfac_dist.curvature.assignment import assign_owners
@@ -36,7 +37,8 @@ def explain(config: Config, num_ranks: int) -> str:
     sampler = SlotSampler(data.num_train, batch.per_rank, batch.global_size // batch.per_rank, config.run.seed)
     schedules = Schedules(config, sampler)
     lines = [
-        f"{config.run.name}: {config.model.name} on {config.data.name} with {config.optimizer.name}, {num_ranks} ranks",
+        f"{config.run.name}: {config.model.name} on {config.data.name} with {config.optimizer.name}, "
+        f"{ranks_in_words(num_ranks)}",
         f"{schedules.num_iterations} iterations ({config.train.epochs:g} epochs of {data.num_train} images) of "
         f"{batch.global_size} images: {slots} slots of {batch.per_rank} a rank",
     ]

@@ -21,7 +21,8 @@ from kfac_dist.report.study_page import report_study
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    program = "python -m kfac_dist.report" if arguments is None else "kfac-dist report"
+    options = _parser(program).parse_args(arguments)
     try:
         written = _report(options)
     except InputError as error:
@@ -32,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m kfac_dist.report", description="Write self-contained HTML pages, and the same as Markdown."
+        prog=program, description="Write self-contained HTML pages, and the same as Markdown."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     study = commands.add_parser("study", help="figures, tables and the poster's findings of a study, finished or not")

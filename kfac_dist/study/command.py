@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 1 if a worker failed; 2 for bad input; 3 if trials failed; 75 if a signal stopped it.
     """
-    parser = _parser()
+    parser = _parser("python -m kfac_dist.study" if arguments is None else "kfac-dist study")
     options, more = parser.parse_known_args(arguments)
     if any(word.startswith("-") or "=" not in word for word in more):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
@@ -41,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kfac_dist.study", description="Compare optimizers over batch sizes and grids of settings."
-    )
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(program, description="Compare optimizers over batch sizes and grids of settings.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("plan", "write the manifest: every trial, its configuration in full"),

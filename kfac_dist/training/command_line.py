@@ -1,18 +1,27 @@
 """The command lines of `train.py` and of `kfac-dist train`, `evaluate` and `explain`."""
 
 import argparse
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from kfac_dist.errors import InputError
 from kfac_dist.runs.reader import CONFIG_FILE
 
+Parse = Callable[[Sequence[str]], argparse.Namespace]
+"""What reads a command line."""
+
 _DEFAULTS = {"print_config": False, "explain": False, "ranks": None, "resume": None, "evaluate": None}
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        close = difflib.get_close_matches(unknown.partition("=")[0], re.findall(r"--[a-z-]+", self.format_help()), n=1)
+        if unknown != message and close:
+            message += f"; did you mean {close[0]}?"
         raise InputError(f"{message}\n{self.format_usage().strip()}")
 
 

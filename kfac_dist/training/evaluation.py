@@ -9,8 +9,8 @@ from torch import nn
 
 from kfac_dist.communicator import Communicator
 from kfac_dist.data.base import Dataset
-from kfac_dist.data.imagenet.image_file import ImageError
 from kfac_dist.data.skipped import SkippedImages
+from kfac_dist.errors import ImageError
 
 _BATCH = 500
 _PIXELS = 2**22  # of a batch: 83 images of 224x224

@@ -15,9 +15,9 @@ from kfac_dist.config.schema import Config
 from kfac_dist.data.augment import Augmentation
 from kfac_dist.data.base import Batch
 from kfac_dist.data.create import create_dataset
-from kfac_dist.data.imagenet.image_file import ImageError
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.skipped import SkippedImages
+from kfac_dist.errors import ImageError
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.precision import Precision, configure_backends
@@ -66,7 +66,7 @@ class Learner:
         configure_backends(config.run.deterministic)
         with communicator.raise_on_all_ranks():
             self.num_local_slots = batch_slots(config, communicator.size)
-            self.dataset = create_dataset(config.data, config.augment, device, dtype, seed)
+            self.dataset = create_dataset(config.data, config.augment, device, dtype, seed, communicator)
             model = create_model(
                 config.model.name, self.dataset.num_classes, self.dataset.image_shape, seed,
                 config.model.variant, config.model.zero_init_last_gamma, config.model.initialization,

@@ -95,6 +95,21 @@ def test_ranks_accumulation_and_loaders_give_the_same_parameters(run_program: Ru
         assert losses[num_ranks] == pytest.approx(losses[1], rel=1e-9)
 
 
+def test_one_rank_lists_for_all(run_program: Run, tree: Path) -> None:
+    finished = run_program(3, "list_images.py", tree)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"{NUM_TRAIN} images, walked over by 1 of 3 ranks, 1 list\n"
+
+
+def test_a_host_with_other_folders_is_refused(run_program: Run, tree: Path, tmp_path: Path) -> None:
+    other = write_tree(tmp_path / "other")
+    (other / "train/n03").rename(other / "train/n04")
+    finished = run_program(3, "list_images.py", tree, other)
+    assert finished.returncode == 2, finished.stdout
+    assert f"but {other}/train differs from rank 0's in n03, n04, {other}/train/n03/020.JPEG" in finished.stderr
+    assert "every host must hold the same data: compare the folders (on rank 2 of 3)" in finished.stderr
+
+
 def test_a_damaged_image_ends_all_ranks(mpirun: Run, tree: Path, tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree")
     command = ["train.py", CONFIG, f"run.output_dir={tmp_path}"]

@@ -46,7 +46,7 @@ def test_collectives(backend: str, num_ranks: int, run_program: Run) -> None:
 
 @pytest.mark.gpu
 def test_nccl_on_one_rank(run_program: Run) -> None:
-    assert "1 ranks over NCCL" in check_backend(run_program, 1, "nccl")
+    assert "1 rank over NCCL" in check_backend(run_program, 1, "nccl")
 
 
 @pytest.mark.gpu

@@ -130,6 +130,94 @@ def test_an_inverse_pays_from_the_interval_at_which_products_have_saved_its_cost
         assert row["pays_from"] == (pytest.approx(row["invert"] / saved) if saved > 0 else None)
 
 
+@pytest.fixture(scope="module")
+def finished_run(run_python: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run on the digits, of one rank."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = [ROOT / "configs/quickstart.yaml", f"run.output_dir={folder}", "train.epochs=1", "schedule.end_epoch=1"]
+    finished = run_python([ROOT / "train.py", *words])
+    assert finished.returncode == 0, finished.stderr
+    return folder / "quickstart"
+
+
+def test_construction_of_factors(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = ["--model", "digits_cnn", "--image-size", "8", "--batch", "4", "--precision", "bf16", "--calls", "1"]
+    finished = run_benchmark("factors.py", *sizes, "--output", tmp_path / "factors")
+    assert finished.returncode == 0, finished.stderr
+    record, text = read_record(tmp_path / "factors")
+    (figures,) = record["results"].values()
+    seconds = figures["seconds"]
+    assert list(seconds) == ["half", "fp32", "gemm"]
+    assert figures["half_over_fp32"] == pytest.approx(seconds["fp32"] / seconds["half"])
+    assert finished.stdout.strip() in text
+
+
+@pytest.mark.mpi
+def test_a_checkpoint_of_two_ranks(mpirun: Run, tmp_path: Path) -> None:
+    command = [BENCHMARKS / "checkpoint.py", ROOT / "configs/quickstart.yaml", "--output", tmp_path / "checkpoint"]
+    finished = mpirun(2, command, env={"PYTHONPATH": str(ROOT)})
+    assert finished.returncode == 0, finished.stderr
+    record, text = read_record(tmp_path / "checkpoint")
+    assert record["environment"]["num_ranks"] == 2
+    assert finished.stdout.strip() in text
+
+
+def test_a_record_of_runs(run_benchmark: Callable[..., Any], finished_run: Path, tmp_path: Path) -> None:
+    finished = run_benchmark("summarise_runs.py", "--title", "Digits", "--output", tmp_path / "digits", finished_run)
+    assert finished.returncode == 0, finished.stderr
+    (of_run,) = json.loads((tmp_path / "digits.json").read_text(encoding="utf-8"))
+    assert (of_run["name"], of_run["iterations"], of_run["ranks"]) == ("quickstart", 12, 1)
+    assert f"{of_run['final_top1']:.2f}" in (tmp_path / "digits.md").read_text(encoding="utf-8")
+
+
+def test_a_figure_of_ranks(run_benchmark: Callable[..., Any], finished_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "1").symlink_to(finished_run)
+    finished = run_benchmark("scaling.py", "summarise", tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
+    (point,) = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    assert (point["num_ranks"], point["batch_size"]) == (1, 128)
+    assert "| ranks | global batch |" in (tmp_path / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_listing_a_tree(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = ["--classes", "2", "--images", "5003", "--rounds", "1"]  # in all as many as are worth a cache
+    finished = run_benchmark("listing.py", *sizes, "--output", tmp_path / "listing")
+    assert finished.returncode == 0, finished.stderr
+    record, text = read_record(tmp_path / "listing")
+    assert record["results"]["images"] == 10_006
+    assert record["results"]["bytes"] > 10_006 * len("n00000000/n00000000_00000.JPEG")
+    assert {form: len(rounds) for form, rounds in record["results"]["seconds_until_listed"].items()} == {
+        "walk": 1, "write": 1, "read": 1,
+    }  # fmt: skip
+    assert "10,006 empty files in 2 class folders" in text
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_start(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    config = [ROOT / "configs/quickstart.yaml", "train.epochs=2", "schedule.end_epoch=2"]
+    sizes = ["--ranks", "1", "--trials", "1", "--output", tmp_path / "start"]
+    finished = run_benchmark("start.py", *config, *sizes, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    results = read_record(tmp_path / "start")[0]["results"]
+    (trial,) = results["seconds"]["1"]["this checkout"]
+    assert 0 < trial["iteration"] < trial["first"] < trial["tenth"]
+    (imports,) = results["import_seconds"]["this checkout"]
+    assert imports["torch"] > imports["kfac_dist"] > 0
+    calls = results["file_calls"]["this checkout"]
+    assert calls is None or 0 < calls["Python modules"] < calls["opened"] < calls["all"]
+
+
+@pytest.mark.slow
+@pytest.mark.mpi
+def test_a_start_of_what_fails_is_named(run_benchmark: Callable[..., Any]) -> None:
+    config = [ROOT / "configs/quickstart.yaml", "train.epoch=1"]
+    finished = run_benchmark("start.py", *config, "--ranks", "1", "--trials", "1")
+    assert finished.returncode == 2
+    assert finished.stderr == "error: CONFIG must train for at least 20 iterations; its job ended with 2 after 0\n"
+
+
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_a_killed_run_trains_again(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from kfac_dist.commands.train import Parse, main
+from kfac_dist.commands import table
+from kfac_dist.commands.train import main
 from kfac_dist.config.load import load_config
-from kfac_dist.training.command_line import parse_evaluate, parse_explain, parse_train
+from kfac_dist.training.command_line import Parse, parse_evaluate, parse_explain, parse_train
 from tests.paths import CONFIGS, ROOT
 from tests.system.conftest import Outcome
 
@@ -210,3 +211,26 @@ def run(command: Command, capsys: pytest.CaptureFixture[str]) -> Kfac:
         return Outcome(code, captured.out, captured.err)
 
     return run_words
+
+
+@pytest.mark.parametrize("name", [name for name in table.COMMANDS if name not in ("train", "evaluate", "explain")])
+def test_usage_names_the_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        table.main([name, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: kfac-dist {name} ")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("--evalute=x", "--evaluate"), ("--rsume", "--resume"), ("--print_config", "--print-config")]
+)
+def test_a_mistyped_option(word: str, meant: str, command: Command) -> None:
+    finished = command(QUICKSTART, word)
+    assert finished.code == 2
+    assert finished.err.startswith(f"error: unrecognized arguments: {word}; did you mean {meant}?\nusage: ")
+    assert "did you mean" not in command(QUICKSTART, "--qqq").err
+
+
+def test_one_rank_is_one(command: Command) -> None:
+    assert "on digits with kfac, 1 rank\n" in command(QUICKSTART, "--explain", "--ranks", "1").out
+    assert "on digits with kfac, 2 ranks\n" in command(QUICKSTART, "--explain", "--ranks", "2").out

@@ -33,10 +33,10 @@ def test_what_the_terminal_shows(run_python: Callable[..., CompletedProcess[str]
 
 def test_a_crash_is_in_it(run_python: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
     code = (
-        "import sys, train; from kfac_dist.communicator import launch; from kfac_dist.training.trainer import Trainer\n"
+        "import sys, train; from kfac_dist.training.trainer import Trainer\n"
         "def fail(*arguments): raise RuntimeError('a fault')\n"
         f"Trainer._evaluate = fail; sys.argv = ['train.py', {str(QUICKSTART)!r}, 'run.output_dir={tmp_path}']\n"
-        "launch.run(train.main)"
+        "train.run_script()"
     )
     failed = run_python(["-c", code], env={"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off"})
     assert failed.returncode == 3

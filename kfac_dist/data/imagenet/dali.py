@@ -26,8 +26,8 @@ from torch import Tensor
 
 from kfac_dist.data.imagenet.crops import Crop
 from kfac_dist.data.imagenet.decoder import BATCHES_AHEAD, DecodedBatch, Request, fill
-from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
-from kfac_dist.errors import InputError
+from kfac_dist.data.imagenet.image_file import decode, read_image_file
+from kfac_dist.errors import ImageError, InputError
 from kfac_dist.tensors.host_copy import to_device
 
 logger = logging.getLogger(__name__)

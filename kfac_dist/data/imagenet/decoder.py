@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kfac_dist.data.imagenet.crops import CropFunction
-from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
+from kfac_dist.data.imagenet.image_file import decode, read_image_file
+from kfac_dist.errors import ImageError
 
 BATCHES_AHEAD = 3  # beyond the one that the network works on
 

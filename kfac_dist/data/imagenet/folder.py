@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from kfac_dist.communicator import Communicator
+from kfac_dist.communicator.local import LocalCommunicator
+from kfac_dist.data.imagenet.listing import ENDINGS, Listing, classes_in, some
+from kfac_dist.data.imagenet.listing_cache import find_listing
 from kfac_dist.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Those of torchvision's ImageFolder.
-_ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".ppm", b".pgm", b".webp", b".tif", b".tiff")
+_ALONE = LocalCommunicator()
 _LAYOUT = "the layout is train/<class>/<image> and val/<class>/<image>"
 
 
@@ -59,107 +61,81 @@ class ImageList:
         return digest.hexdigest()
 
 
-def list_images(root: Path, split: str, known_classes: tuple[str, ...] | None = None) -> ImageList:
-    """List one split; what of it is left out is logged.
+def list_images(
+    root: Path, split: str, known_classes: tuple[str, ...] | None = None, communicator: Communicator = _ALONE
+) -> ImageList:
+    """List one split, on rank 0, for all ranks; what of it is left out is logged. Collective.
+
+    A thousand ranks that walk over a million files each would keep a shared file system busy for long. The other ranks
+    only look whether they see the same folders.
 
     Args:
         root: The tree.
         split: `train` or `val`.
         known_classes: The training classes, which give the labels; None where this split defines them.
+        communicator: Of the ranks.
 
     Raises:
-        InputError: If the folder, its classes or their images are missing, or a class is not a known one.
+        AgreedInputError: If the folder, its classes or their images are missing, or a class is not a known one; on
+            every rank.
     """
     folder = root / split
-    if not folder.is_dir():
-        raise InputError(f"data.root must contain the folder {split}, got {root}, which does not: {_LAYOUT}")
-    try:
-        return _list_folder(folder, known_classes)
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    content = b""
+    with communicator.raise_on_all_ranks():
+        if not folder.is_dir():
+            raise InputError(f"data.root must contain the folder {split}, got {root}, which does not: {_LAYOUT}")
+        if communicator.is_main:
+            try:
+                content = find_listing(folder).to_bytes()
+            except OSError as error:
+                raise InputError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    listing = Listing.from_bytes(communicator.broadcast_bytes(content))
+    with communicator.raise_on_all_ranks():
+        images = _labelled(folder, listing, known_classes)
+        if not communicator.is_main:
+            _check_is_here(images, listing)
+    return images
 
 
-def _list_folder(folder: Path, known_classes: tuple[str, ...] | None) -> ImageList:
-    found, outside = _classes_in(folder)
-    classes = known_classes or tuple(found)
+def _labelled(folder: Path, listing: Listing, known_classes: tuple[str, ...] | None) -> ImageList:
+    found = listing.class_names
+    classes = known_classes or found
     _check_classes(folder, found, classes)
-    number = {name: label for label, name in enumerate(classes)}
-    names: list[bytes] = []
-    labels: list[int] = []
-    empty: list[str] = []
-    left_out: list[bytes] = []
-    for name in found:
-        before = len(names)
-        _walk(os.fsencode(folder), os.fsencode(name), names, left_out)
-        labels += [number[name]] * (len(names) - before)
-        if len(names) == before:
-            empty.append(name)
+    empty = [name for name, count in zip(found, listing.counts, strict=True) if not count]
     if empty:
         raise InputError(
-            f"{folder}: no images in the class folder{'' if len(empty) == 1 else 's'} {_some(empty)}: fill or "
+            f"{folder}: no images in the class folder{'' if len(empty) == 1 else 's'} {some(empty)}: fill or "
             f"delete {'it' if len(empty) == 1 else 'them'} ({_LAYOUT}; known endings: "
-            f"{b' '.join(_ENDINGS).decode()})"
+            f"{b' '.join(ENDINGS).decode()})"
         )
-    _log_what_is_left_out(folder, outside, left_out)
+    for text in listing.left_out:
+        logger.warning("%s: %s", folder, text)
     missing = sorted(set(classes) - set(found))
     if missing:
-        logger.warning("%s: no images of %d of the training classes: %s", folder, len(missing), _some(missing))
-    return ImageList(folder, classes, np.array(names), np.array(labels, dtype=np.int64))
+        logger.warning("%s: no images of %d of the training classes: %s", folder, len(missing), some(missing))
+    number = {name: label for label, name in enumerate(classes)}
+    labels = np.repeat(np.array([number[name] for name in found], dtype=np.int64), listing.counts)
+    return ImageList(folder, classes, listing.names, labels)
 
 
-def _classes_in(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the class folders, and of the files beside them."""
-    with os.scandir(folder) as entries:
-        kinds = [(entry.name, entry.is_dir()) for entry in entries]
-    return sorted(name for name, is_dir in kinds if is_dir), sorted(name for name, is_dir in kinds if not is_dir)
+def _check_is_here(images: ImageList, listing: Listing) -> None:
+    """Refuse, as far as a few looks tell, that this host holds other data than rank 0's."""
+    lacking = sorted(set(listing.class_names).symmetric_difference(classes_in(images.folder)[0]))
+    lacking += [str(path) for path in (images.path(0), images.path(len(images) - 1)) if not path.is_file()]
+    if lacking:
+        raise InputError(
+            f"all ranks must have the same data, but {images.folder} differs from rank 0's in {some(lacking)}; "
+            "every host must hold the same data: compare the folders"
+        )
 
 
-def _walk(
-    folder: bytes, below: bytes, names: list[bytes], left_out: list[bytes], ancestors: tuple[bytes, ...] = ()
-) -> None:
-    """Append the images in `folder/below` and its sub-folders to `names`, other files to `left_out`.
-
-    The order is by name, a folder's own images before those of its sub-folders. Links are followed.
-    """
-    path = os.path.join(folder, below)
-    real = os.path.realpath(path)
-    if real in ancestors:
-        raise InputError(f"{os.fsdecode(path)} is a link to a folder around it: delete it")
-    folders = []
-    with os.scandir(path) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            name = below + b"/" + entry.name
-            if entry.is_dir():
-                folders.append(name)
-            else:
-                (names if entry.name.lower().endswith(_ENDINGS) else left_out).append(name)
-    for name in folders:
-        _walk(folder, name, names, left_out, (*ancestors, real))
-
-
-def _check_classes(folder: Path, found: list[str], classes: tuple[str, ...]) -> None:
+def _check_classes(folder: Path, found: tuple[str, ...], classes: tuple[str, ...]) -> None:
     if not found:
         raise InputError(f"{folder} holds no class folders: {_LAYOUT}")
     unknown = sorted(set(found) - set(classes))
     if unknown:
         raise InputError(
-            f"{folder}: {_some(unknown)} {'is no class' if len(unknown) == 1 else 'are no classes'} of the "
+            f"{folder}: {some(unknown)} {'is no class' if len(unknown) == 1 else 'are no classes'} of the "
             f"training data ({len(classes)} classes in {folder.with_name('train')}): both splits must name classes "
             "alike"
         )
-
-
-def _log_what_is_left_out(folder: Path, outside: list[str], left_out: list[bytes]) -> None:
-    if outside:
-        logger.warning("%s: left out what lies in no class folder: %s", folder, _count(outside))
-    if left_out:
-        endings, files = b" ".join(_ENDINGS).decode(), [os.fsdecode(name) for name in left_out]
-        logger.warning("%s: left out what does not end in one of %s: %s", folder, endings, _count(files))
-
-
-def _count(files: Sequence[str]) -> str:
-    return f"{len(files):,} {'file' if len(files) == 1 else 'files'} ({_some(files)})"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

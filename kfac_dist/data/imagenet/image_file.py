@@ -18,16 +18,14 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from kfac_dist.errors import ImageError
+
 MAX_PIXELS = 89_478_485
 """Images of more pixels are refused before they are decoded: 256 MiB of RGB; ImageNet's largest is far below."""
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _BLACK_IS_ZERO = 258, 262, 1  # TIFF tags, and a value of the second
 _END_OF_IMAGE = b"\xff\xd9"
 _END_WITHIN = 4096  # bytes from the end of the file: some writers add padding or a note
-
-
-class ImageError(RuntimeError):
-    """An image that cannot be used; the message names its file."""
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from kfac_dist.communicator import Communicator
 from kfac_dist.data.base import share
 from kfac_dist.data.imagenet.crops import upper_left_crop
 from kfac_dist.data.imagenet.folder import ImageList
-from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
-from kfac_dist.errors import InputError
+from kfac_dist.data.imagenet.image_file import decode, read_image_file
+from kfac_dist.errors import ImageError, InputError
 
 _CHUNK = 64  # images between two looks at the progress bar
 _MOST_SKIPPED = 0.01
@@ -32,7 +32,7 @@ def command_for(root: Path, output: str, side: int) -> str:
     return f"python -m kfac_dist.data.mean_image {root} --output {output} --image-size {side}"
 
 
-def load_mean_image(path: Path, side: int, images: ImageList, root: Path) -> Tensor:
+def load_mean_image(path: Path, side: int, images: ImageList, root: Path, compares_images: bool = True) -> Tensor:
     """Read a mean image and check that it belongs to the training images.
 
     Args:
@@ -40,6 +40,7 @@ def load_mean_image(path: Path, side: int, images: ImageList, root: Path) -> Ten
         side: Height and width that it must have.
         images: All training images.
         root: The data set's tree, for the message.
+        compares_images: Whether the sizes of all images are looked up and compared; takes a while.
 
     Returns:
         (3, side, side) float64, on the scale of 0 ... 255.
@@ -67,7 +68,7 @@ def load_mean_image(path: Path, side: int, images: ImageList, root: Path) -> Ten
         raise InputError(
             f"data.mean_image: {path} is for images of {made_for}, and data.image_size is {side}: {remedy}"
         )
-    if facts["fingerprint"] != images.fingerprint():
+    if compares_images and facts["fingerprint"] != images.fingerprint():
         raise InputError(
             f"data.mean_image: {path} is of other images ({facts['num_images']} of them) than the "
             f"{len(images)} in {images.folder} (names and sizes of the files are compared): {remedy}"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,3 +82,36 @@ def test_a_compiled_model_gives_the_same_losses(way: str, uncompiled: tuple[list
     assert captured == [NUM_LAYERS + 1] * 4 + [NUM_LAYERS + 2] * 4
     assert (losses, captured) == (pytest.approx(uncompiled[0], rel=0, abs=1e-5), uncompiled[1])
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_model_that_is_compiled_long_after_the_optimizer_was_made(run_python: Callable[..., Any]) -> None:
+    """In a process of its own, where nothing has loaded the compiler before."""
+    finished = run_python(["-c", LATE], timeout=120)
+    assert finished.returncode == 0, finished.stderr
+
+
+LATE = """
+import sys, torch
+from kfac_dist import KFAC, create_communicator
+def train(compiles):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(10)])
+    optimizer = KFAC(net, create_communicator(), lr=0.1, damping=0.1)
+    losses = []
+    for step in range(4):
+        if compiles and step == 2:
+            assert "torch._dynamo" not in sys.modules
+            net.compile()
+        optimizer.zero_grad()
+        loss = net(torch.linspace(-1, 1, 80).view(10, 8)).square().mean()
+        loss.backward()
+        assert len(optimizer._fisher.capture.captured) == 10
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+plain, compiled = train(False), train(True)
+torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-7)
+from torch._dynamo.utils import counters
+assert counters["stats"]["unique_graphs"] > 0 and not counters["recompile_limit"], counters
+assert counters["frames"]["total"] < 10, counters
+"""

@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,10 +13,12 @@ import pytest
 import scipy.io
 import torch
 from sklearn.datasets import load_digits
+from torchvision.datasets import CIFAR10
 
 from kfac_dist.config.data import Cifar10Config, DigitsConfig, SvhnConfig
 from kfac_dist.config.schema import AugmentConfig
 from kfac_dist.data import cifar10 as cifar10_module
+from kfac_dist.data import digits
 from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.create import create_dataset, describe_dataset
@@ -121,6 +124,11 @@ class Exploit:
         return self.command[0], (self.command[1],)
 
 
+def test_cifar10_sums_are_torchvisions() -> None:
+    assert list(map(tuple, CIFAR10.train_list)) == list(cifar10_module.TRAIN_SUMS.items())
+    assert list(map(tuple, CIFAR10.test_list)) == list(cifar10_module.EVAL_SUMS.items())
+
+
 def test_code_in_a_cifar10_batch_does_not_run(cifar_folder: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     write_batch(cifar_folder / "data_batch_1", cifar_batch(0) | {b"x": Exploit((os.system, f"touch {marker}"))})
@@ -191,6 +199,13 @@ def test_digits_split() -> None:
     assert np.abs(shares - 0.2).max() < 0.003
     for labels in (arrays.train_labels, arrays.eval_labels):  # the first images, too, are of mixed classes
         assert np.bincount(labels[:100], minlength=10).min() >= 3
+
+
+def test_digits_are_the_same_where_scikit_learn_keeps_them_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read_digits()
+    monkeypatch.setattr(digits, "_FILE", "elsewhere")
+    for array, other in zip(astuple(found), astuple(read_digits()), strict=True):
+        np.testing.assert_array_equal(array, other)
 
 
 def test_channel_statistics() -> None:

@@ -19,11 +19,11 @@ from kfac_dist.data.imagenet.dali import DaliDecoder
 from kfac_dist.data.imagenet.dataset import CHANNEL_DEVIATION, CHANNEL_MEAN, FolderDataset
 from kfac_dist.data.imagenet.decoder import DecodedBatch, Request, ThreadDecoder
 from kfac_dist.data.imagenet.folder import list_images
-from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
+from kfac_dist.data.imagenet.image_file import decode, read_image_file
 from kfac_dist.data.imagenet.mean_image import compute_mean_image, load_mean_image, save_mean_image
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.skipped import SkippedImages
-from kfac_dist.errors import InputError, TrainingFailed
+from kfac_dist.errors import ImageError, InputError, TrainingFailed
 from tests.image_tree import NUM_EVAL, NUM_TRAIN, write_tree
 
 CPU = torch.device("cpu")

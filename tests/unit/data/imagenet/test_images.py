@@ -13,8 +13,8 @@ from torchvision.datasets import ImageFolder
 from kfac_dist.data.imagenet import image_file
 from kfac_dist.data.imagenet.crops import Crop, Crops, resized_side, upper_left_crop
 from kfac_dist.data.imagenet.folder import list_images
-from kfac_dist.data.imagenet.image_file import ImageError, decode, read_image_file
-from kfac_dist.errors import InputError
+from kfac_dist.data.imagenet.image_file import decode, read_image_file
+from kfac_dist.errors import ImageError, InputError
 from tests.image_tree import CLASSES, NUM_EVAL, NUM_TRAIN, make_image, write_tree
 
 ROWS, COLUMNS = np.mgrid[250:0:29j, 0:250:37j]
