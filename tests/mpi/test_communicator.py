@@ -13,7 +13,7 @@ pytestmark = pytest.mark.mpi
 def test_collectives(num_ranks: int, run_program: Callable[..., CompletedProcess[str]]) -> None:
     finished = run_program(num_ranks, "communicator_checks.py", str(num_ranks))
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert f"10 checks passed on {num_ranks} ranks" in finished.stdout
+    assert f"11 checks passed on {num_ranks} ranks" in finished.stdout
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfac_dist.communicator.base import ranks_in_words
 from kfac_dist.communicator.launcher_variables import launched_by_mpi, launched_by_torchrun
 from tests.paths import QUICKSTART, ROOT
 
@@ -25,7 +26,7 @@ def test_collectives(backend: str, num_ranks: int, torchrun: Run) -> None:
     finished = torchrun(num_ranks, PROGRAMS / "backend_checks.py", str(num_ranks), backend)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert f"14 checks passed on {num_ranks} ranks" in finished.stdout
-    assert f"{num_ranks} ranks over GLOO, {num_ranks} on this host" in finished.stdout
+    assert f"{ranks_in_words(num_ranks)} over GLOO, {num_ranks} on this host" in finished.stdout
 
 
 def weights(folder: Path, size: int, rank: int) -> dict[str, Tensor]:

@@ -100,6 +100,12 @@ def check_gather_bytes(communicator: Communicator) -> None:
     assert [m.decode() for m in communicator.gather_bytes("Größe".encode())] == ["Größe"] * size
 
 
+def check_broadcast_bytes(communicator: Communicator) -> None:
+    for root in range(communicator.size):
+        for message in (b"", b"x", bytes(range(256)) * 999):
+            assert communicator.broadcast_bytes(message if communicator.rank == root else b"other", root) == message
+
+
 def check_agree(communicator: Communicator) -> None:
     size, rank = communicator.size, communicator.rank
 
@@ -160,6 +166,7 @@ def main() -> int:
             check_all_gather,
             check_all_reduce_and_broadcast,
             check_gather_bytes,
+            check_broadcast_bytes,
             check_agree,
             check_ranks,
             check_automatic_choice,
