@@ -196,7 +196,9 @@ class _Ranks:
         self._buffers = StageBuffers(blocks, self._owners, num_ranks, torch.float32, torch.device("meta"))
 
     def stages(self, refresh: Refresh) -> dict[str, float]:
-        """Seconds of each of `PLAN_STAGES` in an iteration that does this."""
+        """Seconds of each of `PLAN_STAGES` in an iteration that does this; without K-FAC of one of SGD."""
+        if self._of.config.kfac is None:
+            return self._sgd_stages()
         communication = self._of.config.communication
         gradient_dtype = HALF_DTYPES.get(communication.gradient_precision)
         buffers = self._buffers
@@ -219,10 +221,20 @@ class _Ranks:
 
     def sgd_seconds(self) -> float:
         """An iteration of SGD."""
+        return sum(self._sgd_stages().values())
+
+    def _sgd_stages(self) -> dict[str, float]:
+        """Half of the all-reduce is a reduce-scatter, the other half an all-gather."""
         dtype = HALF_DTYPES.get(self._of.config.communication.gradient_precision)
         value_bytes = self._of.value_bytes if dtype is None else 2
-        gradients = self._fabric.all_reduce(value_bytes * self._num_values)
-        return sum(self._training().values()) + self._agreements() + gradients + self._update()
+        half = self._fabric.all_reduce(value_bytes * self._num_values) / 2
+        return {
+            **dict.fromkeys(PLAN_STAGES, 0.0),
+            **self._training(),
+            "reduce_scatter": self._agreements() + half,
+            "all_gather": half,
+            "update": self._update(),
+        }
 
     def memory(self) -> dict[str, int]:
         """Bytes by what they hold, of the rank that has the most."""
