@@ -145,7 +145,7 @@ def tables(arguments: argparse.Namespace, results: dict[str, dict[int, Point]]) 
                 by_stage.append([name, str(ranks), kind, *(f"{1e3 * values[stage]:.1f}" for stage in stages)])
     batch = f"{arguments.slots} slots of {arguments.batch} images of {arguments.image_size} pixels an iteration"
     return [
-        f"{arguments.model}, {batch}; rates measured on as many ranks, no more than {arguments.cores}; one thread each:",
+        f"{arguments.model}, {batch}; rates measured on as many ranks, {arguments.cores} at most; one thread each:",
         "",
         *table(heads, rows),
         "",

@@ -14,7 +14,7 @@ from kfac_dist.planning.simulate import Prediction, Simulation
 
 MOST_RANKS = 4096
 PAYS_FROM = 0.5
-"""Least speed of a rank, beside the fewest ranks', at which one more pays."""
+"""Least speed of a rank, beside the best number's, at which more ranks pay."""
 INTERVALS = (1, 2, 5, 10, 20, 50)
 _CLOSE = 1.1  # a longer interval that saves less than this is not worth a staler Fisher
 _SLOT_FACTORS = (0.25, 0.5, 1, 2, 4)
@@ -26,12 +26,12 @@ class Plan:
 
     Attributes:
         points: By number of ranks, ascending.
-        efficiencies: Images a second and rank of each point, beside those of the first.
+        efficiencies: Images a second and rank of each point, beside those of the best.
         fits: Whether each point's memory is there.
         nodes: Nodes of each point.
         best: Number of the point with the most ranks that pay and fit; None if none fits.
         fastest: Number of the fitting point with the shortest run; None if none fits.
-        stops_paying: Ranks of the first point that does not pay; None if all do.
+        stops_paying: Ranks of the first point behind the most efficient one that does not pay; None if all do.
         intervals: Seconds of an iteration on the best number of ranks by refresh interval; empty without K-FAC.
         best_interval: The shortest of them that is within 10 % of the longest's speed; None without K-FAC.
         slot_sizes: On the best number of ranks, by `batch.per_rank`, the prediction.
@@ -102,10 +102,11 @@ def make_plan(config: Config, profile: Profile, ranks: Sequence[int] | None, gro
     simulation = Simulation(config, profile)
     points = [simulation.predict(number, batches[number]) for number in sorted(batches)]
     speeds = [point.batch / point.seconds / point.num_ranks for point in points]
-    efficiencies = [speed / speeds[0] for speed in speeds]
+    efficiencies = [speed / max(speeds) for speed in speeds]
+    peak = efficiencies.index(1.0)  # up to which a rank is faster the more there are, since they share stages 4 and 5
     capacity = profile.memory.gibibytes * 2**30
     fits = [point.memory_bytes <= capacity for point in points]
-    late = next((number for number, efficiency in enumerate(efficiencies) if efficiency < PAYS_FROM), None)
+    late = next((number for number in range(peak, len(points)) if efficiencies[number] < PAYS_FROM), None)
     best = max((n for n in range(len(points)) if fits[n] and (late is None or n < late)), default=None)
     fastest = min((n for n in range(len(points)) if fits[n]), key=lambda n: points[n].hours, default=None)
     chosen = points[best if best is not None else 0].num_ranks

@@ -33,13 +33,13 @@ def describe_plan(plan: Plan, config: Config, profile: Profile, name: str) -> st
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     lines = [
         f"{config.run.name}: {config.model.name} on {config.data.name}, {config.optimizer.name}, "
-        f"{config.train.precision}, {plan.points[0].num_iterations if _same(plan) else 'fewer and fewer'} iterations",
+        f"{config.train.precision}, {_iterations(plan)} iterations",
         f"profile {name}: {profile.description}",
         "",
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
         "",
         "refresh: iterations for each refresh of the Fisher; %: shares of the iteration; effic.: images a second and",
-        "rank beside the first row's; hours: all iterations, without evaluation, checkpoints and waiting for data",
+        "rank beside the best row's; hours: all iterations, without evaluation, checkpoints and waiting for data",
     ]
     if not all(plan.fits):
         lines.append(f"!: more than the {profile.memory.gibibytes:g} GiB that there are")
@@ -56,7 +56,9 @@ def _advice(plan: Plan, config: Config) -> list[str]:
     if plan.stops_paying is None:
         lines.append(f"more ranks pay up to {plan.points[-1].num_ranks}, where this table ends")
     else:
-        lines.append(f"stops paying: at {plan.stops_paying} ranks a rank is less than {PAYS_FROM:.0%} as fast")
+        lines.append(
+            f"stops paying: at {plan.stops_paying} ranks a rank is less than {PAYS_FROM:.0%} as fast as at best"
+        )
     if plan.intervals:
         seconds = ", ".join(f"{interval}: {value:.4g}" for interval, value in plan.intervals.items())
         lines += [
@@ -77,8 +79,9 @@ def _interval(point: Prediction) -> str:
     return "-" if point.refresh_interval == float("inf") else f"{point.refresh_interval:.3g}"
 
 
-def _same(plan: Plan) -> bool:
-    return len({point.num_iterations for point in plan.points}) == 1
+def _iterations(plan: Plan) -> str:
+    first, last = plan.points[0].num_iterations, plan.points[-1].num_iterations
+    return f"{first}" if first == last else f"{first} to {last}"
 
 
 def _hours(hours: float) -> str:

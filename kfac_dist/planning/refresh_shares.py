@@ -54,7 +54,7 @@ def _by_work(schedule: RefreshSchedule, costs: Mapping[FactorKey, float], num_it
         )
     if not total:
         return {Refresh(frozenset(), frozenset()): 1.0}
-    share = refreshed / total
+    share = round(refreshed / total, 9)  # sums of floats
     forms = kinds if inverted * 2 > refreshed or share * MIN_INTERVAL_FOR_INVERSE < 1 else frozenset[str]()
     shares = {Refresh(kinds, forms): share, Refresh(frozenset(), forms): 1.0 - share}
     return {refresh: value for refresh, value in shares.items() if value > 0}

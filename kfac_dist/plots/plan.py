@@ -27,12 +27,11 @@ def draw_plan(points: Sequence[Prediction], title: str) -> Figure:
 
 def _draw_seconds(axes: Axes, points: Sequence[Prediction]) -> None:
     ranks = [point.num_ranks for point in points]
-    lines = {
-        "mean of the run": ([point.seconds for point in points], "-o", RUN_COLOURS[0]),
-        "with a refresh": ([point.refresh_seconds for point in points], "--", RUN_COLOURS[1]),
-        "without": ([point.stale_seconds for point in points], ":", RUN_COLOURS[2]),
-        "SGD": ([point.sgd_seconds for point in points], "-.", RUN_COLOURS[6]),
-    }
+    lines = {"mean of the run": ([point.seconds for point in points], "-o", RUN_COLOURS[0])}
+    if any(point.stale_seconds < point.refresh_seconds for point in points):
+        lines["with a refresh"] = ([point.refresh_seconds for point in points], "--", RUN_COLOURS[1])
+        lines["without"] = ([point.stale_seconds for point in points], ":", RUN_COLOURS[2])
+    lines["SGD"] = ([point.sgd_seconds for point in points], "-.", RUN_COLOURS[6])
     for label, (values, form, colour) in lines.items():
         axes.plot(ranks, values, form, color=colour, markersize=3.5, linewidth=1.4, label=label)
     axes.set_xscale("log", base=2)
