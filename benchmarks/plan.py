@@ -1,39 +1,63 @@
 """`kfac-dist plan` against real iterations: what it predicts from rates measured here, and what training then takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/plan.py --output benchmarks/results/DATE-plan
+    python benchmarks/plan.py --output benchmarks/results/DATE-plan
     python benchmarks/plan.py --model alexnet32 --intervals 1 --ranks 1 2
 
-In each round, for each number of ranks in turn, the rates are measured (`--measure`) on as many ranks at once, but no
-more than --cores; the iteration is predicted; and it is trained by train.py, without evaluation, on images that are
-made up. More ranks than cores share them. Figures are medians over the rounds. Every process has one thread.
+On each number of ranks one program measures the rates (as `--measure` does), trains a few iterations on images that are
+made up, measures again and so on, so that a machine whose speed drifts favours neither. Ranks beyond --cores share
+them: those are predicted from the rates measured on --cores ranks, and only trained. Every process has one thread.
+
+Of the iterations the median of those that refresh and of those that do not counts, weighted by the interval.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from program import ROOT, count, create_parser, describe_run, run, table, write_record
 
+from kfac_dist.communicator import create_communicator, launch
 from kfac_dist.config import strict_yaml
-from kfac_dist.config.load import load_config
+from kfac_dist.config.load import create_config, load_config
+from kfac_dist.data.base import Batch
 from kfac_dist.errors import InputError
-from kfac_dist.planning.profile import load_profile
+from kfac_dist.planning import measure
+from kfac_dist.planning.profile import create_profile
 from kfac_dist.planning.simulate import PLAN_STAGES, Simulation
-from kfac_dist.plots.scaling import read_scaling_point
+from kfac_dist.plots.curves import stage_seconds
+from kfac_dist.training.learner import Learner
 
+_CPU = torch.device("cpu")
 TITLE = "A plan beside training"
+
+
+Seconds = list[tuple[bool, float]]
+"""Of each iteration whether it refreshes, and what it took."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A number of ranks: seconds an iteration, medians over the rounds, and seconds of the stages in the last one."""
+    """A number of ranks: seconds of an iteration, medians over the turns, and seconds of the stages.
+
+    Attributes:
+        predicted: From the rates.
+        measured: Of training.
+        ratio: Of the two.
+        ratios: Of each turn, where the rates were measured in the same program.
+        predicted_stages: Medians over the turns.
+        measured_stages: Of rank 0, typical.
+    """
 
     predicted: float
     measured: float
@@ -41,6 +65,44 @@ class Point:
     ratios: list[float]
     predicted_stages: dict[str, float]
     measured_stages: dict[str, float]
+
+
+class TimedLearner(Learner):
+    """Trains iterations by the clock."""
+
+    def train(self, batches: Iterator[Batch]) -> tuple[float, dict[str, float]]:
+        """One iteration; its seconds, and those of the stages."""
+        start = time.perf_counter()
+        result = self._train_iteration(self.iteration, batches, lambda: (False, False))
+        result.averages.read()
+        self.communicator.barrier()
+        self.iteration += 1
+        return time.perf_counter() - start, result.stages.read()
+
+
+def take_turns(arguments: argparse.Namespace) -> int:
+    """What each rank does: measure and train in turn; rank 0 writes all of it to --turns."""
+    communicator = create_communicator(device=_CPU)
+    config = load_config(arguments.turns.with_suffix(".yaml"))
+    learner = TimedLearner(config, communicator, _CPU)
+    batches = learner._batches()
+    measure._SECONDS = arguments.seconds
+    first = learner.train(batches)
+    profiles, turns, stages = [], [], [{"stage_seconds": first[1]}]
+    for _ in range(arguments.turn_count):
+        if communicator.size <= arguments.cores:
+            profiles.append(measure.measure_profile(config, communicator, _CPU).model_dump(mode="json"))
+        taken = []
+        for _ in range(arguments.iterations):
+            fresh = bool(arguments.interval) and learner.iteration % arguments.interval == 0
+            seconds, of_stages = learner.train(batches)
+            taken.append((fresh, seconds))
+            stages.append({"stage_seconds": of_stages})
+        turns.append(taken)
+    if communicator.is_main:
+        found = {"profiles": profiles, "turns": turns, "stages": stage_seconds(stages)}
+        arguments.turns.write_text(json.dumps(found), encoding="utf-8")
+    return 0
 
 
 def configuration(arguments: argparse.Namespace, interval: int, iterations: int) -> dict[str, object]:
@@ -64,63 +126,61 @@ def configuration(arguments: argparse.Namespace, interval: int, iterations: int)
     return recipe
 
 
-def measure_round(
-    arguments: argparse.Namespace, interval: int, folder: Path
-) -> tuple[dict[int, dict[str, float]], dict[int, tuple[float, dict[str, float]]]]:
-    """By number of ranks the predicted seconds of the stages, and the measured seconds and stages."""
-    path, profile = folder / "plan.yaml", folder / "profile.yaml"
-    iterations = -(-arguments.iterations // max(1, interval)) * max(1, interval)
-    warm = -(-iterations // 4)  # a fifth is left out when the run is read
-    path.write_text(strict_yaml.dump(configuration(arguments, interval, iterations + warm)), encoding="utf-8")
-    predicted, measured = {}, {}
-    for ranks in arguments.ranks:
-        command = ["-m", "kfac_dist.commands.plan", str(path), "--measure", str(profile), "--ranks", "1"]
-        launch(min(ranks, arguments.cores), command, folder)
-        point = Simulation(load_config(path), load_profile(str(profile))).predict(ranks)
-        predicted[ranks] = dict(point.stages)
-        name = f"plan-{interval}-{ranks}"
-        launch(ranks, [str(ROOT / "train.py"), str(path), f"run.output_dir={folder}", f"run.name={name}"], folder)
-        found = read_scaling_point(folder / name)
-        measured[ranks] = (found.seconds[1], found.stages)
-    return predicted, measured
+def mean_iteration(refresh: float, stale: float, interval: int) -> float:
+    """Seconds of an iteration where each `interval`-th refreshes; none does if that is 0."""
+    return (refresh + (interval - 1) * stale) / interval if interval else stale
 
 
-def launch(ranks: int, command: Sequence[str], folder: Path) -> None:
-    """Run a program of this package on a number of ranks.
+def mean_of(taken: Seconds, interval: int) -> float:
+    """The same of iterations that were measured."""
+    fresh, stale = ([seconds for is_fresh, seconds in taken if is_fresh == wanted] for wanted in (True, False))
+    typical = statistics.median(stale) if stale else 0.0
+    return mean_iteration(statistics.median(fresh) if fresh else typical, typical, interval)
+
+
+def run_ranks(arguments: argparse.Namespace, interval: int, ranks: int) -> dict[str, Any]:
+    """What `take_turns` wrote.
 
     Raises:
         InputError: If it fails.
     """
-    launcher = [str(ROOT / "scripts" / "mpirun.sh"), "-n", str(ranks)] if ranks > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(
-        [*launcher, sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    if finished.returncode:
-        raise InputError(f"{' '.join(command)} on {ranks} ranks failed:\n{finished.stderr.strip()}")
+    with tempfile.TemporaryDirectory() as folder:
+        turns = Path(folder) / "plan.json"
+        iterations = 1 + arguments.turn_count * arguments.iterations
+        recipe = strict_yaml.dump(configuration(arguments, interval, iterations))
+        turns.with_suffix(".yaml").write_text(recipe, encoding="utf-8")
+        options = ["--turns", turns, "--interval", interval, "--cores", arguments.cores, "--seconds", arguments.seconds]
+        options += ["--iterations", arguments.iterations, "--turn-count", arguments.turn_count]
+        launcher = [str(ROOT / "scripts" / "mpirun.sh"), "-n", str(ranks)] if ranks > 1 else []
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [*launcher, sys.executable, __file__, *map(str, options)]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise InputError(f"{ranks} ranks of {arguments.model} failed:\n{finished.stderr.strip()}")
+        found: dict[str, Any] = json.loads(turns.read_text(encoding="utf-8"))
+        return found
 
 
-def measure(arguments: argparse.Namespace, interval: int) -> dict[int, Point]:
-    """All rounds of one refresh interval, by number of ranks."""
-    predicted: dict[int, list[dict[str, float]]] = {ranks: [] for ranks in arguments.ranks}
-    measured: dict[int, list[tuple[float, dict[str, float]]]] = {ranks: [] for ranks in arguments.ranks}
-    for _ in range(arguments.rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            of_round = measure_round(arguments, interval, Path(folder))
-        for ranks in arguments.ranks:
-            predicted[ranks].append(of_round[0][ranks])
-            measured[ranks].append(of_round[1][ranks])
+def compare(arguments: argparse.Namespace, interval: int) -> dict[int, Point]:
+    """One refresh interval, by number of ranks."""
+    found = {ranks: run_ranks(arguments, interval, ranks) for ranks in {*arguments.ranks, arguments.cores}}
+    settings = configuration(arguments, interval, 1 + arguments.turn_count * arguments.iterations)
+    config = create_config(settings, "the benchmark")
     points = {}
     for ranks in arguments.ranks:
-        expected = [sum(stages.values()) for stages in predicted[ranks]]
-        taken = [seconds for seconds, _ in measured[ranks]]
+        own = ranks <= arguments.cores
+        profiles = found[ranks if own else arguments.cores]["profiles"]
+        plans = [Simulation(config, create_profile(profile, "--measure")).predict(ranks) for profile in profiles]
+        expected = [mean_iteration(plan.refresh_seconds, plan.stale_seconds, interval) for plan in plans]
+        turns = found[ranks]["turns"]
+        predicted, measured = statistics.median(expected), mean_of([one for taken in turns for one in taken], interval)
         points[ranks] = Point(
-            predicted=statistics.median(expected),
-            measured=statistics.median(taken),
-            ratio=statistics.median(expected) / statistics.median(taken),
-            ratios=[first / second for first, second in zip(expected, taken, strict=True)],
-            predicted_stages=predicted[ranks][-1],
-            measured_stages=measured[ranks][-1][1],
+            predicted=predicted,
+            measured=measured,
+            ratio=predicted / measured,
+            ratios=[e / mean_of(taken, interval) for e, taken in zip(expected, turns, strict=True)] if own else [],
+            predicted_stages={stage: statistics.median(plan.stages[stage] for plan in plans) for stage in PLAN_STAGES},
+            measured_stages=found[ranks]["stages"],
         )
     return points
 
@@ -133,7 +193,7 @@ def tables(arguments: argparse.Namespace, results: dict[str, dict[int, Point]]) 
         for name, points in results.items()
         for ranks, point in points.items()
     ]  # fmt: skip
-    heads = ["optimizer", "ranks", "predicted s/iter", "measured s/iter", "predicted ÷ measured", "of each round"]
+    heads = ["optimizer", "ranks", "predicted s/iter", "measured s/iter", "predicted ÷ measured", "of each turn"]
     stages = [stage for stage in PLAN_STAGES if stage != "factors"]
     by_stage = []
     for name, points in results.items():
@@ -149,7 +209,7 @@ def tables(arguments: argparse.Namespace, results: dict[str, dict[int, Point]]) 
         "",
         *table(heads, rows),
         "",
-        "Milliseconds by stage in the last round (backward with the factors; measured: of rank 0, which waits for the "
+        "Milliseconds by stage (backward with the factors; measured: of rank 0, which waits for the "
         "others within the collectives, and without what lies between the stages):",
         "",
         *table(["optimizer", "ranks", "", *stages], by_stage),
@@ -166,16 +226,21 @@ def main() -> None:
     parser.add_argument("--intervals", type=int, nargs="+", default=[0, 1, 10], help="0 is SGD; default: 0 1 10")
     parser.add_argument("--ranks", type=count, nargs="+", default=[1, 2, 4], help="default: 1 2 4")
     parser.add_argument("--cores", type=count, default=2, help="ranks that do not share a core; default: 2")
-    parser.add_argument("--iterations", type=count, default=8, help="least that count; default: 8")
-    parser.add_argument("--rounds", type=count, default=3, help="default: 3")
+    parser.add_argument("--iterations", type=count, default=4, help="of a turn; default: 4")
+    parser.add_argument("--turn-count", type=count, default=5, help="default: 5")
+    parser.add_argument("--seconds", type=float, default=0.05, help="least that a rate is measured; default: 0.05")
+    parser.add_argument("--turns", type=Path, help=argparse.SUPPRESS)  # what this program gives its ranks
+    parser.add_argument("--interval", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    environment = describe_run(torch.device("cpu"))
+    if arguments.turns is not None:
+        launch.run(partial(take_turns, arguments))
+    environment = describe_run(_CPU)
     results: dict[str, dict[int, Point]] = {}
     for interval in arguments.intervals:
-        results[f"kfac{interval}" if interval else "sgd"] = measure(arguments, interval)
+        results[f"kfac{interval}" if interval else "sgd"] = compare(arguments, interval)
         found = {name: {ranks: asdict(point) for ranks, point in points.items()} for name, points in results.items()}
         write_record(arguments.output, TITLE, environment, found, tables(arguments, results))
-    print("\n".join(tables(arguments, results)))
+        print("\n".join(tables(arguments, results)), flush=True)
 
 
 if __name__ == "__main__":
