@@ -21,7 +21,11 @@ setup(
     license_files=["LICENSE"],
     packages=[*find_packages(include=["kfac_dist", "kfac_dist.*"]), "kfac_dist.configs"],
     package_dir={"kfac_dist.configs": "configs"},  # the recipes, which stand at top level in a checkout
-    package_data={"kfac_dist.configs": ["**/*.yaml"], "kfac_dist.report": ["templates/*"]},
+    package_data={
+        "kfac_dist.configs": ["**/*.yaml"],
+        "kfac_dist.planning": ["profiles/*.yaml"],
+        "kfac_dist.report": ["templates/*"],
+    },
     entry_points={"console_scripts": ["kfac-dist = kfac_dist.commands.table:main"]},
     python_requires=">=3.11",
     install_requires=[

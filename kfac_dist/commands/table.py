@@ -31,6 +31,7 @@ COMMANDS = {
     "explain": Command(
         "kfac_dist.commands.early:explain", "show layers, owners, bytes and schedules of a configuration"
     ),
+    "plan": Command("kfac_dist.commands.plan:plan", "predict seconds, memory and hours on 1 to 4096 GPUs"),
     "memory": Command("kfac_dist.memory:main", "show what the Fisher of a network takes on each rank"),
     "plots": Command("kfac_dist.plots.command:main", "draw curves and the paper's figures"),
     "report": Command("kfac_dist.report.command:main", "write a page about a run, several runs or a study"),

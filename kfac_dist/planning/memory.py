@@ -66,9 +66,9 @@ class RankMemory:
     largest_tables: int
 
 
-def rank_memory(model: nn.Module, form: BatchNormForm, num_ranks: int) -> RankMemory:
-    """What the ranks hold when the model's layers are shared out over `num_ranks`."""
-    blocks = create_blocks(model, list(model.parameters()), form)
+def rank_memory(model: nn.Module, form: BatchNormForm, num_ranks: int, skip: Sequence[str] = ()) -> RankMemory:
+    """What the ranks hold when the model's layers, but those skipped, are shared out over `num_ranks`."""
+    blocks = create_blocks(model, list(model.parameters()), form, skip)
     owners = assign_owners([block_cost(block) for block in blocks], num_ranks)
     owned = [0] * num_ranks
     owned_sizes: list[set[int]] = [set() for _ in range(num_ranks)]

@@ -1,4 +1,4 @@
-"""The command lines of `train.py` and of `kfac-dist train`, `evaluate` and `explain`."""
+"""The command lines of `train.py` and of `kfac-dist train`, `evaluate`, `explain` and `plan`."""
 
 import argparse
 import difflib
@@ -72,6 +72,54 @@ def parse_explain(arguments: Sequence[str]) -> argparse.Namespace:
     found = _parse(parser, arguments)
     found.explain = True
     return found
+
+
+def parse_plan(arguments: Sequence[str], program: str = "kfac-dist plan") -> argparse.Namespace:
+    """What `kfac-dist plan` is to predict.
+
+    Args:
+        arguments: The words of the command line.
+        program: How the user called it, for the usage.
+
+    Raises:
+        InputError: If that makes no sense.
+    """
+    parser = _parser(
+        f"{program} [options] CONFIG.yaml [dotted.key=value …]",
+        "Predict seconds an iteration, memory and hours on numbers of ranks, without data and training.",
+    )
+    _add_configuration_(parser)
+    parser.add_argument(
+        "--ranks", dest="numbers", metavar="P,P,…", default="",
+        help="numbers of ranks (default: powers of two up to 4096 over which the batch divides)",
+    )  # fmt: skip
+    parser.add_argument("--profile", metavar="NAME|FILE", help="the machine: v100, a100, h100 (default), h200, or YAML")
+    parser.add_argument(
+        "--measure", type=Path, metavar="FILE.yaml",
+        help="measure this machine under as many ranks as there are, write its profile, and plan with it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grow-batch", action="store_true",
+        help="one slot of batch.per_rank a rank, so that the batch grows with the ranks (the paper's Figure 2)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    found = _parse(parser, arguments)
+    if not found.help:
+        if found.profile and found.measure:
+            parser.error("argument --measure: not allowed with argument --profile")
+        found.numbers = _ranks_in(found.numbers, parser)
+    return found
+
+
+def _ranks_in(text: str, parser: _Parser) -> list[int]:
+    """Numbers, each once, between commas; none in an empty text."""
+    numbers = []
+    for word in text.split(",") if text else ():
+        if not (word.strip().isdecimal() and int(word) >= 1):
+            parser.error(f"argument --ranks: must be integers >= 1 between commas, such as 1,2,4; got {word.strip()!r}")
+        numbers.append(int(word))
+    return sorted(set(numbers))
 
 
 def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
