@@ -113,13 +113,13 @@ def parse_plan(arguments: Sequence[str], program: str = "kfac-dist plan") -> arg
 
 
 def _ranks_in(text: str, parser: _Parser) -> list[int]:
-    """Numbers, each once, between commas; none in an empty text."""
+    """Numbers between commas; none in an empty text."""
     numbers = []
     for word in text.split(",") if text else ():
         if not (word.strip().isdecimal() and int(word) >= 1):
             parser.error(f"argument --ranks: must be integers >= 1 between commas, such as 1,2,4; got {word.strip()!r}")
         numbers.append(int(word))
-    return sorted(set(numbers))
+    return numbers
 
 
 def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
