@@ -59,32 +59,37 @@ def test_half_precision_is_summed_in_fp32(dtype: torch.dtype) -> None:
     )
 
 
-PLAIN = Patches.of(nn.Conv2d(4, 4, 3, padding=1))
+PLAIN = Patches.of(nn.Conv2d(8, 8, 3, padding=1))
 
 
 @pytest.mark.parametrize(
     ("patches", "expected"),
     [
         (PLAIN, True),
-        (Patches.of(nn.Conv2d(4, 4, 3, padding="same")), True),
-        (Patches.of(nn.Conv2d(4, 4, 3)), False),
-        (Patches.of(nn.Conv2d(4, 4, 3, padding=(1, 0))), False),
-        (Patches.of(nn.Conv2d(4, 4, 3, padding=1, stride=2)), False),
-        (Patches.of(nn.Conv2d(4, 4, 3, padding=2, dilation=2)), False),
-        (Patches.of(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")), False),
-        (Patches.of(nn.Conv2d(4, 4, 3, padding=1, groups=2)), False),
-        (Patches.of(nn.Conv2d(4, 4, 5, padding=2)), False),
-        (Patches.of(nn.Conv2d(4, 4, (3, 1), padding=1)), False),
+        (Patches.of(nn.Conv2d(8, 8, 3, padding="same")), True),
+        (Patches.of(nn.Conv2d(8, 8, 3)), False),
+        (Patches.of(nn.Conv2d(8, 8, 3, padding=(1, 0))), False),
+        (Patches.of(nn.Conv2d(8, 8, 3, padding=1, stride=2)), False),
+        (Patches.of(nn.Conv2d(8, 8, 3, padding=2, dilation=2)), False),
+        (Patches.of(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")), False),
+        (Patches.of(nn.Conv2d(8, 8, 3, padding=1, groups=2)), False),
+        (Patches.of(nn.Conv2d(8, 8, 5, padding=2)), False),
+        (Patches.of(nn.Conv2d(8, 8, (3, 1), padding=1)), False),
         (replace(PLAIN, stride=(1, 2)), False),
     ],
 )
 def test_where_it_is_used(patches: Patches, expected: bool) -> None:
-    assert shifts.pays(torch.zeros(2, 4, 5, 5), patches) is expected
+    assert shifts.pays(torch.zeros(2, 8, 5, 5), patches) is expected
+
+
+def test_few_channels_are_slower() -> None:
+    assert not shifts.pays(torch.zeros(2, 3, 5, 5), PLAIN)
+    assert shifts.pays(torch.zeros(8, 5, 5), PLAIN)  # one sample, without a batch dimension
 
 
 def test_not_on_a_gpu() -> None:
     """It has not been measured there."""
-    assert not shifts.pays(torch.zeros(2, 4, 5, 5, device="meta"), PLAIN)
+    assert not shifts.pays(torch.zeros(2, 8, 5, 5, device="meta"), PLAIN)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -92,9 +97,9 @@ def test_not_on_a_gpu() -> None:
 @pytest.mark.parametrize("layer", [{"padding": 1}, {"padding": 1, "stride": 2}])
 def test_a_layers_packed_factors(layer: dict[str, int], num_samples: int | None, bias: bool) -> None:
     """`pack_factor` is `factor` in packed form, whichever way the layer takes."""
-    module = nn.Conv2d(3, 5, 3, bias=bias, **layer).double()  # type: ignore[arg-type]
+    module = nn.Conv2d(8, 5, 3, bias=bias, **layer).double()  # type: ignore[arg-type]
     block = Conv2dBlock("conv", module, list(module.parameters()))
-    x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    x = torch.randn(6, 8, 8, 8, dtype=torch.float64)
     g = torch.randn_like(module(x))
     for values, gradients in ((x, g), (x[0], g[0])):  # a call without a batch dimension is one sample
         for matrix, (_, size) in block.factor_shapes.items():
