@@ -13,7 +13,7 @@ the host runs ahead of the GPU, as in training. Ratios are to the baseline: `sgd
 
 A first turn, which is not timed, counts each stage's operations. The stage "factors" is what K-FAC's backward takes
 beyond sgd's. Rates are held against those of one large product, or for stage 4 one large Cholesky factorisation, on
-rank 0. --output also draws the stages, as PATH.svg.
+rank 0. --output also draws the stages, as PATH.svg, where matplotlib is installed.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from clock import allocated_bytes, seconds_of, watch_peak
 from program import count, create_parser, describe_run, device_from, write_record
-from step_figures import BASELINES, StepFigures, draw_stages, tables
+from step_figures import BASELINES, StepFigures, tables
 from torch import Tensor, nn
 from work import Ceilings, Traffic, WorkClock, measure_ceilings, traffic_of
 from workload import Workload, add_workload_arguments, workloads_from
@@ -39,7 +39,6 @@ from kfac_dist.errors import AgreedInputError
 from kfac_dist.optim.kfac import KFAC
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.sgd import SGD
-from kfac_dist.plots import save_figure
 from kfac_dist.precision import HALF_DTYPES, configure_backends
 from kfac_dist.timing import STAGES, StageTimer
 
@@ -243,8 +242,10 @@ def main(arguments: argparse.Namespace) -> int:
             if setup.is_main:
                 results = {name: asdict(of) for name, of in figures.items()}
                 write_record(arguments.output, TITLE, environment, results, tables(figures))
-                if arguments.output is not None:
-                    save_figure(draw_stages(figures), Path(f"{arguments.output}.svg"))
+                if arguments.output is not None and find_spec("matplotlib"):
+                    from step_picture import draw_stages
+
+                    draw_stages(figures).savefig(f"{arguments.output}.svg")
         setup.print_once("\n".join(tables(figures)))
         return 0
     except AgreedInputError as error:

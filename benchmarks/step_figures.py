@@ -1,20 +1,13 @@
-"""Figures of the step benchmark, as tables and as a picture."""
+"""Figures of the step benchmark, and tables of them."""
 
 from dataclasses import asdict, dataclass
 
-import matplotlib
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 from program import table
 from work import Ceilings, Traffic
 
 from kfac_dist.timing import STAGES
 
-matplotlib.use("Agg")
-matplotlib.rcParams["svg.fonttype"] = "none"  # text as text
-
 BASELINES = ("torch", "sgd")
-_STAGES = ("forward", "backward", "factors", "reduce_scatter", "inverse", "precondition", "all_gather", "update")
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ def tables(figures: dict[str, StepFigures]) -> list[str]:
     return lines
 
 
-def _stages_with_factors(figures: dict[str, StepFigures]) -> dict[str, dict[str, dict[str, float]]]:
+def stages_with_factors(figures: dict[str, StepFigures]) -> dict[str, dict[str, dict[str, float]]]:
     """Seconds by stage, by optimizer, by workload; of K-FAC the factors apart from the backward."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for workload, of in figures.items():
@@ -124,28 +117,3 @@ def _traffic_line(of: Traffic | None) -> str:
     assert of is not None  # the last candidate is K-FAC's
     parts = [f"{name} {sent:,} bytes (formula {formula:,})" for name, (sent, formula) in asdict(of).items()]
     return f"Each rank gives to the collectives of a step with a refresh: {', '.join(parts)}."
-
-
-def draw_stages(figures: dict[str, StepFigures]) -> Figure:
-    """A panel for each workload, in it a bar for each optimizer, stacked of its stages."""
-    seconds = _stages_with_factors(figures)
-    figure, axes = plt.subplots(
-        len(seconds), 1, figsize=(8, 1.2 + 0.45 * sum(len(of) + 2 for of in seconds.values())), squeeze=False,
-        gridspec_kw={"height_ratios": [len(of) for of in seconds.values()]}, layout="constrained",
-    )  # fmt: skip
-    colours = dict(zip(_STAGES, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    for axis, (workload, of) in zip(axes[:, 0], seconds.items(), strict=True):
-        names = list(of)
-        starts = [0.0] * len(names)
-        for stage in _STAGES:
-            widths = [1e3 * of[name][stage] for name in names]
-            axis.barh(names, widths, left=starts, color=colours[stage], label=stage)
-            starts = [start + width for start, width in zip(starts, widths, strict=True)]
-        for name, total in zip(names, starts, strict=True):
-            axis.annotate(f"{total:.0f}", (total, name), xytext=(3, 0), textcoords="offset points", va="center")
-        axis.invert_yaxis()
-        axis.margins(x=0.08)
-        axis.set_title(workload, loc="left", fontsize="medium")
-        axis.set_xlabel("milliseconds per step")
-    axes[0, 0].legend(ncols=4, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1.15), frameon=False)
-    return figure
