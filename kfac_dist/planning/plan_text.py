@@ -1,5 +1,6 @@
 """A plan as text for the screen."""
 
+from kfac_dist.communicator.base import ranks_in_words
 from kfac_dist.config.schema import Config
 from kfac_dist.planning.plan import PAYS_FROM, Plan
 from kfac_dist.planning.profile import Profile
@@ -50,9 +51,9 @@ def _advice(plan: Plan, config: Config) -> list[str]:
     if plan.best is None or plan.fastest is None:
         return ["no number of ranks has the memory: set a smaller batch.per_rank"]
     best, fastest = plan.points[plan.best], plan.points[plan.fastest]
-    lines = [f"best: {best.num_ranks} ranks in {best.slots} slots, {_hours(best.hours)} h"]
+    lines = [f"best: {ranks_in_words(best.num_ranks)}, slots on each: {best.slots}; {_hours(best.hours)} h"]
     if fastest.num_ranks != best.num_ranks:
-        lines.append(f"fastest: {fastest.num_ranks} ranks, {_hours(fastest.hours)} h")
+        lines.append(f"fastest: {ranks_in_words(fastest.num_ranks)}; {_hours(fastest.hours)} h")
     if plan.stops_paying is None:
         lines.append(f"more ranks pay up to {plan.points[-1].num_ranks}, where this table ends")
     else:
@@ -62,7 +63,7 @@ def _advice(plan: Plan, config: Config) -> list[str]:
     if plan.intervals:
         seconds = ", ".join(f"{interval}: {value:.4g}" for interval, value in plan.intervals.items())
         lines += [
-            f"refresh on {best.num_ranks} ranks, s/iter by interval: {seconds}",
+            f"refresh on {ranks_in_words(best.num_ranks)}, s/iter by interval: {seconds}",
             f"best refresh interval: {plan.best_interval} (the shortest within 10 % of the longest; SGD takes "
             f"{best.sgd_seconds:.4g} s)",
         ]

@@ -112,7 +112,7 @@ class _Factor:
     packed: Tensor
 
     def __call__(self) -> None:
-        pack_symmetric(self.block.factor(self.matrix, self.x, self.g), self.packed)
+        self.block.pack_factor(self.matrix, self.x, self.g, None, self.packed)
 
 
 @dataclass(frozen=True)
