@@ -69,6 +69,21 @@ def pixel_rows(images: Tensor, groups: int) -> Tensor:
     return split.transpose(0, 1)
 
 
+def image_moment_pays(images: Tensor, groups: int) -> bool:
+    """Whether `image_moment` is faster than a product of `pixel_rows`, which must be copied together for it.
+
+    Measured on a CPU, where it takes a sixth to all of the time of the other; on a GPU nothing was measured yet.
+    """
+    _, channels, height, width = images.shape
+    return images.device.type == "cpu" and groups == 1 and images.is_contiguous() and height * width >= 4 * channels
+
+
+def image_moment(images: Tensor) -> Tensor:
+    """Σ pixel · pixelᵀ, image by image: (N, C, H, W) → (1, C, C)."""
+    pixels = images.to(sum_dtype(images)).flatten(2)
+    return torch.bmm(pixels, pixels.mT).sum(dim=0, keepdim=True)
+
+
 def cross_moment(first: Tensor, second: Tensor) -> Tensor:
     """Σ over all but the outer dimensions of first · secondᵀ: (k, *, m) and (k, *, n) → (k, m, n)."""
     first, second = first.flatten(1, -2), second.flatten(1, -2)

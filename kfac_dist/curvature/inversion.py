@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfac_dist.curvature.blocks.base import FactorKey, Matrices
+from kfac_dist.curvature.blocks.base import Block, FactorKey, Matrices
 from kfac_dist.curvature.running import BlockCurvature
 from kfac_dist.curvature.solvers import StackBatches, mean_diagonals
 from kfac_dist.tensors.host_copy import HostCopy, to_device
@@ -20,8 +20,22 @@ from kfac_dist.tensors.host_copy import HostCopy, to_device
 # A matrix that is not positive definite to rounding is damped tenfold, this many times at most.
 _MAX_RETRIES = 3
 
-# Iterations from which an inverse pays for being formed; on a CPU 5 to more than 15, by size (benchmarks/results/).
+# Iterations from which an inverse pays for being formed, whatever its size. That of a matrix that is solved with many
+# columns at once pays sooner: as soon as it has served as many columns as it has rows (benchmarks/results/, on a CPU).
 MIN_INTERVAL_FOR_INVERSE = 10
+
+
+def pays_to_invert(block: Block, matrix: str, interval: int) -> bool:
+    """Whether a matrix is kept as its inverse rather than as its Cholesky factor.
+
+    Args:
+        block: The block.
+        matrix: Name of its matrix.
+        interval: Iterations that it will serve.
+    """
+    count, size = block.factor_shapes[matrix]
+    columns = block.num_values // (count * size)  # of the gradient, all of which are solved in each iteration
+    return interval >= MIN_INTERVAL_FOR_INVERSE or interval * columns >= size
 
 
 @dataclass(frozen=True)
@@ -133,10 +147,10 @@ class InverseRefresh:
             [flags[last[number]] for number in range(len(tasks))]
         )
         self._tried, self._failed = list(tasks), HostCopy(failed)
-        solvers = [
-            solver.inverted() if expected_interval((tasks[number].name, matrix)) >= MIN_INTERVAL_FOR_INVERSE else solver
-            for (number, matrix), solver in zip(keys, solvers, strict=True)
-        ]
+        for index, (number, matrix) in enumerate(keys):
+            interval = expected_interval((tasks[number].name, matrix))
+            if pays_to_invert(tasks[number].curvature.block, matrix, interval):
+                solvers[index] = solvers[index].inverted()
         previous = [tasks[number].curvature.solvers.get(matrix) for number, matrix in keys]
         # The device cannot choose between two forms: then, once in many refreshes, the host waits for the answer.
         changes_form = any(

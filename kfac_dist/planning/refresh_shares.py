@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.create import refresh_costs
-from kfac_dist.curvature.inversion import MIN_INTERVAL_FOR_INVERSE
 from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedule
 from kfac_dist.planning.work import Refresh
 
@@ -29,32 +28,28 @@ def refresh_shares(schedule: RefreshSchedule, blocks: Sequence[Block], num_itera
 
 
 def _by_kind(schedule: IntervalRefresh, kinds: Sequence[FactorKey], num_iterations: int) -> dict[Refresh, float]:
-    inverted: dict[str, bool] = {}
+    served: dict[str, int] = {}
     counts: Counter[Refresh] = Counter()
     for iteration in range(num_iterations):
         due = schedule.due(kinds, iteration)
         for key in due:
-            inverted[key[1]] = schedule.expected_interval(key, iteration) >= MIN_INTERVAL_FOR_INVERSE
+            served[key[1]] = schedule.expected_interval(key, iteration)
         schedule.record(iteration, dict.fromkeys(due, 0.0))
-        forms = frozenset(matrix for matrix, is_inverse in inverted.items() if is_inverse)
-        counts[Refresh(frozenset(matrix for _, matrix in due), forms)] += 1
+        counts[Refresh.of((matrix for _, matrix in due), served)] += 1
     return {refresh: count / num_iterations for refresh, count in counts.items()}
 
 
 def _by_work(schedule: RefreshSchedule, costs: Mapping[FactorKey, float], num_iterations: int) -> dict[Refresh, float]:
     keys, total = list(costs), sum(costs.values()) * num_iterations
     kinds = frozenset(matrix for _, matrix in keys)
-    refreshed = inverted = 0.0
+    refreshed = 0.0
     for iteration in range(num_iterations):
         due = schedule.due(keys, iteration)
         schedule.record(iteration, dict.fromkeys(due, 0.0))
         refreshed += sum(costs[key] for key in due)
-        inverted += sum(
-            costs[key] for key in due if schedule.expected_interval(key, iteration) >= MIN_INTERVAL_FOR_INVERSE
-        )
     if not total:
-        return {Refresh(frozenset(), frozenset()): 1.0}
+        return {Refresh.of((), {}): 1.0}
     share = round(refreshed / total, 9)  # sums of floats
-    forms = kinds if inverted * 2 > refreshed or share * MIN_INTERVAL_FOR_INVERSE < 1 else frozenset[str]()
-    shares = {Refresh(kinds, forms): share, Refresh(frozenset(), forms): 1.0 - share}
+    served = dict.fromkeys(kinds, round(1 / share))
+    shares = {Refresh.of(kinds, served): share, Refresh.of((), served): 1.0 - share}
     return {refresh: value for refresh, value in shares.items() if value > 0}

@@ -133,7 +133,7 @@ class Simulation:
     @cached_property
     def _own_shares(self) -> dict[Refresh, float]:
         kfac = self.config.kfac
-        return {Refresh(frozenset(), frozenset()): 1.0} if kfac is None else self.shares(kfac.refresh)
+        return {Refresh.of((), {}): 1.0} if kfac is None else self.shares(kfac.refresh)
 
     def predict(
         self, num_ranks: int, batch: BatchConfig | None = None, shares: Mapping[Refresh, float] | None = None

@@ -1,7 +1,8 @@
 """The work of a training iteration on one rank, stage by stage, as the program's own code does it on any device."""
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -121,11 +122,24 @@ class Refresh:
 
     Attributes:
         due: Names of the matrices that it refreshes.
-        inverted: Names of those that it solves with as explicit inverses; the others as Cholesky factors.
+        served: Names of those whose last refresh was to serve more than one iteration, and how many; from the number
+            on where all are inverted, that number.
     """
 
     due: frozenset[str]
-    inverted: frozenset[str]
+    served: frozenset[tuple[str, int]]
+
+    @classmethod
+    def of(cls, due: Iterable[str], served: Mapping[str, int]) -> Self:
+        """Of an iteration that refreshes these matrices, and the iterations that each one's last refresh serves."""
+        longer = {
+            matrix: min(interval, MIN_INTERVAL_FOR_INVERSE) for matrix, interval in served.items() if interval > 1
+        }
+        return cls(frozenset(due), frozenset(longer.items()))
+
+    def interval(self, matrix: str) -> int:
+        """Iterations that a matrix's last refresh serves."""
+        return dict(self.served).get(matrix, 1)
 
 
 @dataclass(frozen=True)
@@ -192,7 +206,7 @@ def _refresh(
         owned.refresh(
             factors,
             lambda block: 1.0,
-            lambda key: MIN_INTERVAL_FOR_INVERSE if key[1] in refresh.inverted else 1,
+            lambda key: refresh.interval(key[1]),
         )
 
 

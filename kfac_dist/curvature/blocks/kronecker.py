@@ -53,6 +53,10 @@ class KroneckerBlock(Block):
         """Σ_n Σ_t a aᵀ of the layer's input, (groups, n, n)."""
         return second_moment(self.feature_rows(x), self.has_bias)
 
+    def output_moment(self, g: Tensor) -> Tensor:
+        """Σ_n Σ_t g gᵀ of the gradients at the layer's output, (groups, n, n)."""
+        return second_moment(self.feature_rows(g))
+
     def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         if x.dim() == self.sample_dims:
             x, g = x[None], g[None]
@@ -60,8 +64,8 @@ class KroneckerBlock(Block):
         if matrix == "A":
             # Autocast casts the layer's input, too, to the precision that it runs in.
             return input_factor(self.input_moment(x.to(g.dtype)), num_samples)
-        rows = self.feature_rows(g)
-        return output_factor(second_moment(rows), num_samples, num_rows=rows.shape[1])
+        num_rows = g.numel() // (self.groups * self.rows)
+        return output_factor(self.output_moment(g), num_samples, num_rows)
 
     @staticmethod
     def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:

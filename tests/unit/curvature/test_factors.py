@@ -6,6 +6,7 @@ vec(g aᵀ) = g ⊗ a and the Fisher of vec(weight) is G ⊗ A.
 """
 
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kfac_dist.curvature import patches
-from kfac_dist.curvature.factors import input_factor, output_factor, second_moment
+from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
+from kfac_dist.curvature.factors import (
+    image_moment,
+    image_moment_pays,
+    input_factor,
+    output_factor,
+    pixel_rows,
+    second_moment,
+    sum_dtype,
+)
 from tests.unit.curvature.layer_factors import (
     conv2d_input_factor,
     conv2d_output_factor,
@@ -336,3 +346,35 @@ def test_factors_are_symmetric_and_fp32_stays_fp32():
         assert factor.dtype == torch.float32
         torch.testing.assert_close(factor, factor.mT)
     torch.testing.assert_close(conv_a(layer, x).double(), conv_a_by_loop(layer, x.double()), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 7)] * 4),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_products_by_image_equal_one_product_of_all_pixels(shape, dtype):
+    images = random(*shape, seed=sum(shape)).to(dtype)
+    expected = second_moment(pixel_rows(images.to(sum_dtype(images)), 1))
+    moment = image_moment(images)
+    assert moment.dtype == expected.dtype
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(moment, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "memory_format", "groups", "expected"),
+    [
+        ((2, 4, 4, 4), torch.contiguous_format, 1, True),
+        ((2, 5, 4, 4), torch.contiguous_format, 1, False),  # fewer than four pixels a channel
+        ((2, 4, 4, 4), torch.contiguous_format, 2, False),
+        ((2, 4, 4, 4), torch.channels_last, 1, False),
+    ],
+)
+def test_products_by_image_where_pixels_would_have_to_be_copied(shape, memory_format, groups, expected):
+    images = random(*shape).contiguous(memory_format=memory_format)
+    assert image_moment_pays(images, groups) == expected
+    block = Conv2dBlock("", layer := nn.Conv2d(groups, shape[1], 1, groups=groups), list(layer.parameters()))
+    with patch("kfac_dist.curvature.blocks.conv2d.image_moment", wraps=image_moment) as by_image:
+        assert_close(block.output_moment(images), second_moment(pixel_rows(images, groups)))
+    assert by_image.called == expected

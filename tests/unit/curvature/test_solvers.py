@@ -159,7 +159,11 @@ def test_vectors_are_solved_block_by_block():
 
 def kronecker_curvature(groups=1, bias=True, name="layer"):
     layer = nn.Conv2d(2 * groups, 3 * groups, 2, groups=groups, bias=bias, dtype=torch.float64)
-    curvature = BlockCurvature(Conv2dBlock(name, layer, list(layer.parameters())))
+    return curvature_of(Conv2dBlock(name, layer, list(layer.parameters())))
+
+
+def curvature_of(block):
+    curvature = BlockCurvature(block)
     for seed, (matrix, (count, size)) in enumerate(curvature.block.factor_shapes.items()):
         curvature.averages[matrix].update(random_psd(count, size, seed=seed, rank=2), None)
     return curvature
@@ -293,14 +297,26 @@ def test_a_matrix_that_is_not_refreshed_keeps_its_factors():
     assert not torch.allclose(curvature.solvers["G"].matrix, previous["G"])
 
 
-def test_a_matrix_that_serves_long_is_kept_as_its_inverse():
-    factors, inverses = kronecker_curvature(), kronecker_curvature()
-    refresh_inverses([factors], [0.1], matrices_of(factors))
-    intervals = {"A": MIN_INTERVAL_FOR_INVERSE, "G": MIN_INTERVAL_FOR_INVERSE - 1}
-    refresh_inverses([inverses], [0.1], matrices_of(inverses), lambda key: intervals[key[1]])
-    assert [inverses.solvers[matrix].is_inverse for matrix in ("A", "G")] == [True, False]
-    gradient = random(factors.block.num_values)
-    assert_close(precondition(inverses, gradient), precondition(factors, gradient))
+@pytest.mark.parametrize(
+    ("shape", "interval", "kept_as_inverse"),
+    [
+        ((3, 5), 1, {"A": False, "G": True}),  # weight's shape: A is multiplied by 3 columns, G by 5
+        ((3, 5), 2, {"A": True, "G": True}),  # and by 6 and 10 in two iterations
+        ((4, 4), 1, {"A": True, "G": True}),
+        ((1, 40), MIN_INTERVAL_FOR_INVERSE - 1, {"A": False, "G": True}),
+        ((1, 40), MIN_INTERVAL_FOR_INVERSE, {"A": True, "G": True}),
+    ],
+)
+def test_a_matrix_that_serves_many_columns_is_kept_as_its_inverse(shape, interval, kept_as_inverse):
+    layer = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
+    curvature = curvature_of(LinearBlock("layer", layer, list(layer.parameters())))
+    refresh_inverses([curvature], [0.1], matrices_of(curvature), lambda key: interval)
+    assert {matrix: solver.is_inverse for matrix, solver in curvature.solvers.items()} == kept_as_inverse
+    A, G = (curvature.running[matrix] for matrix in ("A", "G"))
+    A_damped, G_damped = damp_factors(A, G, 0.1)
+    gradient = random(curvature.block.num_values)
+    expected = torch.linalg.solve(torch.kron(G_damped[0], A_damped[0]), gradient)
+    assert_close(precondition(curvature, gradient), expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -345,9 +361,10 @@ def test_until_a_deferred_answer_is_known_the_device_keeps_the_previous_solvers(
 @pytest.mark.parametrize("deferred", [False, True])
 def test_the_form_of_a_solver_follows_the_interval_from_the_first_refresh_on(deferred):
     curvature, refresh = kronecker_curvature(), InverseRefresh(deferred)
-    for interval, is_inverse in ((1, False), (1, False), (20, True), (20, True), (5, False), (5, False)):
+    for interval, is_inverse in ((1, False), (1, False), (20, True), (20, True), (2, False), (2, False)):
         refresh.refresh(tasks_for(curvature), lambda key, interval=interval: interval)
-        assert [solver.is_inverse for solver in curvature.solvers.values()] == [is_inverse] * 2
+        forms = {matrix: solver.is_inverse for matrix, solver in curvature.solvers.items()}
+        assert forms == {"A": is_inverse, "G": True}, "G, 3 rows, is multiplied by 9 columns in every iteration"
 
 
 @pytest.mark.parametrize("deferred", [False, True])

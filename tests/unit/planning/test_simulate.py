@@ -9,7 +9,7 @@ from torch import nn
 from kfac_dist.config.load import create_config
 from kfac_dist.config.schema import Config
 from kfac_dist.curvature.assignment import assign_owners
-from kfac_dist.curvature.blocks.create import block_cost
+from kfac_dist.curvature.blocks.create import block_cost, create_blocks
 from kfac_dist.errors import InputError
 from kfac_dist.optim.buffers import StageBuffers, all_factor_keys
 from kfac_dist.planning.memory import largest_unfolding, rank_memory
@@ -18,7 +18,7 @@ from kfac_dist.planning.simulate import PLAN_STAGES, Simulation
 from kfac_dist.planning.work import OwnedWorks, Refresh, slot_work
 from tests.unit.planning.machines import machine
 
-ALL, NONE = frozenset({"A", "G", "F"}), frozenset[str]()
+ALL = ("A", "G", "F")
 
 
 def configuration(**changes: Any) -> Config:
@@ -68,23 +68,27 @@ def test_a_slot_is_what_its_layers_do():
 
 
 def test_an_owner_factorises_and_solves_what_it_owns():
-    simulation = Simulation(configuration(), machine())
-    blocks = [block for block in simulation.blocks if block.form == "kronecker"][:2]
+    layer = nn.Linear(6, 4, bias=False)
+    (block,) = create_blocks(layer, list(layer.parameters()), "diagonal")
     works = OwnedWorks()
-    fresh, stale = works.of(blocks, Refresh(ALL, NONE)), works.of(blocks, Refresh(NONE, NONE))
-    sizes = [size for block in blocks for _, size in block.factor_shapes.values()]
-    assert sum(found.flops for found in fresh.inverse) == pytest.approx(sum(size**3 / 3 for size in sizes))
-    solves = sum(2 * size * block.num_values for block in blocks for _, size in block.factor_shapes.values())
-    assert sum(found.flops for found in fresh.precondition) == pytest.approx(solves)
+    fresh, stale = works.of([block], Refresh.of(ALL, {})), works.of([block], Refresh.of((), {}))
+    # A, 6 rows, is solved with as its factor; G, 4 rows, is inverted, for it is multiplied by 6 columns
+    flops = {
+        kind: sum(found.flops for found in fresh.inverse if found.kind == kind) for kind in ("factorise", "invert")
+    }
+    assert flops == {"factorise": pytest.approx((6**3 + 4**3) / 3), "invert": pytest.approx(2 * 4**3 / 3)}
+    for work in (fresh, stale):
+        flops = {
+            kind: sum(found.flops for found in work.precondition if found.kind == kind) for kind in ("product", "solve")
+        }
+        assert flops == {"product": 2 * 4 * 24, "solve": 2 * 6 * 24}
     assert stale.inverse == []
-    assert sum(found.flops for found in stale.precondition) == pytest.approx(solves)
-    inverted = works.of(blocks, Refresh(ALL, ALL))
+    inverted = works.of([block], Refresh.of(ALL, dict.fromkeys(ALL, 2)))  # two times four columns are more than six
     flops = {kind: sum(found.flops for found in inverted.inverse if found.kind == kind) for kind in ("invert", "solve")}
-    assert flops == {"invert": pytest.approx(sum(2 * size**3 / 3 for size in sizes)), "solve": 0.0}
+    assert flops == {"invert": pytest.approx(2 * (6**3 + 4**3) / 3), "solve": 0.0}
     assert {found.kind for found in inverted.precondition if found.flops} == {"product"}
-    only_A = works.of(blocks, Refresh(frozenset({"A"}), NONE))
-    sizes_of_A = [block.factor_shapes["A"][1] for block in blocks]
-    assert sum(found.flops for found in only_A.inverse) == pytest.approx(sum(size**3 / 3 for size in sizes_of_A))
+    only_A = works.of([block], Refresh.of("A", {}))
+    assert sum(found.flops for found in only_A.inverse) == pytest.approx(6**3 / 3)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 16])
@@ -94,11 +98,14 @@ def test_the_slowest_owner_counts(num_ranks):
     owners = assign_owners([block_cost(block) for block in blocks], num_ranks)
     loads = [0.0] * num_ranks
     for block, ranks in zip(blocks, owners, strict=True):
-        sizes = [(count, size) for count, size in block.factor_shapes.values()]
-        factorise = sum(count * size**3 / 3 for count, size in sizes if size > 1) / 0.5e12
-        solve = sum(2 * size * block.num_values for _, size in sizes if size > 1) / 0.25e12
-        for rank in ranks:
-            loads[rank] += factorise + solve
+        for count, size in block.factor_shapes.values():
+            seconds = count * size**3 / 3 / 0.5e12
+            if block.num_values >= count * size**2:  # as many columns as rows: inverted, as a GPU does it
+                seconds += count * 2 * size**3 / 0.25e12 + 2 * size * block.num_values / 1e12
+            else:
+                seconds += 2 * size * block.num_values / 0.25e12
+            for rank in ranks:
+                loads[rank] += seconds if size > 1 else 0.0
     stages = simulation.predict(num_ranks).stages
     assert stages["inverse"] + stages["precondition"] == pytest.approx(max(loads), rel=0.01)
 
@@ -131,7 +138,8 @@ def test_the_mean_is_by_the_shares_of_the_schedule():
     tenth = Simulation(configuration(kfac=every(10)), machine())
     assert tenth.config.kfac is not None
     shares = tenth.shares(tenth.config.kfac.refresh)
-    assert shares == {Refresh(ALL, ALL): 0.1, Refresh(NONE, ALL): 0.9}
+    served = dict.fromkeys(ALL, 10)
+    assert shares == {Refresh.of(ALL, served): 0.1, Refresh.of((), served): 0.9}
     found = tenth.predict(4)
     assert found.refresh_interval == pytest.approx(10.0)
     assert found.seconds == pytest.approx(0.1 * found.refresh_seconds + 0.9 * found.stale_seconds)
