@@ -3,12 +3,14 @@
     python benchmarks/inverse.py --sizes 64 256 1024 --output benchmarks/results/DATE-inverse
 
 Forming the inverse from the Cholesky factor costs once; each step then multiplies instead of solving. The cases take
-turns; the figures are medians over the rounds. The default sizes n are those of a ResNet's 3×3 convolutions; a solve
-has n / 9 right-hand sides, as the gradient of such a convolution has if it has as many outputs as inputs.
+turns; the figures are medians over the rounds. The default sizes n are those of a ResNet's convolutions. A solve has
+n/9 right-hand sides, as the gradient of a 3×3 convolution has if it has as many outputs as inputs, and n and 4 n, as
+those of a bottleneck's 1×1 convolutions have. The last column is the interval times right-hand sides over rows.
 """
 
 import statistics
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -30,6 +32,7 @@ HEADS = {
     "solve": "solve",
     "multiply": "multiply",
     "pays_from": "inverse pays from interval",
+    "columns_per_row": "that is, right-hand sides a row",
 }
 
 
@@ -53,9 +56,10 @@ def _factorise_each(matrices: tuple[Tensor, ...]) -> None:
         torch.linalg.cholesky_ex(matrix)
 
 
-def measure(size: int, num_matrices: int, num_rounds: int, num_calls: int, device: torch.device) -> dict[str, Any]:
+def measure(
+    size: int, columns: int, num_matrices: int, num_rounds: int, num_calls: int, device: torch.device
+) -> dict[str, Any]:
     """Milliseconds of each case, and the refresh interval from which an inverse pays: None if never."""
-    columns = max(1, size // 9)
     timed = cases(size, num_matrices, columns, device)
     rounds: dict[str, list[float]] = {name: [] for name in timed}
     for number in range(num_rounds + 1):
@@ -66,7 +70,9 @@ def measure(size: int, num_matrices: int, num_rounds: int, num_calls: int, devic
     median = {name: statistics.median(values) for name, values in rounds.items()}
     saved = median["solve"] - median["multiply"]
     pays_from = median["invert"] / saved if saved > 0 else None
-    return {"size": size, "matrices": num_matrices, "columns": columns, **median, "pays_from": pays_from}
+    columns_per_row = pays_from and pays_from * columns / size
+    sizes = {"size": size, "matrices": num_matrices, "columns": columns}
+    return sizes | median | {"pays_from": pays_from, "columns_per_row": columns_per_row}
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
@@ -81,11 +87,21 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
+def _positive(text: str) -> float:
+    value = float(Fraction(text))
+    if value <= 0:
+        raise ValueError(text)
+    return value
+
+
 def main() -> None:
     """Measure, print and write after each size."""
     parser = create_parser(__doc__)
     add_device_argument(parser)
-    parser.add_argument("--sizes", type=count, nargs="+", default=[144, 288, 576, 1152, 2304])
+    parser.add_argument("--sizes", type=count, nargs="+", default=[64, 144, 256, 576, 1024, 1152, 2048, 2304])
+    parser.add_argument(
+        "--columns", type=_positive, nargs="+", default=[1 / 9, 1, 4], help="for each row; default: 1/9 1 4"
+    )
     parser.add_argument("--matrices", type=count, default=4, help="of each size to be factorised; default: 4")
     parser.add_argument("--rounds", type=count, default=5, help="rounds that count; default: 5")
     parser.add_argument("--calls", type=count, default=3, help="calls of each case in a round; default: 3")
@@ -94,7 +110,9 @@ def main() -> None:
     environment = describe_run(device)
     rows: list[dict[str, Any]] = []
     for size in arguments.sizes:
-        rows.append(measure(size, arguments.matrices, arguments.rounds, arguments.calls, device))
+        for ratio in arguments.columns:
+            columns = max(1, round(ratio * size))
+            rows.append(measure(size, columns, arguments.matrices, arguments.rounds, arguments.calls, device))
         write_record(arguments.output, TITLE, environment, rows, tables(rows))
     print("\n".join(tables(rows)))
 
