@@ -6,14 +6,20 @@ python benchmarks/scaling.py settings RANKS ITERATIONS CONFIG.yaml [dotted.key=v
     global batch is the same on any number of ranks.
 python benchmarks/scaling.py summarise FOLDER
     Writes scaling.md, scaling.json and figure2.png into the folder, of the finished runs in it.
+python benchmarks/scaling.py run FOLDER RANKS[,RANKS…] ITERATIONS CONFIG.yaml [dotted.key=value …]
+    Trains all of that on one host by mpirun, each number of ranks with K-FAC and at once with SGD, every rank with one
+    thread; and summarises both, FOLDER/kfac and FOLDER/sgd, and in FOLDER/scaling.md one beside the other.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from program import count, run, table
+from program import ROOT, count, run, table
 
 from kfac_dist.config.load import load_config
 from kfac_dist.data.create import describe_dataset
@@ -21,6 +27,7 @@ from kfac_dist.errors import InputError
 from kfac_dist.plots import ScalingPoint, describe_runs, draw_scaling, read_scaling_point, save_figure
 from kfac_dist.runs.writer import DONE_FILE
 
+_OPTIMIZERS = {"kfac": (), "sgd": ("optimizer.name=sgd", "kfac=null", "weight_rescaling=off")}
 _EVALUATED = 256  # images: the accuracy is of no interest
 
 
@@ -60,8 +67,8 @@ def markdown(points: list[ScalingPoint], title: str) -> str:
     return "\n".join([*lines, *table(["ranks", *stages], by_stage)]) + "\n"
 
 
-def summarise(folder: Path) -> None:
-    """Write the table and the figure.
+def summarise(folder: Path) -> list[ScalingPoint]:
+    """Write the table and the figure; and return the points.
 
     Raises:
         InputError: If no run in the folder is finished.
@@ -75,6 +82,36 @@ def summarise(folder: Path) -> None:
     (folder / "scaling.md").write_text(text, encoding="utf-8")
     (folder / "scaling.json").write_text(json.dumps([asdict(point) for point in points], indent=2) + "\n", "utf-8")
     save_figure(draw_scaling(points, describe_runs(runs)), folder / "figure2.png")
+    return points
+
+
+def run_here(folder: Path, numbers: list[int], iterations: int, config: str, overrides: list[str]) -> None:
+    """Train on each number of ranks of this host, K-FAC and SGD in turn, and compare them."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for number in numbers:
+        for name, changes in _OPTIMIZERS.items():
+            found = settings(number, iterations, config, [*overrides, *changes])
+            found += [f"run.output_dir={folder / name}", f"run.name=ranks-{number}"]
+            program = [sys.executable, str(ROOT / "train.py"), config, *found]
+            subprocess.run(
+                [str(ROOT / "scripts" / "mpirun.sh"), "-n", str(number), *program], env=environment, check=True
+            )
+    points = {name: summarise(folder / name) for name in _OPTIMIZERS}
+    seconds = [[point.seconds[1] for point in found] for found in points.values()]
+    rows = [
+        [str(number), f"{kfac:.4f}", f"{sgd:.4f}", f"{kfac / sgd:.2f}"]
+        for number, kfac, sgd in zip(sorted(numbers), *seconds, strict=True)
+    ]
+    cores = f"{len(os.sched_getaffinity(0))} cores, one thread a rank, so more ranks than cores share them"
+    heads = ["ranks", "K-FAC, s per iteration", "SGD, s per iteration", "K-FAC ÷ SGD"]
+    text = "\n".join([f"# K-FAC beside SGD on more and more ranks ({cores})", "", *table(heads, rows)]) + "\n"
+    print(text, end="")
+    (folder / "scaling.md").write_text(text, encoding="utf-8")
+
+
+def numbers_of_ranks(text: str) -> list[int]:
+    """1,2,4 as a list."""
+    return [count(part) for part in text.split(",")]
 
 
 def main() -> None:
@@ -87,9 +124,17 @@ def main() -> None:
     command.add_argument("config", metavar="CONFIG.yaml")
     command.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     commands.add_parser("summarise").add_argument("folder", type=Path)
+    here = commands.add_parser("run")
+    here.add_argument("folder", type=Path)
+    here.add_argument("ranks", type=numbers_of_ranks)
+    here.add_argument("iterations", type=count)
+    here.add_argument("config", metavar="CONFIG.yaml")
+    here.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     options = parser.parse_args()
     if options.command == "summarise":
         summarise(options.folder)
+    elif options.command == "run":
+        run_here(options.folder, options.ranks, options.iterations, options.config, options.overrides)
     else:
         print("\n".join(settings(options.ranks, options.iterations, options.config, options.overrides)))
 
