@@ -90,7 +90,8 @@ def run_here(folder: Path, numbers: list[int], iterations: int, config: str, ove
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for number in numbers:
         for name, changes in _OPTIMIZERS.items():
-            found = settings(number, iterations, config, [*overrides, *changes])
+            kept = [text for text in overrides if name == "kfac" or not text.startswith("kfac.")]
+            found = settings(number, iterations, config, [*kept, *changes])
             found += [f"run.output_dir={folder / name}", f"run.name=ranks-{number}"]
             program = [sys.executable, str(ROOT / "train.py"), config, *found]
             subprocess.run(

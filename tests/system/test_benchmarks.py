@@ -126,13 +126,17 @@ def test_factors_and_their_errors(run_benchmark: Callable[..., Any], tmp_path: P
 def test_an_inverse_pays_from_the_interval_at_which_products_have_saved_its_cost(
     run_benchmark: Callable[..., Any], tmp_path: Path
 ) -> None:
-    finished = run_benchmark("inverse.py", "--sizes", "9", "90", "--matrices", "3", "--output", tmp_path / "inverse")
+    sizes = ["--sizes", "9", "90", "--columns", "1/9", "2", "--matrices", "3"]
+    finished = run_benchmark("inverse.py", *sizes, "--output", tmp_path / "inverse")
     assert finished.returncode == 0, finished.stderr
     record, _ = read_record(tmp_path / "inverse")
-    assert [(row["size"], row["matrices"], row["columns"]) for row in record["results"]] == [(9, 3, 1), (90, 3, 10)]
+    shapes = [(row["size"], row["matrices"], row["columns"]) for row in record["results"]]
+    assert shapes == [(9, 3, 1), (9, 3, 18), (90, 3, 10), (90, 3, 180)]
     for row in record["results"]:
         saved = row["solve"] - row["multiply"]
         assert row["pays_from"] == (pytest.approx(row["invert"] / saved) if saved > 0 else None)
+        if saved > 0:
+            assert row["columns_per_row"] == pytest.approx(row["pays_from"] * row["columns"] / row["size"])
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +187,49 @@ def test_a_figure_of_ranks(run_benchmark: Callable[..., Any], finished_run: Path
     (point,) = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
     assert (point["num_ranks"], point["batch_size"]) == (1, 128)
     assert "| ranks | global batch |" in (tmp_path / "scaling.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.mpi
+def test_figures_of_both_optimizers_on_this_host(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = [ROOT / "configs/quickstart.yaml", "kfac.damping.initial=0.05", "batch.per_rank=32"]
+    finished = run_benchmark("scaling.py", "run", tmp_path, "1,2", "3", *recipe)
+    assert finished.returncode == 0, finished.stderr
+    text = (tmp_path / "scaling.md").read_text(encoding="utf-8")
+    assert text in finished.stdout
+    for row, num_ranks in zip(text.splitlines()[-2:], (1, 2), strict=True):
+        ranks, kfac, sgd, ratio = row.strip("| ").split(" | ")
+        assert int(ranks) == num_ranks
+        assert float(ratio) == pytest.approx(float(kfac) / float(sgd), abs=0.006, rel=0.02)
+    for optimizer in ("kfac", "sgd"):
+        points = json.loads((tmp_path / optimizer / "scaling.json").read_text(encoding="utf-8"))
+        assert [(point["num_ranks"], point["batch_size"]) for point in points] == [(1, 32), (2, 64)]
+
+
+@pytest.mark.mpi
+def test_a_plan_beside_training(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    small = [
+        "--model",
+        "resnet8",
+        "--image-size",
+        "8",
+        "--batch",
+        "4",
+        "--slots",
+        "2",
+        "--ranks",
+        "1",
+        "2",
+        "--cores",
+        "1",
+    ]
+    short = ["--intervals", "0", "1", "--iterations", "2", "--turn-count", "1", "--seconds", "0.001"]
+    finished = run_benchmark("plan.py", *small, *short, "--output", tmp_path / "plan")
+    assert finished.returncode == 0, finished.stderr
+    record, text = read_record(tmp_path / "plan")
+    assert record["environment"]["num_ranks"] == 1
+    for optimizer in ("sgd", "kfac1"):
+        for ranks in (1, 2):
+            assert f"| {optimizer} | {ranks} | " in text
 
 
 def test_listing_a_tree(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
