@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.communicator import Communicator
+from kfac_dist.communicator.together import mean_over_ranks
 from kfac_dist.config.load import batch_slots
 from kfac_dist.config.schema import Config
 from kfac_dist.data.augment import Augmentation
@@ -163,8 +164,7 @@ class Learner:
         Args:
             beat: Called after each batch.
         """
-        for buffer in self.batchnorm.running_buffers():
-            self.communicator.all_reduce_(buffer, "mean")
+        self.batchnorm.restore(mean_over_ranks(self.communicator, self.batchnorm.running_buffers()))
         with self.precision.autocast(self.device):
             return evaluate(self.model, self.dataset, self.communicator, self.skipped_images, beat)
 

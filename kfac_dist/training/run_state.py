@@ -13,6 +13,7 @@ from kfac_dist.checkpoints.manifest import MANIFEST_FILE, Manifest
 from kfac_dist.checkpoints.save import MODEL_FILE
 from kfac_dist.checkpoints.shard import read_tensors
 from kfac_dist.communicator import Communicator
+from kfac_dist.communicator.together import mean_over_ranks
 from kfac_dist.config.load import check_resumable
 from kfac_dist.config.schema import Config, RunConfig
 from kfac_dist.data.augment import Augmentation
@@ -244,9 +245,9 @@ def take_state(trainer: Run, metrics_bytes: int = 0) -> RankState:
         blocks = curvature.pop(BLOCKS)
         optimizer[STATE_KEY] = curvature
     names = {id(buffer): name for name, buffer in trainer.model.named_buffers()}
-    averages = {}
-    for buffer in trainer.batchnorm.running_buffers():
-        averages[names[id(buffer)]] = trainer.communicator.all_reduce_(buffer.detach().clone(), "mean")
+    running = trainer.batchnorm.running_buffers()
+    means = mean_over_ranks(trainer.communicator, running)
+    averages = {names[id(buffer)]: mean for buffer, mean in zip(running, means, strict=True)}
     scaler = trainer.loss_scaler
     return RankState(
         run={
