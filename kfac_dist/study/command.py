@@ -18,6 +18,7 @@ from kfac_dist.study.definition import load_study
 from kfac_dist.study.launch import run_workers, threads_for
 from kfac_dist.study.manifest import StudyFolder
 from kfac_dist.study.status import describe_status, retry, select
+from kfac_dist.study.trial_run import check_data
 from kfac_dist.study.trials import Trial
 from kfac_dist.study.worker import WorkerSettings
 
@@ -85,6 +86,8 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.workers < 1:
         raise InputError(f"--workers must be >= 1, got {options.workers}")
+    finished = folder.finished()
+    check_data(trial for trial in trials if trial.index not in finished)
     settings = WorkerSettings(
         folder=folder.path.resolve(),
         parent=os.getpid(),

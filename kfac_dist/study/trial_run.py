@@ -3,7 +3,7 @@
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.config.load import create_config
 from kfac_dist.config.schema import Config
+from kfac_dist.data.create import create_dataset
 from kfac_dist.devices import check_precision, choose_device
 from kfac_dist.errors import InputError, TrainingDiverged
 from kfac_dist.runs.environment import cpu_model
@@ -25,6 +26,18 @@ from kfac_dist.training.trainer import Trainer
 
 RUN_FOLDER = "run"
 _FEWEST_ITERATIONS = 5
+
+
+def check_data(trials: Iterable[Trial]) -> None:
+    """Read the study's data set once, before every trial fails of what is missing in it; all trials have the same.
+
+    Raises:
+        InputError: If it cannot be read, as a trial would tell.
+    """
+    settings = next((trial.config for trial in trials if trial.config is not None), None)
+    if settings is not None:
+        config = create_config(settings, "the study's recipe")
+        create_dataset(config.data, config.augment, torch.device("cpu"), torch.float32, config.run.seed)
 
 
 class ClaimLost(Exception):

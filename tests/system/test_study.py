@@ -190,11 +190,13 @@ def test_stopped_by_a_signal(tmp_path: Path, start: Callable[..., subprocess.Pop
 
 
 def test_failed_trials_are_told_and_retried(tmp_path: Path, study: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = {"recipe/data": {"name": "digits", "train_limit": 512, "eval_limit": 1000}, "batch_sizes": [256]}
+    model = {"name": "digits_cnn", "pretrained": str(tmp_path / "missing.safetensors")}
+    changes = {"recipe/model": model, "batch_sizes": [256]}
     path, folder = write_study(tmp_path, changes), tmp_path / "study"
     failed = study("run", path, "--folder", folder, "--only", "optimizer=sgd")
     assert failed.returncode == 3
-    assert "trial 0 failed: kfac_dist.errors.AgreedInputError: data.eval_limit must be <= 359" in failed.stdout
+    assert "trial 0 failed: kfac_dist.errors." in failed.stdout
+    assert "missing.safetensors" in failed.stdout
     assert {result["status"] for result in results(folder).values()} == {"failed"}
     assert claim_trial(folder / "trials/00000", 60) is not None, "its worker is gone"
     assert main(["retry", "--folder", str(folder), "--only", "index=0"]) == 0
@@ -203,6 +205,15 @@ def test_failed_trials_are_told_and_retried(tmp_path: Path, study: Command, caps
     assert count_deaths(folder / "trials/00000") == 0
     assert main(["status", "--folder", str(folder)]) == 0
     assert "1 of 4 trials are finished" in capsys.readouterr().out
+
+
+def test_data_that_are_missing_are_told_before_any_trial(tmp_path: Path, study: Command) -> None:
+    changes = {"recipe/data": {"name": "digits", "train_limit": 512, "eval_limit": 1000}}
+    folder = tmp_path / "study"
+    ended = study("run", write_study(tmp_path, changes), "--folder", folder)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: data.eval_limit must be <= 359")
+    assert results(folder) == {}
 
 
 def test_a_worker_that_cannot_write_is_a_failure(tmp_path: Path, study: Command) -> None:
