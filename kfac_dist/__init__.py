@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kfac_dist.communicator import create_communicator as create_communicator
     from kfac_dist.communicator import local_device as local_device
+    from kfac_dist.optim.baselines import LARS as LARS
+    from kfac_dist.optim.baselines import AdamW as AdamW
+    from kfac_dist.optim.baselines import Muon as Muon
     from kfac_dist.optim.kfac import KFAC as KFAC
     from kfac_dist.optim.loss_scale import LossScaler as LossScaler
     from kfac_dist.optim.sgd import SGD as SGD
 
 __version__ = "0.1.0"
-__all__ = ["KFAC", "SGD", "LossScaler", "__version__", "create_communicator", "local_device"]
+__all__ = ["KFAC", "LARS", "SGD", "AdamW", "LossScaler", "Muon", "__version__", "create_communicator", "local_device"]
 
 _HOMES = {
     "KFAC": "kfac_dist.optim.kfac",
     "SGD": "kfac_dist.optim.sgd",
+    "AdamW": "kfac_dist.optim.baselines",
+    "LARS": "kfac_dist.optim.baselines",
+    "Muon": "kfac_dist.optim.baselines",
     "LossScaler": "kfac_dist.optim.loss_scale",
     "create_communicator": "kfac_dist.communicator",
     "local_device": "kfac_dist.communicator",

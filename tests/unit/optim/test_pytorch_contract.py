@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+import kfac_dist
 from kfac_dist import KFAC, SGD, create_communicator
 from kfac_dist.optim.buffers import read_update
 from tests.small_net import assert_equal, backward, make_batch, make_kfac, make_net, train, weights
@@ -233,3 +234,26 @@ def test_groups_cannot_be_added_later() -> None:
     with pytest.raises(ValueError, match="give them all to the constructor"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in kfac_dist.__all__ if name != "__version__"])
+def test_each_exported_name_is_what_it_says(name: str) -> None:
+    assert getattr(kfac_dist, name).__name__ == name
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "LARS", "Muon"])
+def test_the_baselines_serve_a_script_of_ones_own(name: str) -> None:
+    torch.manual_seed(0)
+    model, images, labels = (
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
+        torch.randn(32, 6),
+        torch.arange(32) % 3,
+    )
+    optimizer = getattr(kfac_dist, name)(model, lr=0.02)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        losses.append(torch.nn.functional.cross_entropy(model(images), labels))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
