@@ -13,7 +13,7 @@ from kfac_dist.curvature import solvers
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
 from kfac_dist.curvature.blocks.linear import LinearBlock
-from kfac_dist.curvature.inversion import MIN_INTERVAL_FOR_INVERSE, InverseRefresh, InversionTask
+from kfac_dist.curvature.inversion import MIN_INTERVAL_FOR_INVERSE, InverseRefresh, InversionTask, pays_to_invert
 from kfac_dist.curvature.precondition import Preconditioner
 from kfac_dist.curvature.running import BlockCurvature
 from kfac_dist.curvature.solvers import (
@@ -317,6 +317,13 @@ def test_a_matrix_that_serves_many_columns_is_kept_as_its_inverse(shape, interva
     gradient = random(curvature.block.num_values)
     expected = torch.linalg.solve(torch.kron(G_damped[0], A_damped[0]), gradient)
     assert_close(precondition(curvature, gradient), expected)
+
+
+def test_each_group_of_a_layer_has_columns_of_its_own():
+    layer = nn.Conv2d(12, 6, 1, groups=3, bias=False)  # of each group A has 4 rows and serves 2 columns, G 2 and 4
+    block = Conv2dBlock("", layer, list(layer.parameters()))
+    assert [pays_to_invert(block, "A", interval) for interval in (1, 2)] == [False, True]
+    assert pays_to_invert(block, "G", 1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
