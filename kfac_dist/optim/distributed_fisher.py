@@ -90,6 +90,12 @@ class DistributedFisher:
         self.capture.begin(self._destinations())
 
     @property
+    def half_precision_bytes(self) -> int:
+        """What the owner of the most receives at once where factors travel in half precision: a copy from each rank."""
+        everything = self._shared.buffers.factors(all_factor_keys(self._shared.blocks))
+        return 2 * self._communicator.size * max(everything.counts)
+
+    @property
     def is_due(self) -> bool:
         """Whether this iteration refreshes any factor."""
         return bool(self._due)

@@ -30,6 +30,7 @@ from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
 
 STATE_KEY = "kfac"
+_MANY_BYTES = 1 << 30  # received at once, beside all else that is in memory
 
 logger = logging.getLogger(__name__)
 
@@ -413,6 +414,13 @@ class KFAC(DistributedOptimizer):
         reasons = [
             f"plain gradient for {block.name} ({block.num_values} values): {block.reason}" for block in self.uncovered
         ]
+        received = self._fisher.half_precision_bytes
+        if self._comm_dtypes.factors is not None and received > _MANY_BYTES:
+            reasons.append(
+                f"warning: factors in half precision: one rank receives {received / 2**30:.1f} GiB at each refresh, "
+                f"a copy from each of {self.communicator.size} ranks; in fp32 (communication.factor_precision, "
+                "comm_dtypes) they are summed on the way"
+            )
         return [f"K-FAC covers {covered} layers", *reasons]
 
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:

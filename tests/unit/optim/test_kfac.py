@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFAC, create_communicator
+from kfac_dist.optim import kfac
+from kfac_dist.optim.kfac import CommDtypes
 
 SAMPLES, CLASSES = 8, 4
 CONV = {"stride": (2, 1), "padding": (1, 0)}
@@ -313,3 +315,17 @@ def test_a_layer_that_this_rank_did_not_capture_contributes_zeros(monkeypatch: p
     begin = fisher.storage_offset()
     assert sent[0][begin : begin + fisher.numel()].norm() == 0
     assert sent[0].norm() > 0
+
+
+def test_many_copies_of_factors_in_half_precision_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank sends the owner its own rounded copy: hundreds of ranks can fill a GPU."""
+    layer = nn.Linear(6, 4, bias=False)
+    optimizer = KFAC(layer, create_communicator("reduce"), comm_dtypes=CommDtypes(factors=torch.bfloat16))
+    assert len(optimizer.describe()) == 1
+    received = 2 * (6 * 7 // 2 + 4 * 5 // 2)
+    monkeypatch.setattr(kfac, "_MANY_BYTES", received)
+    assert len(optimizer.describe()) == 1
+    monkeypatch.setattr(kfac, "_MANY_BYTES", received - 1)
+    assert "a copy from each of 1 ranks" in optimizer.describe()[1]
+    in_fp32 = KFAC(nn.Linear(6, 4, bias=False), create_communicator("reduce"))
+    assert len(in_fp32.describe()) == 1
