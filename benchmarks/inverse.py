@@ -10,13 +10,22 @@ those of a bottleneck's 1×1 convolutions have. The last column is the interval 
 
 import statistics
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
 from clock import seconds_of
-from program import add_device_argument, count, create_parser, describe_run, device_from, run, table, write_record
+from program import (
+    add_device_argument,
+    count,
+    create_parser,
+    describe_run,
+    device_from,
+    positive,
+    run,
+    table,
+    write_record,
+)
 from torch import Tensor
 
 from kfac_dist.curvature.solvers import Solver
@@ -87,20 +96,13 @@ def _cell(value: float | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-def _positive(text: str) -> float:
-    value = float(Fraction(text))
-    if value <= 0:
-        raise ValueError(text)
-    return value
-
-
 def main() -> None:
     """Measure, print and write after each size."""
     parser = create_parser(__doc__)
     add_device_argument(parser)
     parser.add_argument("--sizes", type=count, nargs="+", default=[64, 144, 256, 576, 1024, 1152, 2048, 2304])
     parser.add_argument(
-        "--columns", type=_positive, nargs="+", default=[1 / 9, 1, 4], help="for each row; default: 1/9 1 4"
+        "--columns", type=positive, nargs="+", default=[1 / 9, 1, 4], help="for each row; default: 1/9 1 4"
     )
     parser.add_argument("--matrices", type=count, default=4, help="of each size to be factorised; default: 4")
     parser.add_argument("--rounds", type=count, default=5, help="rounds that count; default: 5")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from program import ROOT, count, create_parser, describe_run, run, table, write_record
+from program import ROOT, count, create_parser, describe_run, positive, run, table, write_record
 
 from kfac_dist.communicator import create_communicator, launch
 from kfac_dist.config import strict_yaml
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--cores", type=count, default=2, help="ranks that do not share a core; default: 2")
     parser.add_argument("--iterations", type=count, default=4, help="of a turn; default: 4")
     parser.add_argument("--turn-count", type=count, default=5, help="default: 5")
-    parser.add_argument("--seconds", type=float, default=0.05, help="least that a rate is measured; default: 0.05")
+    parser.add_argument("--seconds", type=positive, default=0.05, help="least that a rate is measured; default: 0.05")
     parser.add_argument("--turns", type=Path, help=argparse.SUPPRESS)  # what this program gives its ranks
     parser.add_argument("--interval", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -5,7 +5,9 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,13 +26,39 @@ def create_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--output", type=Path, metavar="PATH", help="write PATH.json and PATH.md")
+    parser.add_argument("--output", type=record_path, metavar="PATH", help="write PATH.json and PATH.md")
     return parser
+
+
+def record_path(text: str) -> Path:
+    """A path that a record can be written to, found out before anything is measured; its folder is made."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must lie in a folder that can be written to, got {text}: {error}") from None
+    return path
+
+
+def positive(text: str) -> float:
+    """A number > 0 from the command line, such as 4, 0.25 or 1/9."""
+    try:
+        number = float(Fraction(text))
+    except (ValueError, ArithmeticError):
+        number = 0.0
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"must be a number > 0, such as 4, 0.25 or 1/9; got {text!r}")
+    return number
 
 
 def count(text: str) -> int:
     """An integer >= 1 from the command line."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}") from None
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
     return number

@@ -86,8 +86,15 @@ def summarise(folder: Path) -> list[ScalingPoint]:
 
 
 def run_here(folder: Path, numbers: list[int], iterations: int, config: str, overrides: list[str]) -> None:
-    """Train on each number of ranks of this host, K-FAC and SGD in turn, and compare them."""
+    """Train on each number of ranks of this host, K-FAC and SGD in turn, and compare them.
+
+    Raises:
+        InputError: If the configuration is not valid, or the folder holds runs.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    there = [path for name in _OPTIMIZERS for path in sorted((folder / name).glob("*"))]
+    if there:
+        raise InputError(f"FOLDER must hold no earlier runs, got {folder} with {there[0]}: give another, or delete it")
     for number in numbers:
         for name, changes in _OPTIMIZERS.items():
             kept = [text for text in overrides if name == "kfac" or not text.startswith("kfac.")]
@@ -101,7 +108,7 @@ def run_here(folder: Path, numbers: list[int], iterations: int, config: str, ove
     seconds = [[point.seconds[1] for point in found] for found in points.values()]
     rows = [
         [str(number), f"{kfac:.4f}", f"{sgd:.4f}", f"{kfac / sgd:.2f}"]
-        for number, kfac, sgd in zip(sorted(numbers), *seconds, strict=True)
+        for number, kfac, sgd in zip(numbers, *seconds, strict=True)
     ]
     cores = f"{len(os.sched_getaffinity(0))} cores, one thread a rank, so more ranks than cores share them"
     heads = ["ranks", "K-FAC, s per iteration", "SGD, s per iteration", "K-FAC ÷ SGD"]
@@ -111,8 +118,8 @@ def run_here(folder: Path, numbers: list[int], iterations: int, config: str, ove
 
 
 def numbers_of_ranks(text: str) -> list[int]:
-    """1,2,4 as a list."""
-    return [count(part) for part in text.split(",")]
+    """1,2,4 as a list, each number once, ascending."""
+    return sorted({count(part) for part in text.split(",")})
 
 
 def main() -> None:

@@ -216,6 +216,11 @@ def tables_of(results: dict[str, Any]) -> list[str]:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measure, print, write."""
+    load_config(
+        str(Path(arguments.config).resolve()), arguments.overrides
+    )  # a mistake is named before jobs are started
+    if arguments.beside is not None and not (arguments.beside / "train.py").is_file():
+        raise InputError(f"--beside must be a checkout, which holds train.py, got {arguments.beside}")
     environment = describe_run(torch.device("cpu"))
     results = measure(arguments)
     lines = tables_of(results)

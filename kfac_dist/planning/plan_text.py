@@ -40,8 +40,13 @@ def describe_plan(plan: Plan, config: Config, profile: Profile, name: str) -> st
         *("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
         "",
         "refresh: iterations for each refresh of the Fisher; %: shares of the iteration; effic.: images a second and",
-        "rank beside the best row's; hours: all iterations, without evaluation, checkpoints and waiting for data",
+        "rank beside the best row's; MiB/rank: memory of the fullest rank, of the profile's "
+        f"{1024 * profile.memory.gibibytes:,.0f} MiB;",
+        "hours: all iterations, without evaluation, checkpoints and waiting for data",
+        "predicted from the profile's rates, not measured: each one's source is in the profile, and in --json",
     ]
+    if config.optimizer.name not in ("kfac", "sgd"):
+        lines.append(f"{config.optimizer.name} is predicted as SGD: what its own update takes, and keeps, is left out")
     if not all(plan.fits):
         lines.append(f"!: more than the {profile.memory.gibibytes:g} GiB that there are")
     return "\n".join([*lines, "", *_advice(plan, config)])

@@ -57,6 +57,8 @@ def test_help_is_printed_and_nothing_measured(program: Path, run_python: Run) ->
         ("step.py", ["--model", "resnet19"], "model.name must be a known model, got 'resnet19'"),
         ("factors.py", ["--device", "cuda"], "--device must be cpu or auto where torch sees no CUDA device, got cuda"),
         ("loaders.py", [ROOT / "configs"], "FOLDER must be a folder with files"),
+        ("start.py", [ROOT / "no.yaml"], f"{ROOT / 'no.yaml'}: no such file"),
+        ("start.py", [ROOT / "configs/quickstart.yaml", "--beside", ROOT / "docs"], "--beside must be a checkout"),
         ("summarise_runs.py", ["--title", "T", ROOT], f"{ROOT}: no readable metrics.jsonl there"),
     ],
 )
@@ -68,6 +70,38 @@ def test_what_the_user_can_fix_is_one_line_and_exit_code_2(
     assert finished.returncode == 2
     assert finished.stderr.startswith(f"error: {message}"), finished.stderr
     assert finished.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("step.py", ["--output", ROOT / "README.md" / "x"], "--output: must lie in a folder that can be written to"),
+        ("inverse.py", ["--columns", "1/0"], "--columns: must be a number > 0, such as 4, 0.25 or 1/9; got '1/0'"),
+        ("inverse.py", ["--columns", "-1"], "--columns: must be a number > 0, such as 4, 0.25 or 1/9; got '-1'"),
+        ("plan.py", ["--seconds", "0"], "--seconds: must be a number > 0, such as 4, 0.25 or 1/9; got '0'"),
+        ("scaling.py", ["run", "there", "1,a", "2", "x.yaml"], "ranks: must be an integer >= 1, got 'a'"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_rule_before_anything_is_measured(
+    name: str, arguments: list[str | Path], message: str, run_benchmark: Callable[..., Any]
+) -> None:
+    finished = run_benchmark(name, *arguments)
+    assert finished.returncode == 2
+    assert f"error: argument {message}" in finished.stderr.splitlines()[-1]
+
+
+def test_a_mistake_in_the_configuration_is_named_before_starts_are_timed(run_benchmark: Callable[..., Any]) -> None:
+    finished = run_benchmark("start.py", ROOT / "configs/quickstart.yaml", "model.nam=x")
+    assert finished.returncode == 2
+    assert "model.nam is not a known key; did you mean model.name?" in finished.stderr
+
+
+def test_a_sweep_is_not_mixed_with_an_earlier_one(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "sgd/ranks-1").mkdir(parents=True)
+    finished = run_benchmark("scaling.py", "run", tmp_path, "1", "2", ROOT / "configs/quickstart.yaml")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: FOLDER must hold no earlier runs, got {tmp_path}")
+    assert not (tmp_path / "kfac").exists()
 
 
 @pytest.mark.slow
@@ -264,10 +298,10 @@ def test_a_start(run_benchmark: Callable[..., Any], tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.mpi
 def test_a_start_of_what_fails_is_named(run_benchmark: Callable[..., Any]) -> None:
-    config = [ROOT / "configs/quickstart.yaml", "train.epoch=1"]
+    config = [ROOT / "configs/quickstart.yaml", "train.epochs=1", "schedule.end_epoch=1"]
     finished = run_benchmark("start.py", *config, "--ranks", "1", "--trials", "1")
     assert finished.returncode == 2
-    assert finished.stderr == "error: CONFIG must train for at least 20 iterations; its job ended with 2 after 0\n"
+    assert finished.stderr == "error: CONFIG must train for at least 20 iterations; its job ended with 0 after 12\n"
 
 
 @pytest.mark.slow

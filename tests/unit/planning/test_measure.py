@@ -82,3 +82,12 @@ def test_two_ranks_measure_the_network(monkeypatch):
     assert link["latency_seconds"] == pytest.approx(2e-6)
     assert link["gigabytes_per_second"] == pytest.approx(2 * 4 * (second - first) / 2 / 2.0 / 1e9)
     assert found["inter_node"]["source"] == "not measured: all ranks were on one host"
+
+
+def test_a_link_is_never_faster_than_memory(monkeypatch):
+    class Pair(LocalCommunicator):
+        size = local_size = 2
+
+    taken = iter([4e-6, 1.0, 1.0])  # beside other work the large collective took no longer than the small one
+    monkeypatch.setattr(Clock, "seconds", lambda clock, function: next(taken))
+    assert Clock(Pair(), CPU).network(1e9)["intra_node"]["gigabytes_per_second"] == 1.0

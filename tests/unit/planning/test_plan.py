@@ -127,6 +127,20 @@ def test_sgd_has_no_refresh():
     assert "refresh on" not in describe_plan(plan, config, machine(), "mine")
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw", "lars", "sgd"])
+def test_the_plan_says_that_other_updates_are_predicted_as_sgd(name):
+    config = configuration(kfac=None, optimizer={"name": name, "learning_rate": 0.1, "momentum": 0.9})
+    text = describe_plan(make_plan(config, machine(), [1], grow_batch=False), config, machine(), "mine")
+    assert (f"{name} is predicted as SGD: what its own update takes, and keeps, is left out" in text) == (name != "sgd")
+
+
+def test_the_plan_says_that_it_was_not_measured_and_how_much_memory_there_is():
+    profile = machine(memory={"gibibytes": 80})
+    text = describe_plan(make_plan(configuration(), profile, [1], grow_batch=False), configuration(), profile, "mine")
+    assert "memory of the fullest rank, of the profile's 81,920 MiB" in text
+    assert "predicted from the profile's rates, not measured" in text
+
+
 def test_numbers_that_do_not_divide_are_refused_with_a_remedy():
     message = r"--ranks 3: batch\.global_size must be a multiple of .* got 64; .*--grow-batch"
     with pytest.raises(InputError, match=message):
