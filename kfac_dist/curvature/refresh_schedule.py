@@ -71,7 +71,15 @@ class IntervalRefresh(RefreshSchedule):
         Args:
             interval_at: Interval, ≥ 1, that holds at an iteration.
             interval_multiplier: Factor on the interval by the matrix's name; A may be refreshed less often than G, say.
+
+        Raises:
+            TypeError: If `interval_at` cannot be called.
         """
+        if not callable(interval_at):
+            raise TypeError(
+                f"interval_at must be a function of the iteration, got {interval_at!r}: for an interval of 2 give "
+                "lambda iteration: 2"
+            )
         self._interval_at = interval_at
         self._interval_multiplier = dict(interval_multiplier or {})
         self._last: dict[FactorKey, int] = {}

@@ -212,3 +212,10 @@ def test_adaptive_intervals_grow_on_stationary_data_and_shrink_when_the_data_are
         train(net, optimizer, steps=1, first=step)
     assert [schedule.expected_interval(key, 100) for key in keys] == [1] * 5
     assert min(refreshes(optimizer)[key] - counts[key] for key in keys) >= 25  # of 40
+
+
+def test_an_interval_that_is_no_function_is_refused_at_once():
+    with pytest.raises(
+        TypeError, match=r"interval_at must be a function of the iteration, got 2: .* lambda iteration: 2"
+    ):
+        IntervalRefresh(2)  # type: ignore[arg-type]
