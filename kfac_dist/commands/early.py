@@ -2,12 +2,15 @@
 
 Started as one process, they answer at once where help is wanted, or the configuration is wrong or only to be shown.
 Several ranks find out together, so that what only one of them cannot do (read a file that its host lacks) ends all.
+A configuration that comes through a pipe can be read once, and so is left to what trains with it.
 """
 
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from kfac_dist.communicator.launcher_variables import promised_size
 from kfac_dist.errors import InputError
@@ -57,6 +60,8 @@ def answer(arguments: Sequence[str], parse: Parse) -> int | None:
         if wanted.help:
             print(wanted.help_text)
             return 0
+        if _is_pipe(wanted.config):
+            return None
         config = load_config(wanted.config, wanted.overrides)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -65,3 +70,12 @@ def answer(arguments: Sequence[str], parse: Parse) -> int | None:
         print(config.to_yaml())
         return 0
     return None
+
+
+def _is_pipe(path: str | Path) -> bool:
+    """Whether it is a pipe, as of a shell's `<(…)`, a terminal or the like, rather than a file or nothing at all."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # reading it says what is wrong
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

@@ -147,16 +147,19 @@ class InverseRefresh:
             [flags[last[number]] for number in range(len(tasks))]
         )
         self._tried, self._failed = list(tasks), HostCopy(failed)
+        known = None if self._deferred else self._failed.read().tolist()
         for index, (number, matrix) in enumerate(keys):
+            if known is not None and known[number]:
+                continue  # a factor with a zero on its diagonal, which a CPU refuses to invert
             interval = expected_interval((tasks[number].name, matrix))
             if pays_to_invert(tasks[number].curvature.block, matrix, interval):
                 solvers[index] = solvers[index].inverted()
         previous = [tasks[number].curvature.solvers.get(matrix) for number, matrix in keys]
         # The device cannot choose between two forms: then, once in many refreshes, the host waits for the answer.
-        changes_form = any(
+        if known is None and any(
             old is not None and old.is_inverse != new.is_inverse for old, new in zip(previous, solvers, strict=True)
-        )
-        known = self._failed.read().tolist() if changes_form or not self._deferred else None
+        ):
+            known = self._failed.read().tolist()
         failed_by_task = failed.unbind()
         for (number, matrix), old, new in zip(keys, previous, solvers, strict=True):
             if known is None:

@@ -64,7 +64,8 @@ def pays(x: Tensor, patches: Patches) -> bool:
     """Whether the sum can be had this way, and sooner.
 
     Measured on a CPU, with 1 to 512 channels and 2×2 to 224×224 pixels: up to five times as fast, and never slower than
-    by a tenth. On a GPU nothing was measured yet.
+    by 0.15 ms. On a GPU nothing was measured yet. Without oneDNN, which knows no fp64, a convolution's weight gradient
+    is made of unfolded images and takes two to three times as long as the plain way.
 
     Args:
         x: Layer input, (N, C, H, W).
@@ -72,6 +73,9 @@ def pays(x: Tensor, patches: Patches) -> bool:
     """
     return (
         x.device.type == "cpu"
+        and x.dtype != torch.float64
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
         and patches.kernel_size == (3, 3)
         and patches.stride == patches.dilation == (1, 1)
         and patches.padding == (1, 1, 1, 1)

@@ -83,7 +83,10 @@ def _calibrations(config: Config, rates: Profile, clock: "Clock") -> dict[str, o
     }
     operations = [operation for of_matrix in slot.factors.values() for operation in of_matrix]
     if operations:
-        ratio = max(factors, 1e-9) / rates.seconds(operations, simulation.factor_bytes)
+        if factors > 0:
+            ratio = factors / rates.seconds(operations, simulation.factor_bytes)
+        else:  # other programs slowed the forward and backward without factors down
+            ratio, source = training / expected, f"{source}: less than the noise, and taken from forward and backward"
         found["factors"] = rates.factors.model_copy(update={"ratio": ratio, "source": source})
     return found
 
@@ -186,11 +189,12 @@ class Clock:
         small, large = (self._collective_seconds(numel) for numel in _MESSAGE_VALUES[self.device.type])
         first, second = _MESSAGE_VALUES[self.device.type]
         moved = 2 * 4 * (second - first) * (size - 1) / size
+        # On a busy machine the large one may take no longer than the small one; no message outruns a copy in memory.
+        taken = max(large - small, 2 * moved / memory_bytes_per_second)
         one_host = size == self.communicator.local_size
         measured = {
             "latency_seconds": latency,
-            # Beside other work the large message may take no longer than the small one: no link is faster than memory.
-            "gigabytes_per_second": min(moved / max(large - small, 1e-9), memory_bytes_per_second) / 1e9,
+            "gigabytes_per_second": moved / taken / 1e9,
             "efficiency": 1.0,
             "source": f"measured: all-reduce, ReduceScatterV and AllGatherV over {size} ranks",
         }

@@ -63,7 +63,8 @@ class Prediction:
         stale_seconds: One that refreshes nothing.
         refresh_interval: Iterations for each refresh, by the mean over the run; infinite without K-FAC.
         sgd_seconds: An iteration of SGD on the same ranks and batch, its gradients all-reduced.
-        memory: Bytes on the rank that has the most: "weights", "activations", "fisher" and "unfolding".
+        memory: Bytes on the rank that has the most: "weights", "activations", "fisher", "unfolding" and "factorising",
+            which is what stage 4 takes beyond that of the activations, which are gone by then.
         num_iterations: Of the run.
     """
 
@@ -248,6 +249,10 @@ class _Ranks:
         parts["fisher"] = kept * of.value_bytes // 4 + fisher.largest_tables
         unfolded = largest_unfolding(of.model, of.data.image_shape, self._images)[1]
         parts["unfolding"] = unfolded * of.factor_bytes // 4
+        # Stage 4 holds a damped copy and a new factor of each matrix beside the old ones, with a decay the average too.
+        copies = 2 if of.config.kfac.ema_decay is None else 3
+        factorising = copies * fisher.largest_running * of.value_bytes // 4
+        parts["factorising"] = max(0, factorising - parts["activations"] - parts["unfolding"])
         dtype = HALF_DTYPES.get(of.config.communication.factor_precision)
         if dtype is not None:  # the largest owner's segment from every rank
             everything = self._buffers.factors(all_factor_keys(of.blocks))

@@ -13,6 +13,7 @@ from kfac_dist.runs.reader import CONFIG_FILE
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 """What reads a command line."""
 
+_MOST_RANKS = 1 << 16  # a plan for so many takes 20 s and 1 GB, and both grow in proportion
 _DEFAULTS = {"print_config": False, "explain": False, "ranks": None, "resume": None, "evaluate": None}
 
 
@@ -116,9 +117,14 @@ def _ranks_in(text: str, parser: _Parser) -> list[int]:
     """Numbers between commas; none in an empty text."""
     numbers = []
     for word in text.split(",") if text else ():
-        if not (word.strip().isdecimal() and int(word) >= 1):
-            parser.error(f"argument --ranks: must be integers >= 1 between commas, such as 1,2,4; got {word.strip()!r}")
-        numbers.append(int(word))
+        digits = word.strip()
+        # Python converts 4,300 digits at most.
+        if not (digits.isdecimal() and len(digits) < 20 and 1 <= int(digits) <= _MOST_RANKS):
+            parser.error(
+                f"argument --ranks: must be integers from 1 to {_MOST_RANKS} between commas, such as 1,2,4; "
+                f"got {digits!r}"
+            )
+        numbers.append(int(digits))
     return numbers
 
 

@@ -99,3 +99,19 @@ def test_nothing_at_all(code: str, modules_of: Callable[[str], set[str]]) -> Non
 def test_answers_that_take_no_torch(words: list[str], code: int, modules_of: Callable[[str], set[str]]) -> None:
     loaded = modules_of("from kfac_dist.commands.table import main\n" + ends(f"main({words})", code))
     assert loaded & {*SLOW, "mpi4py", "numpy", "torch"} == set()
+
+
+def test_a_configuration_comes_through_a_pipe(run_python: Run) -> None:
+    """As of a shell's `<(…)`: what answers early must leave it to what trains, since it can be read once."""
+    code = f"""
+import os, sys
+from kfac_dist.commands.table import main
+end, other = os.pipe()
+os.write(other, open({str(QUICKSTART)!r}, "rb").read())
+os.close(other)
+main([sys.argv[1], f"/dev/fd/{{end}}"] + sys.argv[2:])
+"""
+    for words, expected in ((["explain"], "digits_cnn on digits"), (["train", "--print-config"], "name: digits_cnn")):
+        finished = run_python(["-c", code, *words], env={"PYTHONPATH": str(ROOT)})
+        assert finished.returncode == 0, finished.stderr
+        assert expected in finished.stdout

@@ -25,28 +25,33 @@ class Listing:
         counts: Number of images in each, sub-folders included; the same length.
         names: (Σ counts,) bytes, paths below the split's folder, class after class.
         left_out: What the log should say of other files.
-        folders: Of each folder that was walked over, the split's included: the path below the split's folder, and when
-            it was modified and changed, both in ns. A file that is added or removed changes them.
+        folders: Of each folder that was walked over, the split's included: the path below the split's folder, when it
+            was modified and changed, both in ns, and its size. A file that is added or removed changes them; on a file
+            system that keeps no time of a change, as squashfs, maybe the size alone.
+        dangling: Of each link that led nowhere and has no image's name: its path below the split's folder. Once its
+            target is there, a disk that was not mounted say, there is more to list.
     """
 
     class_names: tuple[str, ...]
     counts: tuple[int, ...]
     names: np.ndarray
     left_out: tuple[str, ...]
-    folders: tuple[tuple[str, int, int], ...]
+    folders: tuple[tuple[str, int, int, int], ...]
+    dangling: tuple[str, ...]
 
     def to_bytes(self) -> bytes:
         """A line of JSON, then all names, each padded to the longest."""
-        facts = [self.class_names, self.counts, self.names.itemsize, self.left_out, self.folders]
+        facts = [self.class_names, self.counts, self.names.itemsize, self.left_out, self.folders, self.dangling]
         return json.dumps(facts).encode() + b"\n" + self.names.tobytes()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Listing:
         """The inverse of `to_bytes`."""
         end = content.index(b"\n")
-        class_names, counts, width, left_out, folders = json.loads(content[:end])
+        class_names, counts, width, left_out, folders, dangling = json.loads(content[:end])
         names = np.frombuffer(content, dtype=f"S{width}", offset=end + 1)
-        return cls(tuple(class_names), tuple(counts), names, tuple(left_out), tuple(map(tuple, folders)))
+        folders = tuple(map(tuple, folders))
+        return cls(tuple(class_names), tuple(counts), names, tuple(left_out), folders, tuple(dangling))
 
 
 def walk(folder: Path) -> Listing:
@@ -71,7 +76,8 @@ def walk(folder: Path) -> Listing:
         endings, files = b" ".join(ENDINGS).decode(), [os.fsdecode(name) for name in walked.others]
         left_out.append(f"left out what does not end in one of {endings}: {_count(files)}")
     names = np.array(walked.names, dtype=None if walked.names else "S1")
-    return Listing(tuple(class_names), tuple(counts), names, tuple(left_out), (times, *walked.folders))
+    dangling = [*(name for name in outside if not (folder / name).exists()), *walked.dangling]
+    return Listing(tuple(class_names), tuple(counts), names, tuple(left_out), (times, *walked.folders), tuple(dangling))
 
 
 def classes_in(folder: Path) -> tuple[list[str], list[str]]:
@@ -88,11 +94,12 @@ class _Walk:
         self.folder = folder
         self.names: list[bytes] = []
         self.others: list[bytes] = []
-        self.folders: list[tuple[str, int, int]] = []
+        self.dangling: list[str] = []
+        self.folders: list[tuple[str, int, int, int]] = []
 
-    def times_of(self, below: bytes) -> tuple[str, int, int]:
+    def times_of(self, below: bytes) -> tuple[str, int, int, int]:
         status = os.stat(os.path.join(self.folder, below))
-        return os.fsdecode(below), status.st_mtime_ns, status.st_ctime_ns
+        return os.fsdecode(below), status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
     def collect(self, below: bytes, ancestors: tuple[bytes, ...] = ()) -> None:
         """Add what lies in `below` and its sub-folders.
@@ -110,8 +117,12 @@ class _Walk:
                 name = below + b"/" + entry.name
                 if entry.is_dir():
                     folders.append(name)
+                elif entry.name.lower().endswith(ENDINGS):
+                    self.names.append(name)
                 else:
-                    (self.names if entry.name.lower().endswith(ENDINGS) else self.others).append(name)
+                    self.others.append(name)
+                    if entry.is_symlink() and not os.path.exists(entry.path):
+                        self.dangling.append(os.fsdecode(name))
         for name in folders:
             self.collect(name, (*ancestors, real))
 

@@ -1,7 +1,8 @@
 """Listings of large folders, kept in the user's cache folder for the next run: ImageNet has 1.28 million files.
 
-A kept listing counts as long as none of the folders that were walked over was modified or changed since. A cache is a
-convenience: one that is missing, damaged or of another version is made anew, and one that cannot be written is not.
+A kept listing counts as long as none of the folders that were walked over was modified or changed since, and no link
+that led nowhere leads somewhere. A cache is a convenience: one that is missing, damaged or of another version is made
+anew, and one that cannot be written is not.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FEWEST_IMAGES = 10_000
 """Folders with fewer are listed in no time, and not kept."""
 
 _QUIET_SECONDS = 10  # a folder modified twice within the file system's resolution of time would look unmodified
-_VERSION = b"kfac_dist listing 1\n"
+_VERSION = b"kfac_dist listing 2\n"
 
 
 def find_listing(folder: Path) -> Listing:
@@ -32,7 +33,7 @@ def find_listing(folder: Path) -> Listing:
     listing = _read(folder)
     if listing is None:
         listing = walk(folder)
-        newest = max(modified for _, modified, _ in listing.folders)
+        newest = max(modified for _, modified, *_ in listing.folders)
         if len(listing.names) >= FEWEST_IMAGES and newest < time.time_ns() - _QUIET_SECONDS * 1_000_000_000:
             _write(folder, listing)
     return listing
@@ -60,13 +61,13 @@ def _read(folder: Path) -> Listing | None:
         return None
     listing = Listing.from_bytes(bytes(body))
     try:
-        for name, modified, changed in listing.folders:
+        for name, *known in listing.folders:
             status = os.stat(folder / name)
-            if (status.st_mtime_ns, status.st_ctime_ns) != (modified, changed):
+            if [status.st_mtime_ns, status.st_ctime_ns, status.st_size] != known:
                 return None
     except OSError:
         return None
-    return listing
+    return None if any((folder / name).exists() for name in listing.dangling) else listing
 
 
 def _write(folder: Path, listing: Listing) -> None:

@@ -42,9 +42,17 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             [*RECIPE, "--ranks", "1,zero"],
-            "argument --ranks: must be integers >= 1 between commas, such as 1,2,4; got 'z",
+            "argument --ranks: must be integers from 1 to 65536 between commas, such as 1,2,4; got 'z",
         ),
-        ([*RECIPE, "--ranks", "0"], "argument --ranks: must be integers >= 1 between commas, such as 1,2,4; got '0'"),
+        (
+            [*RECIPE, "--ranks", "65537", "--grow-batch"],
+            "argument --ranks: must be integers from 1 to 65536 between commas",
+        ),
+        ([*RECIPE, "--ranks", 5000 * "9"], "argument --ranks: must be integers from 1 to 65536 between commas"),
+        (
+            [*RECIPE, "--ranks", "0"],
+            "argument --ranks: must be integers from 1 to 65536 between commas, such as 1,2,4; got '0'",
+        ),
         ([*RECIPE, "--ranks", "3"], "--ranks 3: batch.global_size must be a multiple of batch.per_rank x ranks"),
         ([*RECIPE, "--profile", "b200"], "--profile must be one of a100, h100, h200, v100, or a file that --measure"),
         ([*RECIPE, "--profile", "a100", "--measure", "x.yaml"], "argument --measure: not allowed with argument --prof"),

@@ -287,6 +287,18 @@ def test_as_a_last_resort_the_previous_inverse_is_kept(hopeless):
     assert_close(good.solvers["A"].matrix, torch.linalg.cholesky(A_damped))
 
 
+@pytest.mark.parametrize("serves_long", [False, True])
+def test_a_singular_matrix_is_retried_rather_than_inverted(serves_long):
+    """Its Cholesky factor has a zero on the diagonal, of which `torch.cholesky_inverse` makes an error."""
+    curvature = kronecker_curvature()
+    for average in curvature.averages.values():
+        average.value.fill_(1.0)  # to which a damping of 1e-40 adds nothing
+    report = refresh_inverses([curvature], [1e-40], matrices_of(curvature), lambda key: 20 if serves_long else 1)
+    assert (report.num_retries, report.num_kept) == (3, 1)
+    gradient = random(curvature.block.num_values)
+    assert torch.equal(precondition(curvature, gradient), gradient)
+
+
 def test_a_matrix_that_is_not_refreshed_keeps_its_factors():
     curvature = kronecker_curvature()
     refresh_inverses([curvature], [0.1], matrices_of(curvature))

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def test_a_listing_survives_as_bytes(root: Path) -> None:
     found = walk(root / "train")
     again = Listing.from_bytes(found.to_bytes())
     assert again.names.tolist() == found.names.tolist()
-    for field in ("class_names", "counts", "left_out", "folders"):
+    for field in ("class_names", "counts", "left_out", "folders", "dangling"):
         assert getattr(again, field) == getattr(found, field)
     assert found.counts == (7, 8, 7)
     assert len(found.folders) == 1 + 3 + 1
@@ -127,6 +128,29 @@ def test_what_has_changed_is_listed_anew(root: Path, walks: list[Path], change: 
     assert walks == [], "the new listing is kept in turn"
 
 
+@pytest.mark.parametrize("place", ["n04", "n01/sub"])
+def test_a_disk_that_is_mounted_later_is_noticed(root: Path, tmp_path: Path, place: str) -> None:
+    """A link to it led nowhere before, and its arrival changes no folder of the tree."""
+    (root / "train" / place).symlink_to(tmp_path / "disk")
+    age(root)
+    for _ in range(2):
+        before = names(list_images(root, "train"))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/1.JPEG").touch()
+    after = [name for name, _ in names(list_images(root, "train"))]
+    assert sorted(after) == sorted([name for name, _ in before] + [f"{place}/1.JPEG".encode()])
+
+
+def test_without_times_of_changes_the_size_of_a_folder_counts(root: Path, walks: list[Path]) -> None:
+    """Images of squashfs made from one source with different -e have the same times, which are the source's."""
+    found = walk(root / "train")
+    smaller = tuple((name, modified, changed, size - 1) for name, modified, changed, size in found.folders)
+    for folders, expected in ((found.folders, 0), (smaller, 1)):
+        listing_cache._write(root / "train", replace(found, folders=folders))
+        list_images(root, "train")
+        assert len(walks) == expected
+
+
 def test_a_folder_that_was_modified_just_now_is_not_kept(root: Path, walks: list[Path]) -> None:
     (root / "train/n01/added.JPEG").touch()
     for _ in range(2):
@@ -151,7 +175,7 @@ def test_a_damaged_cache_is_made_anew(root: Path, walks: list[Path], damage: str
         "cut": content[:-1],
         "emptied": b"",
         "one bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-        "another version": content.replace(b"listing 1", b"listing 0"),
+        "another version": content.replace(b"listing 2", b"listing 1"),
         "a folder": b"",
     }[damage]
     path.write_bytes(damaged)
