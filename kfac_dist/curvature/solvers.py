@@ -138,17 +138,22 @@ class Solver:
         return Solver(eye.expand_as(self.matrix), self.is_inverse)
 
     def inverted(self) -> "Solver":
-        """The same matrices as explicit inverses."""
+        """The same matrices as explicit inverses.
+
+        They lie in memory row by row, as a checkpoint brings them back: products with the columns one after another
+        would round otherwise, and a resumed run would leave the uninterrupted one. Routines that return columns
+        return as good an inverse in rows, its transpose.
+        """
         if self.is_inverse:
             return self
         size = self.matrix.shape[-1]
         if size == 1:
             return Solver(self.matrix.square().reciprocal(), is_inverse=True)
         if size > _TINY and self.matrix.device.type == "cpu":
-            return Solver(torch.cholesky_inverse(self.matrix), is_inverse=True)
+            return Solver(torch.cholesky_inverse(self.matrix).mT, is_inverse=True)
         identity = self.identity().matrix
         if size > _TINY:  # what cholesky_inverse does on a GPU, less a check that would make the host wait
-            return Solver(torch.cholesky_solve(identity, self.matrix), is_inverse=True)
+            return Solver(torch.cholesky_solve(identity, self.matrix).mT, is_inverse=True)
         half = torch.linalg.solve_triangular(self.matrix, identity, upper=False)
         return Solver(half.mT @ half, is_inverse=True)  # one launch where cholesky_inverse takes one a matrix
 

@@ -344,6 +344,14 @@ def test_an_inverse_is_that_of_a_dense_computation(size):
     assert_close(Solver(torch.linalg.cholesky(stack)).inverted().matrix, torch.linalg.inv(stack))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 40])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_inverse_lies_in_memory_as_a_checkpoint_brings_it_back(size, device):
+    """A product with its columns one after another would round otherwise: a resumed run would leave the other."""
+    factors = torch.linalg.cholesky(random_psd(4, size) + identity(size)).to(device)
+    assert Solver(factors).inverted().matrix.is_contiguous()
+
+
 # Deferred answers, as on a GPU
 
 
