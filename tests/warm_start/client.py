@@ -3,6 +3,7 @@
 python -I -S client.py PROGRAM [ARGUMENT ...]      the variable KFAC_DIST_TEST_SERVER names the server's socket
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ child = 0
 
 def forward(number: int, _: object) -> None:
     if child:
-        os.kill(child, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and its exit code is on the way
+            os.kill(child, number)
     else:
         waiting.append(number)
 
@@ -33,7 +35,8 @@ connection.sendall(content[sent:])
 answers = connection.makefile()
 child = int(answers.readline())
 for each in waiting:
-    os.kill(child, each)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, each)
 code = int(answers.readline())
 if code < 0:
     if -code != signal.SIGKILL:
