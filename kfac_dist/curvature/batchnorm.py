@@ -11,10 +11,20 @@ Every form is a stack of symmetric matrices, so that the rest of the program nee
     diagonal  (2C, 1, 1)    each value alone
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from kfac_dist.curvature.chunks import sample_chunks
+from kfac_dist.curvature.factors import sum_dtype
 from kfac_dist.vocabulary import BatchNormForm
+
+# Values of x that a CPU takes at once for each thread: with g and what is computed of both they stay in its cache.
+# Measured with 16 to 2,048 channels, 0.3 to 34 million values, fp32 and bf16: a half to a tenth of the time of a whole
+# batch; only small ones in fp32, of up to `_WHOLE_NUMEL` values, lose more by putting chunks together.
+_CHUNK_NUMEL = 1 << 18
+_WHOLE_NUMEL = 1 << 21
 
 
 def batchnorm_fisher(x: Tensor, g: Tensor, eps: float, form: BatchNormForm) -> Tensor:
@@ -52,13 +62,56 @@ def sample_gradients(x: Tensor, g: Tensor, eps: float) -> Tensor:
     if x.dim() == 2:  # BatchNorm1d without a length
         x, g = x[..., None], g[..., None]
     x, g = x.flatten(2), g.flatten(2)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # of sums; half precision is read as it is
-    # Reductions over the innermost dimension are several times faster on a CPU than var_mean over (0, 2).
+    stays_whole = x.dtype == sum_dtype(x) and x.numel() <= _WHOLE_NUMEL
+    numel = x.numel() if stays_whole else _CHUNK_NUMEL
+    parts = [_chunk_sums(*chunk) for chunk in zip(sample_chunks(x, numel), sample_chunks(g, numel), strict=True)]
     values = num_samples * x.shape[2]
-    centred = x - (x.sum(dim=2, dtype=dtype).sum(dim=0) / values)[:, None]
-    var = centred.square().sum(dim=2).sum(dim=0) / values
-    gamma_gradients = (centred * g).sum(dim=2) * torch.rsqrt(var + eps)
-    return torch.cat([gamma_gradients, g.sum(dim=2, dtype=dtype)], dim=1).mul_(num_samples)
+    if len(parts) == 1:
+        ((gamma_gradients, beta_gradients, _, squares),) = parts
+    else:  # each chunk is centred by its own mean
+        means = torch.stack([part.mean for part in parts])
+        counts = [len(part.beta_gradients) for part in parts]
+        weights = means.new_tensor(counts)[:, None] / num_samples
+        offsets = means - (weights * means).sum(dim=0)
+        squares = torch.stack([part.squares for part in parts]).sum(dim=0)
+        squares += values * (weights * offsets.square()).sum(dim=0)
+        gamma_gradients = torch.cat(
+            [
+                part.gamma_gradients.addcmul_(part.beta_gradients, offset)
+                for part, offset in zip(parts, offsets, strict=True)
+            ]
+        )
+        beta_gradients = torch.cat([part.beta_gradients for part in parts])
+    gamma_gradients *= torch.rsqrt(squares / values + eps)
+    return torch.cat([gamma_gradients, beta_gradients], dim=1).mul_(num_samples)
+
+
+class _ChunkSums(NamedTuple):
+    """What `sample_gradients` needs of some samples, for each of C channels.
+
+    Attributes:
+        gamma_gradients: Σ_t g · (x - mean), (samples, C).
+        beta_gradients: Σ_t g, (samples, C).
+        mean: Of x over the samples, (C,).
+        squares: Σ_n Σ_t (x - mean)², (C,).
+    """
+
+    gamma_gradients: Tensor
+    beta_gradients: Tensor
+    mean: Tensor
+    squares: Tensor
+
+
+def _chunk_sums(x: Tensor, g: Tensor) -> _ChunkSums:
+    """Sums of samples (n, C, T); in fp32 for half precision."""
+    dtype = sum_dtype(x)
+    if x.device.type == "cpu":
+        x, g = x.to(dtype), g.to(dtype)  # on a GPU half precision is read as it is
+    # Reductions over the innermost dimension are several times faster on a CPU than var_mean over (0, 2).
+    mean = x.sum(dim=2, dtype=dtype).sum(dim=0) / (x.shape[0] * x.shape[2])
+    centred = x - mean[:, None]
+    squares = centred.square().sum(dim=2).sum(dim=0)
+    return _ChunkSums((centred * g).sum(dim=2), g.sum(dim=2, dtype=dtype), mean, squares)
 
 
 def stack_shape(num_channels: int, form: BatchNormForm) -> tuple[int, int]:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kfac_dist.curvature.chunks import cut, sample_chunks, sum_over
 from kfac_dist.curvature.factors import append_ones, cross_moment, pixel_rows, second_moment, sum_dtype
 
-# Largest unfolded input (values) that is held at once; a longer batch is cut into chunks.
+# Largest unfolded input (values, padding aside) that is held at once; a longer batch is cut into chunks.
 UNFOLD_NUMEL = 16 << 20
 
 Pair = tuple[int, int]
@@ -78,22 +79,19 @@ def patch_moment(x: Tensor, patches: Patches, ones: bool) -> Tensor:
     Returns:
         (groups, n, n) with n = C/groups · kernel height · kernel width, one larger with ones.
     """
+    at_once = UNFOLD_NUMEL // patches.kernel_size[1]
+    chunks = [part for chunk in sample_chunks(x) for part in cut(chunk, at_once)]
+    return sum_over(chunks, partial(_moment_of_chunk, patches=patches, ones=ones))
+
+
+def _moment_of_chunk(x: Tensor, patches: Patches, ones: bool) -> Tensor:
+    """`patch_moment` of a few samples."""
     if x.device.type == "cpu":
         x = x.to(sum_dtype(x))  # once: every product of `cross_moment` would convert what it takes again
     x = patches.pad(x)
     if patches.kernel_size == (1, 1):
         vertical, horizontal = patches.stride
         return second_moment(pixel_rows(x[:, :, ::vertical, ::horizontal], patches.groups), ones)
-    samples_at_once = max(1, UNFOLD_NUMEL // (x[0].numel() * patches.kernel_size[1]))
-    first, *others = x.split(samples_at_once)
-    moment = _moment_of_chunk(first, patches, ones)
-    for chunk in others:
-        moment += _moment_of_chunk(chunk, patches, ones)
-    return moment
-
-
-def _moment_of_chunk(x: Tensor, patches: Patches, ones: bool) -> Tensor:
-    """`patch_moment` of an already padded input."""
     (kernel_height, kernel_width), groups, stride = patches.kernel_size, patches.groups, patches.stride[0]
     rows = _unfold_horizontally(x, patches)
     out_height, width = patches.out_size(x.shape[2], axis=0), rows.shape[-1]

@@ -10,9 +10,8 @@ have no faster way through an image. This holds for stride 1 and zeros around th
 `kfac_dist.curvature.patches`, which is also what this is tested against. Exact, not an approximation.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -20,13 +19,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.grad import conv2d_weight
 
+from kfac_dist.curvature.chunks import sample_chunks, sum_over
 from kfac_dist.curvature.factors import cross_moment, sum_dtype
 from kfac_dist.curvature.patches import Patches
 
 _FARTHEST = 2  # the largest shift of a row or column
 _PLACES = [divmod(place, 3) for place in range(9)]  # (row, column) in the kernel
-# Values of the images that are correlated at once: few enough for a CPU's cache.
-_CHUNK_NUMEL = 1 << 21
 
 
 class _Block(NamedTuple):
@@ -93,13 +91,16 @@ def pack_patch_moment(x: Tensor, ones: bool, scale: float, out: Tensor) -> None:
         scale: Factor.
         out: (n(n+1)/2,) with n = 9 C, one larger with ones; overwritten.
     """
-    channels = x.shape[1]
+    values = sum_over(sample_chunks(x), partial(_distinct_values, ones=ones)).mul_(scale).to(out.dtype)
+    torch.index_select(values, 0, _triangle_index(x.shape[1], ones, x.device), out=out)
+
+
+def _distinct_values(x: Tensor, ones: bool) -> Tensor:
+    """What the sum is made of, flat: its distinct blocks; with ones Σ a, (9, C), and the number of patches, too."""
     blocks, sums = _blocks_and_sums(x, ones)
-    values = blocks.flatten()
-    if ones:
-        values = torch.cat([values, sums.flatten(), sums.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])])
-    values = values.mul_(scale).to(out.dtype)
-    torch.index_select(values, 0, _triangle_index(channels, ones, x.device), out=out)
+    if not ones:
+        return blocks.flatten()
+    return torch.cat([blocks.flatten(), sums.flatten(), sums.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])])
 
 
 @dataclass
@@ -157,9 +158,7 @@ def _shifted_moments(x: Tensor) -> list[Tensor]:
     down, across = min(_FARTHEST, height - 1), min(_FARTHEST, width - 1)  # no pixels lie farther apart
     shape = (channels, channels, down + 1, 2 * across + 1)
     zeros = (across, across, 0, down)  # left, right, above, below
-    chunk = max(1, _CHUNK_NUMEL // (channels * height * width))
-    parts: Iterator[Tensor] = (conv2d_weight(pad(part, zeros), shape, part) for part in x.split(chunk))
-    moments = reduce(Tensor.add_, parts)
+    moments = conv2d_weight(pad(x, zeros), shape, x)
     return [
         moments[:, :, shift.rows, across + shift.columns]
         if shift.rows <= down and abs(shift.columns) <= across

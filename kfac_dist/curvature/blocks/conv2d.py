@@ -7,7 +7,7 @@ from torch.nn import Parameter
 
 from kfac_dist.curvature import shifts
 from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
-from kfac_dist.curvature.factors import image_moment, image_moment_pays, pixel_rows
+from kfac_dist.curvature.factors import pixel_moment, pixel_rows
 from kfac_dist.curvature.patches import Patches, patch_moment
 
 
@@ -27,7 +27,7 @@ class Conv2dBlock(KroneckerBlock):
         return patch_moment(x, self.patches, self.has_bias)
 
     def output_moment(self, g: Tensor) -> Tensor:
-        return image_moment(g) if image_moment_pays(g, self.groups) else super().output_moment(g)
+        return pixel_moment(g, self.groups)
 
     def pack_factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None, out: Tensor) -> None:
         if matrix != "A" or not shifts.pays(x, self.patches):

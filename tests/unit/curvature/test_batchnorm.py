@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_dist.curvature.batchnorm import batchnorm_fisher, join_gradient, split_gradient, stack_shape
+from kfac_dist.curvature import batchnorm
+from kfac_dist.curvature.batchnorm import (
+    batchnorm_fisher,
+    join_gradient,
+    sample_gradients,
+    split_gradient,
+    stack_shape,
+)
 from tests.unit.curvature.layer_factors import random
 
 SHAPES = [(6, 3, 4, 5), (6, 3, 7), (6, 3), (2, 1, 1, 1)]
@@ -102,6 +109,24 @@ def test_numbers_by_hand():
     torch.testing.assert_close(batchnorm_fisher(x, g, 0.0, "full")[0], expected)
     torch.testing.assert_close(batchnorm_fisher(x, g, 0.0, "unit")[0], expected)
     torch.testing.assert_close(batchnorm_fisher(x, g, 0.0, "diagonal").flatten(), expected.diagonal())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1, 60, 90])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_batch_that_is_cut_into_chunks_gives_the_same(shape, chunk, dtype, one_thread, monkeypatch):
+    """Also where the chunks' means and numbers of samples differ."""
+    x, g = (
+        (layer_input(shape) + torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))).to(dtype),
+        random(*shape).to(dtype),
+    )
+    expected = sample_gradients(x.double(), g.double(), EPS)
+    monkeypatch.setattr(batchnorm, "_WHOLE_NUMEL", 1)
+    monkeypatch.setattr(batchnorm, "_CHUNK_NUMEL", chunk)
+    actual = sample_gradients(x, g, EPS)
+    assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 def test_a_large_mean_does_not_cancel_the_variance():

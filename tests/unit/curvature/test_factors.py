@@ -15,13 +15,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kfac_dist.curvature import patches
+from kfac_dist.curvature import factors, patches
 from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
 from kfac_dist.curvature.factors import (
-    image_moment,
     image_moment_pays,
     input_factor,
     output_factor,
+    pixel_moment,
     pixel_rows,
     second_moment,
     sum_dtype,
@@ -273,17 +273,27 @@ def test_conv_input_factor_equals_unfold_for_any_geometry(data):
     assert_close(conv2d_input_factor(x, kernel, stride, padding, dilation, groups, bias), expected)
 
 
-def test_a_batch_that_is_cut_into_chunks_gives_the_same_factor(monkeypatch):
-    layer = nn.Conv2d(2, 2, (3, 2), stride=(1, 2), padding=1, dtype=torch.float64)
+@pytest.mark.parametrize("kernel", [(3, 2), (1, 1)])
+@pytest.mark.parametrize(
+    ("limit", "value", "sizes"),
+    [
+        ("patches.UNFOLD_NUMEL", 1, [1] * 5),
+        ("patches.UNFOLD_NUMEL", 2 * (2 * 6 * 5) * 2, None),
+        ("chunks.CACHED_NUMEL", 1, [1] * 5),
+        ("chunks.CACHED_NUMEL", 2 * 2 * 6 * 5, [2, 2, 1]),
+    ],
+)
+def test_a_batch_that_is_cut_into_chunks_gives_the_same_factor(kernel, limit, value, sizes, one_thread):
+    layer = nn.Conv2d(2, 2, kernel, stride=(1, 2), padding=1, dtype=torch.float64)
     x = random(5, 2, 6, 5)
     whole = conv_a(layer, x)
-    chunks = []
-    cut = torch.Tensor.split
-    monkeypatch.setattr(torch.Tensor, "split", lambda *args: chunks.append(cut(*args)) or chunks[-1])
-    for limit, sizes in ((1, [1] * 5), (2 * 2 * 8 * 7 * 2, [2, 2, 1])):
-        monkeypatch.setattr(patches, "UNFOLD_NUMEL", limit)
+    sizes = sizes or ([2, 2, 1] if kernel == (3, 2) else [4, 1])  # what is unfolded is as wide as the kernel
+    with (
+        patch(f"kfac_dist.curvature.{limit}", value),
+        patch.object(patches, "_moment_of_chunk", wraps=patches._moment_of_chunk) as moment,
+    ):
         assert_close(conv_a(layer, x), whole)
-        assert [len(chunk) for chunk in chunks.pop()] == sizes
+    assert [len(call.args[0]) for call in moment.call_args_list] == sizes
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -352,11 +362,16 @@ def test_factors_are_symmetric_and_fp32_stays_fp32():
 @given(
     shape=st.tuples(*[st.integers(1, 7)] * 4),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+    channels_last=st.booleans(),
+    chunk=st.sampled_from([1, 40, 1 << 20]),
 )
-def test_products_by_image_equal_one_product_of_all_pixels(shape, dtype):
+def test_products_by_image_or_by_chunk_equal_one_product_of_all_pixels(shape, dtype, channels_last, chunk):
     images = random(*shape, seed=sum(shape)).to(dtype)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     expected = second_moment(pixel_rows(images.to(sum_dtype(images)), 1))
-    moment = image_moment(images)
+    with patch("kfac_dist.curvature.chunks.CACHED_NUMEL", chunk):
+        moment = pixel_moment(images, 1)
     assert moment.dtype == expected.dtype
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(moment, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
@@ -366,7 +381,7 @@ def test_products_by_image_equal_one_product_of_all_pixels(shape, dtype):
     ("shape", "memory_format", "groups", "expected"),
     [
         ((2, 4, 4, 4), torch.contiguous_format, 1, True),
-        ((2, 5, 4, 4), torch.contiguous_format, 1, False),  # fewer than four pixels a channel
+        ((2, 17, 4, 4), torch.contiguous_format, 1, False),  # fewer pixels than channels
         ((2, 4, 4, 4), torch.contiguous_format, 2, False),
         ((2, 4, 4, 4), torch.channels_last, 1, False),
     ],
@@ -375,6 +390,6 @@ def test_products_by_image_where_pixels_would_have_to_be_copied(shape, memory_fo
     images = random(*shape).contiguous(memory_format=memory_format)
     assert image_moment_pays(images, groups) == expected
     block = Conv2dBlock("", layer := nn.Conv2d(groups, shape[1], 1, groups=groups), list(layer.parameters()))
-    with patch("kfac_dist.curvature.blocks.conv2d.image_moment", wraps=image_moment) as by_image:
+    with patch("kfac_dist.curvature.factors._image_moment", wraps=factors._image_moment) as by_image:
         assert_close(block.output_moment(images), second_moment(pixel_rows(images, groups)))
     assert by_image.called == expected

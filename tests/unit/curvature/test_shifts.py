@@ -43,7 +43,7 @@ def test_equals_the_plain_sum(shape: tuple[int, int, int, int], ones: bool, chun
     patches = Patches.of(nn.Conv2d(shape[1], 2, 3, padding=1))
     out = torch.empty(triangle_numel(9 * shape[1] + ones), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shifts, "_CHUNK_NUMEL", chunk)
+        patch.setattr("kfac_dist.curvature.chunks.CACHED_NUMEL", chunk)
         shifts.pack_patch_moment(x, ones, 0.25, out)
     close(out, packed(0.25 * patch_moment(x, patches, ones)))
 
