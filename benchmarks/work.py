@@ -137,6 +137,9 @@ def traffic_of(optimizer: KFAC) -> Traffic:
             in_bytes(shared.buffers.factors(all_factor_keys(blocks)).data.numel()),
             in_bytes(sum(count * size * (size + 1) // 2 for count, size in matrices)),
         ),
-        gradients=(in_bytes(shared.buffers.gradients.data.numel()), in_bytes(weights)),
+        gradients=(
+            in_bytes(sum(message.buffer.data.numel() for message in shared.buffers.messages)),
+            in_bytes(weights),
+        ),
         updates=(in_bytes(shared.updates.data.numel()), in_bytes(weights)),
     )

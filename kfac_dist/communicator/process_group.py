@@ -49,6 +49,8 @@ _OPERATIONS = {
 class ProcessGroupCommunicator(Communicator):
     """Collectives of a connected torch.distributed process group over all ranks of the job."""
 
+    in_background = True  # NCCL on a stream of its own, gloo in threads
+
     def __init__(
         self, group: dist.ProcessGroup, backend: str, device: torch.device, host: Communicator | None = None
     ) -> None:

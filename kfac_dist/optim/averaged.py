@@ -14,12 +14,14 @@ from torch.nn import Parameter
 from kfac_dist.communicator import Communicator
 from kfac_dist.optim.agreement import agree_on_group, agree_on_step
 from kfac_dist.optim.base import DistributedOptimizer
-from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted, refuse_sparse
+from kfac_dist.optim.gradient_messages import GradientMessages, Message, cut_for_backward
+from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import rescale_weights_, rescaled_weights
 from kfac_dist.optim.validation import check, check_choice, check_max_norm
 from kfac_dist.tensors.foreach import copy_all_
+from kfac_dist.tensors.packing import FlatBuffer, Part
 from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import WeightRescaling
 
@@ -108,15 +110,29 @@ class AveragedOptimizer(DistributedOptimizer):
         self._trained = trained
         known = {id(parameter) for parameter in trained}
         self._rescaled = [weight for weight in self._rescalable if id(weight) in known]
-        double = any(parameter.dtype == torch.float64 for parameter in trained)
-        numels = [parameter.numel() for parameter in trained]
+        self._messages.close()
+        self._messages = GradientMessages(
+            self._cut(), self.communicator, self._gradient_comm_dtype, self._names, self._loss_scaler is not None
+        )
+
+    def _cut(self) -> list[Message]:
+        """The trained parameters' messages; each rank owns an equal share of each."""
+        double = any(parameter.dtype == torch.float64 for parameter in self._trained)
         # Never half precision: MPI cannot add it, and sums over ranks would round.
-        dtype, device = torch.float64 if double else torch.float32, given[0].device
-        self._gradients = torch.zeros(sum(numels), dtype=dtype, device=device)
-        parts = self._gradients.split(numels) if numels else ()
-        self._views = [part.view(parameter.shape) for part, parameter in zip(parts, trained, strict=True)]
-        total, size = self._gradients.numel(), self.communicator.size
-        self._counts = [total * (rank + 1) // size - total * rank // size for rank in range(size)]
+        dtype, device = torch.float64 if double else torch.float32, self._parameters()[0].device
+        numels = [parameter.numel() for parameter in self._trained]
+        self._contents = []
+        for numbers in cut_for_backward([n * dtype.itemsize for n in numels], self.communicator.in_background):
+            total, size = sum(numels[number] for number in numbers), self.communicator.size
+            shares = [total * (rank + 1) // size - total * rank // size for rank in range(size)]
+            parts = [Part(rank, rank, share) for rank, share in enumerate(shares)]
+            buffer = FlatBuffer(parts, size, torch.zeros(total, dtype=dtype, device=device))
+            pieces = buffer.data.split([numels[number] for number in numbers]) if numbers else ()
+            views = [
+                (p, piece.view(p.shape)) for p, piece in zip((self._trained[n] for n in numbers), pieces, strict=True)
+            ]
+            self._contents.append(Message(buffer, views))
+        return self._contents
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters; collective once the optimizer is made: they take rank 0's values."""
@@ -152,32 +168,41 @@ class AveragedOptimizer(DistributedOptimizer):
                 loss = closure()
         refuse_converted(self._parameters(), self._placements, self._names)
         self._follow_freezing()
+        self._messages.check_unchanged()
         moved = agree_on_step(self._parameters(), self._names, self.communicator).with_gradient
         self.report = StepReport()
         if not moved:
+            self._messages.discard()
             return loss
         with self._timer.stage("reduce_scatter"):
-            for parameter in self._trained:
-                if parameter.grad is not None:
-                    refuse_sparse(self._names.get(id(parameter), "a parameter"), parameter.grad)
-            copy_all_(self._views, [parameter.grad for parameter in self._trained])
+            self._messages.fill()
             loss_scale = self._loss_scaler.scale if self._loss_scaler is not None else 1.0
-            if self._loss_scaler is not None and self._loss_scaler.overflowed([self._gradients], self.communicator):
-                self.report = StepReport(skipped=True)
+            if self._loss_scaler is not None and self._loss_scaler.overflowed(
+                self._messages.largest, self.communicator
+            ):
+                self.skip_step()
                 return loss
-            own = self.communicator.reduce_scatter_v(self._gradients, self._counts, self._gradient_comm_dtype)
+            self._messages.start()
+            averages = self._messages.wait()
             if loss_scale != 1:
-                own.mul_(1.0 / loss_scale)
+                for average in averages:
+                    average.mul_(1.0 / loss_scale)
             if self._max_grad_norm is not None:
-                clip_([own], own.double().square().sum(), self._max_grad_norm, self.communicator)
+                squared = torch.stack([average.double().square().sum() for average in averages]).sum()
+                clip_(averages, squared, self._max_grad_norm, self.communicator)
         with self._timer.stage("all_gather"):
-            self.communicator.all_gather_v(self._gradients, self._counts, self._gradient_comm_dtype)
+            gathered = [
+                self.communicator.start_all_gather_v(buffer.data, buffer.counts, self._gradient_comm_dtype)
+                for buffer in (message.buffer for message in self._contents)
+            ]
+            for pending in gathered:
+                pending.wait()
         with self._timer.stage("update"):
-            averages = [(p, view) for p, view in zip(self._trained, self._views, strict=True) if id(p) in moved]
-            for parameter, _ in averages:
+            views = [(p, view) for message in self._contents for p, view in message.views if id(p) in moved]
+            for parameter, _ in views:
                 if parameter.grad is None:  # another rank has one
                     parameter.grad = torch.zeros_like(parameter)
-            copy_all_([p.grad for p, _ in averages if p.grad is not None], [view for _, view in averages])
+            copy_all_([p.grad for p, _ in views if p.grad is not None], [view for _, view in views])
             self._move()
             rescale_weights_([weight for weight in self._rescaled if id(weight) in moved], self._weight_rescaling)
         return loss

@@ -2,11 +2,14 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.curvature.blocks.base import FactorKey
+from kfac_dist.optim.gradient_messages import GradientMessages
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 
@@ -41,6 +44,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     """
 
     report: StepReport
+    _messages = GradientMessages((), LocalCommunicator(), None, {}, watch_overflow=False)  # a subclass may have none
     _loss_scaler: LossScaler | None = None
     _is_closed = False
 
@@ -58,6 +62,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         _without_compiler(torch.optim.Optimizer.zero_grad)(self, set_to_none)
+        self._messages.discard()
 
     def state_dict(self) -> dict[str, Any]:
         return _without_compiler(torch.optim.Optimizer.state_dict)(self)
@@ -78,13 +83,38 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 "loss_scaler=scaler in the constructor, scaler.scale_loss(loss).backward(), optimizer.step()"
             )
 
+    def overlap_backward(self) -> AbstractContextManager[None]:
+        """Send gradients while the backward pass within computes further ones; collective, at most once for each step.
+
+            with optimizer.overlap_backward():
+                loss.backward()
+            optimizer.step()
+
+        For the last backward pass before `step`: with micro-batches call `backward` for the others outside. Every rank
+        enters, also one that has nothing to call within. The step's result is the same. Where collectives make no
+        progress while a rank computes, as MPI's do not, it does nothing; see `Communicator.in_background`.
+
+        Raises:
+            RuntimeError: If it is entered twice before `step` or `zero_grad`, if a parameter gets its gradient twice
+                within (reentrant checkpointing of a layer that is used twice), or, in `step`, if gradients were changed
+                after it: clip with `max_grad_norm`.
+        """
+        self.refuse_closed()
+        self._follow_freezing()
+        return self._messages.sent_in_backward()
+
+    def _follow_freezing(self) -> None:
+        """Lay out what depends on which parameters are trained, if that has changed; here there is nothing."""
+
     def skip_step(self) -> None:
-        """In place of a `step`: change nothing, and drop what was captured for it. Every rank must do so."""
+        """In place of a `step`: change nothing, and drop what was captured or sent for it. Every rank must do so."""
+        self._messages.discard()
         self.report = StepReport(skipped=True)
 
     def close(self) -> None:
         """Let go of the model and the loss scaler; the optimizer cannot take a step any more."""
         self._is_closed = True
+        self._messages.close()
         if self._loss_scaler is not None:
             self._loss_scaler.release()
 

@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
-from kfac_dist.tensors.foreach import copy_all_
+from kfac_dist.optim.gradient_messages import Message, cut_for_backward
 from kfac_dist.tensors.packing import FlatBuffer, Part, triangle_numel
 
 
 class StageBuffers:
     """The buffers, allocated once at the size of a full refresh.
 
-    Stage 3 carries, for each owner, its blocks' packed matrices that are due, and in a buffer of their own their
-    gradients, which travel while the matrices are factorised; stage 6 the preconditioned gradients. Where several
-    ranks own a block each of them contributes an equal share of stage 6.
+    Stage 3 carries, for each owner, its blocks' packed matrices that are due, and in buffers of their own their
+    gradients, which travel beside the backward pass where collectives can, or while the matrices are factorised; stage
+    6 the preconditioned gradients. Where several ranks own a block each of them contributes an equal share of stage 6.
 
     Attributes:
-        gradients: Stage 3's buffer of the gradients; keys are block names.
+        messages: Stage 3's gradients, in the order in which a backward pass completes them; keys are block names.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class StageBuffers:
         num_ranks: int,
         dtype: torch.dtype,
         device: torch.device,
+        in_background: bool = False,
     ) -> None:
         self._blocks = list(zip(blocks, owners, strict=True))
         self._num_ranks = num_ranks
@@ -37,18 +38,29 @@ class StageBuffers:
 
         self._factors_storage = storage(self._factors_parts(all_factor_keys(blocks)))
         self._updates_storage = storage(self._updates_parts())
-        parts = [Part(block.name, rank, block.num_values) for block, ranks in self._blocks for rank in ranks]
-        self.gradients = FlatBuffer(parts, num_ranks, storage(parts))
-        self._gradient_views = [
-            (parameter, view)
-            for block in blocks
-            for copy in self.gradients.copies(block.name)
-            for parameter, view in zip(block.parameters, parameter_views(copy, block), strict=True)
-        ]
+        self.messages: list[Message] = []
+        self._message_of: dict[str, FlatBuffer] = {}
+        for numbers in cut_for_backward([block.num_values * dtype.itemsize for block in blocks], in_background):
+            members = [self._blocks[number] for number in numbers]
+            parts = [Part(block.name, rank, block.num_values) for block, ranks in members for rank in ranks]
+            buffer = FlatBuffer(parts, num_ranks, storage(parts))
+            views = [
+                (parameter, view)
+                for block, _ in members
+                for copy in buffer.copies(block.name)
+                for parameter, view in zip(block.parameters, parameter_views(copy, block), strict=True)
+            ]
+            self.messages.append(Message(buffer, views))
+            self._message_of |= {block.name: buffer for block, _ in members}
 
     def fill_gradients(self) -> None:
-        """Write this rank's gradients, zeros where there is none, into the buffer."""
-        copy_all_([view for _, view in self._gradient_views], [parameter.grad for parameter, _ in self._gradient_views])
+        """Write this rank's gradients, zeros where there is none, into all messages."""
+        for message in self.messages:
+            message.fill()
+
+    def gradient(self, name: str, rank: int) -> Tensor:
+        """The gradient of the block of this name in the segment of one of its owners, a view of (num_values,)."""
+        return self._message_of[name].part(name, rank)
 
     def factors(self, due: Sequence[FactorKey]) -> FlatBuffer:
         """Stage 3's buffer of the factors when these are due; they are the keys."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from kfac_dist.communicator import Communicator, Pending
+from kfac_dist.communicator import Communicator
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.create import create_blocks
 from kfac_dist.curvature.owned import OwnedFisher
@@ -18,7 +18,8 @@ from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedul
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.buffers import add_weight_decay, read_update, update_shares
 from kfac_dist.optim.distributed_fisher import BLOCKS, DistributedFisher
-from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted, refuse_sparse
+from kfac_dist.optim.gradient_messages import GradientMessages
+from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.optim.step_report import StepReport
@@ -184,6 +185,18 @@ class KFAC(DistributedOptimizer):
         self._trainable = [parameter.requires_grad for parameter in self._parameters()]
         self._shared.share(self._create_blocks(trained=self._parameters()))
         self._fisher.follow()
+        self._hook_gradients()
+
+    def _hook_gradients(self) -> None:
+        """Send gradients in the buffers as they are laid out now."""
+        self._messages.close()
+        self._messages = GradientMessages(
+            self._shared.buffers.messages,
+            self.communicator,
+            self._comm_dtypes.gradients,
+            self._names,
+            watch_overflow=self._loss_scaler is not None,
+        )
 
     def _follow_freezing(self) -> None:
         """Share the blocks anew if parameters were frozen or unfrozen since."""
@@ -227,11 +240,13 @@ class KFAC(DistributedOptimizer):
 
     def _step(self) -> StepReport:
         refuse_converted(self._parameters(), self._placements, self._names)
+        self._messages.check_unchanged()
         self._follow_freezing()
         fisher, updates = self._fisher, self._shared.updates
         agreed, present = fisher.agree(self._parameters(), self._names)
         moved = agreed.with_gradient
         if not moved or (fisher.is_due and not present and not self._agree_on_any_gradient()):
+            self._messages.discard()
             self._create_state()
             return StepReport()
         fisher.warn_of_absent(present)
@@ -239,13 +254,13 @@ class KFAC(DistributedOptimizer):
         with self._timer.stage("reduce_scatter"):
             self._collect(loss_scale)
             if self._overflowed():
-                fisher.begin_capture()
-                return StepReport(skipped=True)
-            gradients = self._start_reducing()
+                self.skip_step()
+                return self.report
+            self._reduce_factors()
         with self._timer.stage("inverse"):
             inversion, own_changes = fisher.refresh(present, self._damping)
         with self._timer.stage("reduce_scatter"):
-            self._finish_gradients(gradients, loss_scale)
+            self._finish_gradients(loss_scale)
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
@@ -271,55 +286,53 @@ class KFAC(DistributedOptimizer):
 
     def _collect(self, loss_scale: float) -> None:
         """Complete this rank's buffers of stage 3."""
-        for parameter in (parameter for block in self.blocks for parameter in block.parameters):
-            if parameter.grad is not None:
-                refuse_sparse(self._names[id(parameter)], parameter.grad)
         passes, promised = self._fisher.capture.num_passes, self.accumulation_steps
         if promised is not None and passes not in (0, promised):
             raise ValueError(
                 f"accumulation_steps is {promised}, but {passes} backward passes came since the last step: each loss "
                 "is to be divided by the number that there are; leave accumulation_steps out to have them counted"
             )
-        self._shared.buffers.fill_gradients()
+        self._messages.fill()
         self._fisher.finish_capture(loss_scale)
 
     def _overflowed(self) -> bool:
         """Whether anything overflowed on any rank; nothing that lasts has been changed yet."""
-        buffers = [self._fisher.factors.data, self._shared.buffers.gradients.data]
-        return self._loss_scaler is not None and self._loss_scaler.overflowed(buffers, self.communicator)
+        values = [self._fisher.factors.data, *self._messages.largest]
+        return self._loss_scaler is not None and self._loss_scaler.overflowed(values, self.communicator)
 
-    def _start_reducing(self) -> Pending[Tensor]:
+    def _reduce_factors(self) -> None:
         """Stage 3: each rank is left with the averages of what it owns.
 
         Returns when the factors are there; the gradients still travel, and are needed only in stage 5.
         """
-        communicator, factors, gradients = self.communicator, self._fisher.factors, self._shared.buffers.gradients
-        *earlier, last = [
-            communicator.start_reduce_scatter_v(buffer.data, buffer.counts, comm_dtype, buffer.part_numels)
-            for buffer, comm_dtype in ((factors, self._comm_dtypes.factors), (gradients, self._comm_dtypes.gradients))
-            if buffer.data.numel()
-        ]
-        for pending in earlier:
-            pending.wait()
-        return last
+        factors, comm_dtype = self._fisher.factors, self._comm_dtypes.factors
+        pending = []
+        if factors.data.numel():
+            start = self.communicator.start_reduce_scatter_v
+            pending.append(start(factors.data, factors.counts, comm_dtype, factors.part_numels))
+        self._messages.start()
+        for reduction in pending:
+            reduction.wait()
 
-    def _finish_gradients(self, pending: Pending[Tensor], loss_scale: float) -> None:
+    def _finish_gradients(self, loss_scale: float) -> None:
         """Stage 3, the rest: wait for the gradients, undo the loss scale, clip."""
-        gradients = pending.wait()
+        gradients = self._messages.wait()
         if loss_scale != 1:
-            gradients.mul_(1.0 / loss_scale)
+            for gradient in gradients:
+                gradient.mul_(1.0 / loss_scale)
         if self._max_grad_norm is not None:
             rank = self.communicator.rank
             first_owned = [block.name for block in self._shared.owned if self._shared.is_first_owner(block.name)]
-            own = [self._shared.buffers.gradients.part(name, rank) for name in first_owned]
-            squared = sum((part.double().square().sum() for part in own), gradients.new_zeros((), dtype=torch.float64))
-            clip_([gradients], squared, self._max_grad_norm, self.communicator)
+            own = [self._shared.buffers.gradient(name, rank) for name in first_owned]
+            zero = torch.zeros((), dtype=torch.float64, device=self._device)
+            squared = sum((part.double().square().sum() for part in own), zero)
+            clip_(gradients, squared, self._max_grad_norm, self.communicator)
 
     def _precondition(self) -> None:
         """Stage 5: 𝒢 of the owned blocks, into this rank's segment of the buffer that is gathered."""
         rank = self.communicator.rank
         blocks = self._shared.owned
-        gradients = [self._shared.buffers.gradients.part(block.name, rank) for block in blocks]
+        gradients = [self._shared.buffers.gradient(block.name, rank) for block in blocks]
         for block, gradient in zip(blocks, gradients, strict=True):
             add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
         shares = [
@@ -483,6 +496,7 @@ class KFAC(DistributedOptimizer):
         super().load_state_dict(state)
         self._index_groups()
         self._fisher.load_state_dict(curvature_state, self._device, self._dtype)
+        self._hook_gradients()  # the buffers are laid out by the state's owners
 
 
 def _refresh_schedule(refresh: RefreshSchedule | int) -> RefreshSchedule:

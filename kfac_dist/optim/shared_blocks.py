@@ -38,6 +38,7 @@ class SharedBlocks:
         self.owners: list[tuple[int, ...]] = []
         self._known: dict[str, tuple[Block, tuple[int, ...]]] = {}  # the newest of each name, frozen ones too
         self._rank, self._size = communicator.rank, communicator.size
+        self._in_background = communicator.in_background
         self._dtype, self._device = dtype, device
 
     def share(self, blocks: Sequence[Block]) -> None:
@@ -64,7 +65,9 @@ class SharedBlocks:
         self._known |= {block.name: (block, ranks) for block, ranks in zip(self.blocks, owners, strict=True)}
         self._ranks_of = {block.name: ranks for block, ranks in zip(self.blocks, self.owners, strict=True)}
         self.owned = [block for block in self.blocks if self._rank in self._ranks_of[block.name]]
-        self.buffers = StageBuffers(self.blocks, self.owners, self._size, self._dtype, self._device)
+        self.buffers = StageBuffers(
+            self.blocks, self.owners, self._size, self._dtype, self._device, self._in_background
+        )
         self.updates = self.buffers.updates()
 
     @property

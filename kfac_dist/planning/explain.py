@@ -69,11 +69,12 @@ def _layer_table(blocks: list[Block], num_ranks: int, value_bytes: int) -> list[
              _mib(value_bytes * block.num_values), f"{cost.flops:.2g}", ",".join(map(str, ranks)))
         )  # fmt: skip
     exchange = StageBuffers(blocks, owners, num_ranks, torch.float32, torch.device("meta"))
+    gradients = [message.buffer for message in exchange.messages]
     refresh, stale, updates = (
         _mib(value_bytes * sum(buffer.data.numel() for buffer in buffers), exact=True)
         for buffers in (
-            (exchange.factors(all_factor_keys(blocks)), exchange.gradients),
-            (exchange.gradients,),
+            (exchange.factors(all_factor_keys(blocks)), *gradients),
+            gradients,
             (exchange.updates(),),
         )
     )

@@ -1,12 +1,13 @@
 """Seconds of an iteration and memory of a rank, on any number of ranks, before there are any.
 
 The work is that of the program's own code (`work.py`), shared out by its own assignment, sent in its own buffers and
-refreshed by its own schedule; a `Profile` says how fast a machine does it. As in `KFAC.step`, nothing overlaps but the
-gradients' ReduceScatterV with stage 4, and that over NCCL only: over MPI a collective is complete when it was started.
+refreshed by its own schedule; a `Profile` says how fast a machine does it. As in `KFAC`, nothing overlaps but the
+gradients' ReduceScatterV, with the backward pass of a rank's last slot and then with stage 4, and that over NCCL only:
+over MPI a collective is complete when it was started.
 The data are taken to be there when they are wanted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -194,7 +195,8 @@ class _Ranks:
         self._slot = simulation.slot(images)
         blocks = simulation.blocks
         self._owners = assign_owners([block_cost(block) for block in blocks], num_ranks)
-        self._buffers = StageBuffers(blocks, self._owners, num_ranks, torch.float32, torch.device("meta"))
+        meta = torch.device("meta")
+        self._buffers = StageBuffers(blocks, self._owners, num_ranks, torch.float32, meta, self._overlaps)
 
     def stages(self, refresh: Refresh) -> dict[str, float]:
         """Seconds of each of `PLAN_STAGES` in an iteration that does this; without K-FAC of one of SGD."""
@@ -205,14 +207,16 @@ class _Ranks:
         buffers = self._buffers
         due = [key for key in all_factor_keys(self._of.blocks) if key[1] in refresh.due]
         factors = self._reduce_scatter(buffers.factors(due), HALF_DTYPES.get(communication.factor_precision))
-        gradients = self._reduce_scatter(buffers.gradients, gradient_dtype)
+        training, construction = self._training(), self._factors(refresh)
+        messages = [self._reduce_scatter(message.buffer, gradient_dtype) for message in buffers.messages]
+        gradients = self._beyond(messages, (training["backward"] + construction) / self._slots)
         inverse, precondition = self._slowest_owner(refresh)
         overlapped = min(gradients, inverse) if self._overlaps else 0.0
         updates = self._fabric.v_collective(self._segment_bytes(buffers.updates(), gradient_dtype))
         local = self._seconds(copy_work(buffers))
         return {
-            **self._training(),
-            "factors": self._factors(refresh),
+            **training,
+            "factors": construction,
             "reduce_scatter": self._agreements() + local + factors + gradients - overlapped,
             "inverse": inverse,
             "precondition": precondition,
@@ -221,21 +225,37 @@ class _Ranks:
         }
 
     def sgd_seconds(self) -> float:
-        """An iteration of SGD."""
-        return sum(self._sgd_stages().values())
+        """An iteration of SGD as torch's DistributedDataParallel has it: all-reduced beside the backward pass."""
+        training, half = self._training(), self._sgd_messages()
+        gradients = self._beyond([2 * seconds for seconds in half], training["backward"] / self._slots)
+        return sum(training.values()) + gradients + self._update()
 
     def _sgd_stages(self) -> dict[str, float]:
-        """Half of the all-reduce is a reduce-scatter, the other half an all-gather."""
-        dtype = HALF_DTYPES.get(self._of.config.communication.gradient_precision)
-        value_bytes = self._of.value_bytes if dtype is None else 2
-        half = self._fabric.all_reduce(value_bytes * self._num_values) / 2
+        """Half of the all-reduce is a reduce-scatter, the other half an all-gather, after it."""
+        training, half = self._training(), self._sgd_messages()
         return {
             **dict.fromkeys(PLAN_STAGES, 0.0),
-            **self._training(),
-            "reduce_scatter": self._agreements() + half,
-            "all_gather": half,
+            **training,
+            "reduce_scatter": self._agreements() + self._beyond(half, training["backward"] / self._slots),
+            "all_gather": sum(half),
             "update": self._update(),
         }
+
+    def _sgd_messages(self) -> list[float]:
+        """Seconds of half the all-reduce of each message."""
+        dtype = HALF_DTYPES.get(self._of.config.communication.gradient_precision)
+        value_bytes = self._of.value_bytes if dtype is None else 2
+        sizes = [sum(parameter.numel() for parameter, _ in message.views) for message in self._buffers.messages]
+        return [self._fabric.all_reduce(value_bytes * size) / 2 for size in sizes]
+
+    def _beyond(self, messages: Sequence[float], window: float) -> float:
+        """Seconds of the messages that a pass of so many seconds, in which they are completed evenly, does not hide."""
+        if not self._overlaps:
+            return sum(messages)
+        done = 0.0
+        for number, seconds in enumerate(messages, start=1):
+            done = max(done, window * number / len(messages)) + seconds
+        return done - window
 
     def memory(self) -> dict[str, int]:
         """Bytes by what they hold, of the rank that has the most."""
@@ -295,6 +315,8 @@ class _Ranks:
         return max(times, key=sum)
 
     def _reduce_scatter(self, buffer: FlatBuffer, dtype: torch.dtype | None) -> float:
+        if not buffer.data.numel():
+            return 0.0  # nothing is sent
         segments = self._segment_bytes(buffer, dtype)
         return self._fabric.v_collective(segments) if dtype is None else self._fabric.exchange(segments)
 

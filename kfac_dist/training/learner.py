@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -113,11 +114,13 @@ class Learner:
         try:
             for index in range(self.num_local_slots):
                 self.batchnorm.before_slot(index, self.num_local_slots)
-                of_slot = self._train_slot(batches)
+                of_slot = self._train_slot(batches, is_last=index == self.num_local_slots - 1)
                 losses.append(of_slot[0])
                 sums += of_slot
         except ImageError as error:  # this rank's alone, until the others know
             problem = str(error)
+            with self.optimizer.overlap_backward():
+                pass  # what the other ranks send they send to this one, too
         self.skipped_images.gather_and_check(problem)
         self.black_box.record(iteration, settings, losses)
         totals = self._total(sums, wishes)
@@ -141,8 +144,13 @@ class Learner:
         averages = sums / (self.num_local_slots * self.communicator.size)
         return HostCopy(self.communicator.all_reduce_(torch.cat([averages, to_device(counts, self.device)])))
 
-    def _train_slot(self, batches: Iterator[Batch]) -> Tensor:
-        """Forward and backward of one micro-batch; returns its mean loss and share of correct answers."""
+    def _train_slot(self, batches: Iterator[Batch], is_last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; returns its mean loss and share of correct answers.
+
+        Args:
+            batches: Gives it.
+            is_last: Whether this rank has no further one in this iteration.
+        """
         with self.timer.stage("data"):
             batch = self.augmentation.apply(next(batches))
         # Dropout draws from torch's generator: key that too, so that a slot is the same on any rank.
@@ -152,7 +160,8 @@ class Learner:
         with self.timer.stage("forward"), self.precision.autocast(self.device):
             logits = self.model(images)
             loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.train.label_smoothing)
-        with self.timer.stage("backward"):
+        sending = self.optimizer.overlap_backward() if is_last else nullcontext()
+        with self.timer.stage("backward"), sending:
             scaled = loss / self.num_local_slots
             (scaled if self.loss_scaler is None else self.loss_scaler.scale_loss(scaled)).backward()
         correct = (logits.detach().argmax(dim=1) == batch.labels.argmax(dim=1)).double().mean()

@@ -50,7 +50,7 @@ def test_collectives_beside_the_programs(torchrun: Run) -> None:
     assert finished.stdout == "theirs [1.0], ours [30.0], given up after 0:01:17\n"
 
 
-@pytest.mark.parametrize("way", ["plain", "module", "no_sync", "synced"])
+@pytest.mark.parametrize("way", ["plain", "module", "no_sync", "synced", "overlap"])
 def test_own_script_equals_one_rank(way: str, one_rank: dict[str, Tensor], torchrun: Run, tmp_path: Path) -> None:
     """Defect: each process trained by itself, also beside a process group of the script's own."""
     finished = torchrun(2, PROGRAMS / "own_script_weights.py", tmp_path, way)
@@ -60,6 +60,13 @@ def test_own_script_equals_one_rank(way: str, one_rank: dict[str, Tensor], torch
     for name, value in one_rank.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], value, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_ranks_whose_backward_passes_differ_send_in_one_order(torchrun: Run) -> None:
+    """One leaves out a layer that the other has, micro-batches and overflows are one's own; equal to sending after."""
+    finished = torchrun(2, PROGRAMS / "overlap.py", timeout=120)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.splitlines() == ["kfac: sent early, equal", "sgd: sent early, equal"]
 
 
 def test_processes_that_no_launcher_started(run_python: Run) -> None:

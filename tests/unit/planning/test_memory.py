@@ -36,7 +36,8 @@ def test_buffers_are_those_that_the_optimizer_allocates(num_ranks):
     blocks = create_blocks(net, list(net.parameters()), "unit")
     owners = assign_owners([block_cost(block) for block in blocks], num_ranks)
     exchange = StageBuffers(blocks, owners, num_ranks, torch.float32, torch.device("meta"))
-    buffers = (exchange.factors(all_factor_keys(blocks)), exchange.gradients, exchange.updates())
+    gradients = [message.buffer for message in exchange.messages]
+    buffers = (exchange.factors(all_factor_keys(blocks)), *gradients, exchange.updates())
     allocated = sum(buffer.data.numel() for buffer in buffers)
     assert memory.rank_memory(net, "unit", num_ranks).buffers == 4 * allocated
 
