@@ -122,8 +122,9 @@ class AveragedOptimizer(DistributedOptimizer):
         dtype, device = torch.float64 if double else torch.float32, self._parameters()[0].device
         numels = [parameter.numel() for parameter in self._trained]
         self._contents = []
-        for numbers in cut_for_backward([n * dtype.itemsize for n in numels], self.communicator.in_background):
-            total, size = sum(numels[number] for number in numbers), self.communicator.size
+        size, in_background = self.communicator.size, self.communicator.in_background
+        for numbers in cut_for_backward([n * dtype.itemsize for n in numels], size, in_background):
+            total = sum(numels[number] for number in numbers)
             shares = [total * (rank + 1) // size - total * rank // size for rank in range(size)]
             parts = [Part(rank, rank, share) for rank, share in enumerate(shares)]
             buffer = FlatBuffer(parts, size, torch.zeros(total, dtype=dtype, device=device))

@@ -40,7 +40,8 @@ class StageBuffers:
         self._updates_storage = storage(self._updates_parts())
         self.messages: list[Message] = []
         self._message_of: dict[str, FlatBuffer] = {}
-        for numbers in cut_for_backward([block.num_values * dtype.itemsize for block in blocks], in_background):
+        num_bytes = [block.num_values * dtype.itemsize for block in blocks]
+        for numbers in cut_for_backward(num_bytes, num_ranks, in_background):
             members = [self._blocks[number] for number in numbers]
             parts = [Part(block.name, rank, block.num_values) for block, ranks in members for rank in ranks]
             buffer = FlatBuffer(parts, num_ranks, storage(parts))

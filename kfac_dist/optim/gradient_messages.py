@@ -24,6 +24,9 @@ from kfac_dist.tensors.packing import FlatBuffer
 
 # Of the gradients in a message, at least; what torch's DistributedDataParallel takes, whose trade-off is the same.
 MESSAGE_BYTES = 25 << 20
+# Also at least, for each rank: a message passes through all of them, and at some 5 us a step and 50 GB/s (the profiles
+# of `kfac_dist.planning`) that takes as long as the bytes do. So there are fewer messages the more ranks there are.
+MESSAGE_BYTES_PER_RANK = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -43,19 +46,21 @@ class Message:
         copy_all_([view for _, view in self.views], [parameter.grad for parameter, _ in self.views])
 
 
-def cut_for_backward(num_bytes: Sequence[int], in_background: bool) -> list[range]:
-    """Which items go together: in the order of a backward pass, last items first, each message `MESSAGE_BYTES` or more.
+def cut_for_backward(num_bytes: Sequence[int], num_ranks: int, in_background: bool) -> list[range]:
+    """Which items go together: in the order of a backward pass, last items first, few enough messages to pay.
 
     Args:
         num_bytes: Of each item, in the order of the forward pass.
+        num_ranks: That a message passes through.
         in_background: Whether messages can be sent beside the backward pass; else all items are one.
     """
     if not in_background:
         return [range(len(num_bytes))]
+    at_least = max(MESSAGE_BYTES, MESSAGE_BYTES_PER_RANK * num_ranks)
     cuts, size = [len(num_bytes)], 0
     for number in reversed(range(len(num_bytes))):
         size += num_bytes[number]
-        if size >= MESSAGE_BYTES:
+        if size >= at_least:
             cuts.append(number)
             size = 0
     if cuts[-1] != 0 or len(cuts) == 1:

@@ -23,6 +23,7 @@ from kfac_dist.data.create import describe_dataset
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.models import create_model
 from kfac_dist.optim.buffers import StageBuffers, all_factor_keys
+from kfac_dist.optim.gradient_messages import cut_for_backward
 from kfac_dist.planning.memory import largest_unfolding, rank_memory
 from kfac_dist.planning.network import Fabric
 from kfac_dist.planning.operations import Operations
@@ -226,13 +227,13 @@ class _Ranks:
 
     def sgd_seconds(self) -> float:
         """An iteration of SGD as torch's DistributedDataParallel has it: all-reduced beside the backward pass."""
-        training, half = self._training(), self._sgd_messages()
+        training, half = self._training(), self._halves_of_all_reduces(num_ranks=1)
         gradients = self._beyond([2 * seconds for seconds in half], training["backward"] / self._slots)
         return sum(training.values()) + gradients + self._update()
 
     def _sgd_stages(self) -> dict[str, float]:
         """Half of the all-reduce is a reduce-scatter, the other half an all-gather, after it."""
-        training, half = self._training(), self._sgd_messages()
+        training, half = self._training(), self._halves_of_all_reduces(self._num_ranks)
         return {
             **dict.fromkeys(PLAN_STAGES, 0.0),
             **training,
@@ -241,12 +242,13 @@ class _Ranks:
             "update": self._update(),
         }
 
-    def _sgd_messages(self) -> list[float]:
-        """Seconds of half the all-reduce of each message."""
+    def _halves_of_all_reduces(self, num_ranks: int) -> list[float]:
+        """Seconds of half the all-reduce of each message, the messages being cut for so many ranks."""
         dtype = HALF_DTYPES.get(self._of.config.communication.gradient_precision)
         value_bytes = self._of.value_bytes if dtype is None else 2
-        sizes = [sum(parameter.numel() for parameter, _ in message.views) for message in self._buffers.messages]
-        return [self._fabric.all_reduce(value_bytes * size) / 2 for size in sizes]
+        num_bytes = [value_bytes * block.num_values for block in self._of.blocks]
+        cuts = cut_for_backward(num_bytes, num_ranks, self._overlaps)
+        return [self._fabric.all_reduce(sum(num_bytes[number] for number in numbers)) / 2 for numbers in cuts]
 
     def _beyond(self, messages: Sequence[float], window: float) -> float:
         """Seconds of the messages that a pass of so many seconds, in which they are completed evenly, does not hide."""

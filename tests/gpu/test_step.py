@@ -41,7 +41,8 @@ def make_step(optimizer_class: type[KFAC | SGD], precision: Precision, **setting
         optimizer.zero_grad()
         with precision.autocast(CUDA):
             loss = F.cross_entropy(model(images), labels)
-        (loss if scaler is None else scaler.scale_loss(loss)).backward()
+        with optimizer.overlap_backward():
+            (loss if scaler is None else scaler.scale_loss(loss)).backward()
         optimizer.step()
         return loss.detach()
 

@@ -9,7 +9,7 @@ from kfac_dist import KFAC, SGD, LossScaler, create_communicator
 from kfac_dist.optim import gradient_messages
 from kfac_dist.optim.base import DistributedOptimizer
 
-gradient_messages.MESSAGE_BYTES = 1  # a message for each layer
+gradient_messages.MESSAGE_BYTES, gradient_messages.MESSAGE_BYTES_PER_RANK = 1, 0  # a message for each layer
 communicator = create_communicator()
 STEPS = 8
 

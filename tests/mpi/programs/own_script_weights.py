@@ -24,7 +24,7 @@ from kfac_dist.optim import gradient_messages
 
 folder, way = Path(sys.argv[1]), sys.argv[2]
 alone = way in ("plain", "overlap")
-gradient_messages.MESSAGE_BYTES = 1
+gradient_messages.MESSAGE_BYTES, gradient_messages.MESSAGE_BYTES_PER_RANK = 1, 0
 if not alone:
     dist.init_process_group("gloo")
 communicator = create_communicator()

@@ -36,6 +36,7 @@ class Background(LocalCommunicator):
 @pytest.fixture(autouse=True)
 def small_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradient_messages, "MESSAGE_BYTES", 1)  # a message for each layer
+    monkeypatch.setattr(gradient_messages, "MESSAGE_BYTES_PER_RANK", 0)
 
 
 def network() -> nn.Sequential:
@@ -71,8 +72,14 @@ def loss_of(net: nn.Module, seed: int) -> Tensor:
 )
 def test_messages_go_from_the_last_layer_to_the_first(numels, at_least, expected, monkeypatch):
     monkeypatch.setattr(gradient_messages, "MESSAGE_BYTES", at_least)
-    assert cut_for_backward(numels, in_background=True) == expected
-    assert cut_for_backward(numels, in_background=False) == [range(len(numels))]
+    assert cut_for_backward(numels, 1, in_background=True) == expected
+    assert cut_for_backward(numels, 1, in_background=False) == [range(len(numels))]
+
+
+def test_more_ranks_have_fewer_messages(monkeypatch):
+    monkeypatch.setattr(gradient_messages, "MESSAGE_BYTES_PER_RANK", 2)
+    cuts = [len(cut_for_backward([1] * 12, num_ranks, in_background=True)) for num_ranks in (1, 2, 3, 6, 12)]
+    assert cuts == [6, 3, 2, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["kfac", "sgd"])

@@ -146,6 +146,7 @@ def seconds_of_messages(simulation: Simulation, num_ranks: int) -> list[float]:
 def test_gradients_travel_beside_the_backward_pass_but_for_the_last_message(monkeypatch):
     """A long pass hides all but the last message; one in no time hides nothing."""
     monkeypatch.setattr(gradient_messages, "MESSAGE_BYTES", 300)
+    monkeypatch.setattr(gradient_messages, "MESSAGE_BYTES_PER_RANK", 0)
     stale = Refresh.of((), dict.fromkeys(ALL, 10))
     fixed = 2 * Fabric(machine(), 2).all_reduce(0)
     for ratio, hidden in ((1e12, slice(-1)), (1e-9, slice(0))):
