@@ -53,7 +53,8 @@ def _check_some(values: _Sized) -> _Sized:
 
 # Strict(False) lets a YAML list stand for the tuple; what is in it stays strict.
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-Values = Annotated[tuple[float, ...], Strict(False), AfterValidator(_check_distinct)]
+# An integer stays one, for keys such as kfac.refresh.interval.
+Values = Annotated[tuple[int | float, ...], Strict(False), AfterValidator(_check_distinct)]
 Models = Annotated[tuple[Text, ...], Strict(False), AfterValidator(_check_distinct)]
 BatchSize = Annotated[int, AfterValidator(_check_batch_size)]
 BatchSizes = Annotated[tuple[BatchSize, ...], Strict(False), AfterValidator(_check_distinct)]
@@ -81,7 +82,7 @@ class Axis(Section):
             raise ValueError("must be >= 2, with lowest < highest, where no values are listed")
         return count
 
-    def points(self) -> tuple[float, ...]:
+    def points(self) -> tuple[int | float, ...]:
         """The values, to 6 significant digits where they are computed."""
         if self.values is not None:
             return self.values
