@@ -163,7 +163,14 @@ def test_shipped_studies_are_valid(path: Path) -> None:
 def test_integers_of_a_grid_stay_integers(tmp_path: Path) -> None:
     """Defect: they became 2.0, which keys that count refuse."""
     axis = {"key": "kfac.refresh.interval", "values": [2, 4]}
-    trials = plan_trials(load_study(write_study(tmp_path, {"optimizers/kfac/grid/interval": axis})))
+    trials = plan_trials(
+        load_study(
+            write_study(
+                tmp_path,
+                {"optimizers/kfac/grid/interval": axis, "optimizers/kfac/settings/kfac.refresh.schedule": "every"},
+            )
+        )
+    )
     trial = next(trial for trial in trials if trial.optimizer == "kfac")
     assert trial.config is not None
     assert (trial.parameters["interval"], trial.config["kfac"]["refresh"]["interval"]) == (2, 2)
