@@ -91,16 +91,9 @@ def pack_patch_moment(x: Tensor, ones: bool, scale: float, out: Tensor) -> None:
         scale: Factor.
         out: (n(n+1)/2,) with n = 9 C, one larger with ones; overwritten.
     """
-    values = sum_over(sample_chunks(x), partial(_distinct_values, ones=ones)).mul_(scale).to(out.dtype)
+    raw = sum_over(sample_chunks(x), partial(_raw_sums, ones=ones))
+    values = _distinct_values(raw, x.shape[1], x.numel() // x.shape[1], ones).mul_(scale).to(out.dtype)
     torch.index_select(values, 0, _triangle_index(x.shape[1], ones, x.device), out=out)
-
-
-def _distinct_values(x: Tensor, ones: bool) -> Tensor:
-    """What the sum is made of, flat: its distinct blocks; with ones Σ a, (9, C), and the number of patches, too."""
-    blocks, sums = _blocks_and_sums(x, ones)
-    if not ones:
-        return blocks.flatten()
-    return torch.cat([blocks.flatten(), sums.flatten(), sums.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])])
 
 
 @dataclass
@@ -132,24 +125,43 @@ class _Border:
         return value
 
 
-def _blocks_and_sums(x: Tensor, ones: bool) -> tuple[Tensor, Tensor]:
-    """Every distinct block of Σ a aᵀ, (29, C, C) in the order of `_BLOCKS`; and with ones Σ a, (9, C), else zeros."""
+def _raw_sums(x: Tensor, ones: bool) -> Tensor:
+    """What the sum is made of, flat, as it adds up over samples: (C, C) each, and with ones (C,) each.
+
+    For each of `_SHIFTS` the whole image; for each shift of 0, 1, 2 along them both border rows, then both columns; the
+    corners. With ones the image, rows, columns and corners again, the pixels themselves in place of their products.
+    """
     x = x.to(sum_dtype(x), memory_format=torch.channels_last)  # in which all below runs faster, with the copy
-    channels = x.shape[1]
-    rows = torch.stack([x[:, :, 0], x[:, :, -1]]).permute(0, 3, 1, 2)  # (2, W, N, C)
-    columns = torch.stack([x[..., 0], x[..., -1]]).permute(0, 3, 1, 2)  # (2, H, N, C)
+    rows = torch.stack([x[:, :, 0], x[:, :, -1]]).permute(0, 3, 1, 2).contiguous()  # (2, W, N, C)
+    columns = torch.stack([x[..., 0], x[..., -1]]).permute(0, 3, 1, 2).contiguous()  # (2, H, N, C)
     ends = torch.stack([rows[:, 0], rows[:, -1]], dim=1)  # (2, 2, N, C)
-    row_edges, column_edges = _moments_along(rows), _moments_along(columns)
-    corners = cross_moment(ends.flatten(0, 1), ends.flatten(0, 1)).view(2, 2, channels, channels)
-    blocks = _shifted_moments(x)
+    corners = cross_moment(ends.flatten(0, 1), ends.flatten(0, 1))
+    parts = [*_shifted_moments(x), *_moments_along(rows), *_moments_along(columns), corners]
+    if ones:
+        parts += [x.sum(dim=(0, 2, 3)), rows.sum(dim=(1, 2)), columns.sum(dim=(1, 2)), ends.sum(dim=2)]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _distinct_values(raw: Tensor, channels: int, num_patches: int, ones: bool) -> Tensor:
+    """The values of which `_triangle_index` makes the sum: every distinct block, (29, C, C) in the order of `_BLOCKS`.
+
+    With ones then Σ a, (9, C), and the number of patches.
+    """
+    along = _FARTHEST + 1
+    counts = [len(_SHIFTS), 2 * along, 2 * along, 4]
+    moments = raw[: sum(counts) * channels**2].view(-1, channels, channels).split(counts)
+    blocks, corners = list(moments[0]), moments[3].view(2, 2, channels, channels)
+    rows, columns = (edges.view(along, 2, channels, channels) for edges in moments[1:3])
     for of in _BLOCKS[len(_SHIFTS) :]:
         full = blocks[_SHIFTS.index(_Block(of.rows, of.columns))]
-        border = _Border(full, row_edges[of.columns], column_edges[of.rows], corners)
-        blocks.append(border.lacking(of.row, of.column))
+        blocks.append(_Border(full, rows[of.columns], columns[of.rows], corners).lacking(of.row, of.column))
+    values = torch.stack(blocks).flatten()
     if not ones:
-        return torch.stack(blocks), x.new_zeros(9, channels)
-    sums = _Border(x.sum(dim=(0, 2, 3)), rows.sum(dim=(1, 2)), columns.sum(dim=(1, 2)), ends.sum(dim=2))
-    return torch.stack(blocks), torch.stack([sums.lacking(row, column) for row, column in _PLACES])
+        return values
+    total, row_sums, column_sums, ends = raw[sum(counts) * channels**2 :].view(-1, channels).split([1, 2, 2, 4])
+    sums = _Border(total[0], row_sums, column_sums, ends.view(2, 2, channels))
+    patch_sum = torch.stack([sums.lacking(row, column) for row, column in _PLACES])
+    return torch.cat([values, patch_sum.flatten(), raw.new_tensor([num_patches])])
 
 
 def _shifted_moments(x: Tensor) -> list[Tensor]:
