@@ -56,6 +56,7 @@ class Communicator(ABC):
         local_rank: This process's number on its own host.
         local_size: Number of the job's processes on this host.
         in_background: Whether what was started goes on while this process computes, rather than within calls only.
+        is_overlapping: Whether an optimizer sends gradients within a backward pass that goes on.
         payload_bytes: Bytes handed to the V-collectives so far: the length of the whole buffer, as it goes on
             the comm_dtype, whatever the number of ranks, so that it can be compared with a formula.
     """
@@ -65,6 +66,7 @@ class Communicator(ABC):
     local_rank: int
     local_size: int
     in_background: bool = False
+    is_overlapping: bool = False
     payload_bytes: int = 0
 
     @property

@@ -14,16 +14,17 @@ from torch import Tensor
 CACHED_NUMEL = 1 << 20
 
 
-def sample_chunks(samples: Tensor, numel: int | None = None) -> tuple[Tensor, ...]:
+def sample_chunks(samples: Tensor, numel: int | None = None, sum_numel: int = 0) -> tuple[Tensor, ...]:
     """Cut a batch in the first dimension where it is on a CPU; other devices take it whole.
 
     Args:
         samples: (N, *), not empty.
         numel: Values for each thread; `CACHED_NUMEL` if None.
+        sum_numel: Values of what each chunk adds to, and so is no smaller than, lest the adding take the time.
     """
     if samples.device.type != "cpu":
         return (samples,)
-    return cut(samples, (CACHED_NUMEL if numel is None else numel) * torch.get_num_threads())
+    return cut(samples, max(sum_numel, (CACHED_NUMEL if numel is None else numel) * torch.get_num_threads()))
 
 
 def cut(samples: Tensor, numel: int) -> tuple[Tensor, ...]:

@@ -75,10 +75,8 @@ def pixel_rows(images: Tensor, groups: int) -> Tensor:
 
 def pixel_moment(images: Tensor, groups: int) -> Tensor:
     """Σ pixel · pixelᵀ: (N, C, H, W) → (groups, C/groups, C/groups)."""
-    return sum_over(
-        sample_chunks(images),
-        _image_moment if image_moment_pays(images, groups) else partial(_row_moment, groups=groups),
-    )
+    chunks = sample_chunks(images, sum_numel=images.shape[1] ** 2 // groups)
+    return sum_over(chunks, _image_moment if image_moment_pays(images, groups) else partial(_row_moment, groups=groups))
 
 
 def image_moment_pays(images: Tensor, groups: int) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kfac_dist.curvature.chunks import cut, sample_chunks, sum_over
 from kfac_dist.curvature.factors import append_ones, cross_moment, pixel_rows, second_moment, sum_dtype
 
-# Largest unfolded input (values, padding aside) that is held at once; a longer batch is cut into chunks.
+# Largest unfolded input (values) that is held at once; a longer batch is cut into chunks.
 UNFOLD_NUMEL = 16 << 20
 
 Pair = tuple[int, int]
@@ -79,8 +79,11 @@ def patch_moment(x: Tensor, patches: Patches, ones: bool) -> Tensor:
     Returns:
         (groups, n, n) with n = C/groups · kernel height · kernel width, one larger with ones.
     """
-    at_once = UNFOLD_NUMEL // patches.kernel_size[1]
-    chunks = [part for chunk in sample_chunks(x) for part in cut(chunk, at_once)]
+    (_, channels, height, width), (left, right, top, bottom) = x.shape, patches.padding
+    padded = channels * (height + top + bottom) * (width + left + right)
+    at_once = UNFOLD_NUMEL * x[0].numel() // (padded * patches.kernel_size[1])
+    size = channels // patches.groups * patches.kernel_size[0] * patches.kernel_size[1]
+    chunks = [part for chunk in sample_chunks(x, sum_numel=patches.groups * size**2) for part in cut(chunk, at_once)]
     return sum_over(chunks, partial(_moment_of_chunk, patches=patches, ones=ones))
 
 

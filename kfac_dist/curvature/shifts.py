@@ -91,7 +91,8 @@ def pack_patch_moment(x: Tensor, ones: bool, scale: float, out: Tensor) -> None:
         scale: Factor.
         out: (n(n+1)/2,) with n = 9 C, one larger with ones; overwritten.
     """
-    raw = sum_over(sample_chunks(x), partial(_raw_sums, ones=ones))
+    chunks = sample_chunks(x, sum_numel=len(_BLOCKS) * x.shape[1] ** 2)
+    raw = sum_over(chunks, partial(_raw_sums, ones=ones))
     values = _distinct_values(raw, x.shape[1], x.numel() // x.shape[1], ones).mul_(scale).to(out.dtype)
     torch.index_select(values, 0, _triangle_index(x.shape[1], ones, x.device), out=out)
 

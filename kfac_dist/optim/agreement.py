@@ -118,7 +118,7 @@ def agree_on_step(
                 f"{names.get(id(parameter), 'a parameter')} is trained on {count} of {size} ranks and frozen on the "
                 "others: freeze and unfreeze (requires_grad) on every rank alike"
             )
-    if squares * size != digests**2:  # equal if and only if all digests are (Cauchy-Schwarz)
+    if not _are_equal(digests, squares, size):
         raise AgreedInputError(
             "the ranks' optimizers differ in their iteration or in which rank owns which layer: load_state_dict must "
             "be called on every rank, each with a state of the same iteration, and step equally often"
@@ -128,3 +128,25 @@ def agree_on_step(
         {id(parameter): count for parameter, count in zip(parameters, num_captured, strict=True) if count},
         kept,
     )
+
+
+def agree_on_digest(digest: int, communicator: Communicator, problem: str) -> None:
+    """Refuse what differs on some ranks; one small all-reduce on the host.
+
+    Args:
+        digest: Of what must be the same on every rank, in [0, `DIGEST_LIMIT`).
+        communicator: The ranks.
+        problem: What to say.
+
+    Raises:
+        AgreedInputError: On every rank.
+    """
+    own = torch.tensor([digest, digest**2], dtype=torch.float64, device="cpu")
+    digests, squares = map(int, communicator.all_reduce_(own).tolist())
+    if not _are_equal(digests, squares, communicator.size):
+        raise AgreedInputError(problem)
+
+
+def _are_equal(digests: int, squares: int, size: int) -> bool:
+    """Whether numbers are all equal, from their sum and that of their squares (Cauchy-Schwarz)."""
+    return squares * size == digests**2

@@ -169,7 +169,7 @@ class AveragedOptimizer(DistributedOptimizer):
                 loss = closure()
         refuse_converted(self._parameters(), self._placements, self._names)
         self._follow_freezing()
-        self._messages.check_unchanged()
+        self._messages.begin_step()
         moved = agree_on_step(self._parameters(), self._names, self.communicator).with_gradient
         self.report = StepReport()
         if not moved:

@@ -94,10 +94,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         enters, also one that has nothing to call within. The step's result is the same. Where collectives make no
         progress while a rank computes, as MPI's do not, it does nothing; see `Communicator.in_background`.
 
+        Gradients must not be changed after it: clip with `max_grad_norm`. Changes through `.data`, which torch does not
+        note, would be lost without a word; others are refused by `step`.
+
         Raises:
-            RuntimeError: If it is entered twice before `step` or `zero_grad`, if a parameter gets its gradient twice
-                within (reentrant checkpointing of a layer that is used twice), or, in `step`, if gradients were changed
-                after it: clip with `max_grad_norm`.
+            AgreedInputError: On every rank, if other parameters are frozen, or other states loaded, on other ranks.
+            RuntimeError: If it is entered twice before `step` or `zero_grad`, or within another optimizer's, or if a
+                parameter gets its gradient twice within (reentrant checkpointing of a layer that is used twice).
         """
         self.refuse_closed()
         self._follow_freezing()

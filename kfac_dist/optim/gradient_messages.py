@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator, Pending
+from kfac_dist.optim.agreement import DIGEST_LIMIT, agree_on_digest
 from kfac_dist.optim.guards import refuse_sparse
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.tensors.packing import FlatBuffer
@@ -97,7 +99,9 @@ class GradientMessages:
         self._names = names
         self._watch_overflow = watch_overflow
         self._message_of = {id(p): number for number, message in enumerate(messages) for p, _ in message.views}
+        self._digest = crc32(repr([message.buffer.part_numels for message in messages]).encode()) % DIGEST_LIMIT
         self._is_open = False
+        self._was_overlapped = False  # since the last step
         self._missing: list[set[int]] = []  # of each message the parameters, by id, whose gradients are to come
         self._filled: list[_Filled] = []
         self._pending: list[Pending[Tensor]] = []
@@ -112,25 +116,41 @@ class GradientMessages:
     def sent_in_backward(self) -> Iterator[None]:
         """The backward pass within sends each message when it is complete; what is left is sent at the end.
 
+        It is sent after an exception, too, as the other ranks wait for it.
+
         Raises:
-            RuntimeError: If something of an earlier pass has been sent and not been used.
+            AgreedInputError: On every rank, if the ranks' messages differ.
+            RuntimeError: If something of an earlier pass has been sent and not been used, or another optimizer's
+                context is open.
         """
         if not self._communicator.in_background:
             yield
             return
-        if self._filled:
+        if self._was_overlapped:
             raise RuntimeError(
                 "overlap_backward() was entered again before step(): it is for the last backward pass before each "
                 "step only. After a pass that is not to count call zero_grad() of the optimizer"
             )
+        if self._communicator.is_overlapping:
+            raise RuntimeError(
+                "overlap_backward() was entered within another optimizer's, whose messages ranks would send in other "
+                "orders: give all parameters to one optimizer (groups), or enter it for one of the two only"
+            )
+        self.discard()  # what a step left that failed
+        agree_on_digest(
+            self._digest,
+            self._communicator,
+            "the ranks' optimizers differ in what they train or in which rank owns which layer: freeze and unfreeze "
+            "(requires_grad) on every rank alike, and call load_state_dict on every rank",
+        )
         self._missing = [{id(parameter) for parameter, _ in message.views} for message in self._messages]
-        self._is_open = True
+        self._is_open = self._was_overlapped = self._communicator.is_overlapping = True
         try:
             yield
         finally:
-            self._is_open = False
-        self.fill()
-        self.start()
+            self._is_open = self._communicator.is_overlapping = False
+            self.fill()
+            self.start()
 
     def on_gradient(self, parameter: Tensor) -> None:
         """Called by the parameter's hook: its `.grad` has been added up."""
@@ -184,25 +204,30 @@ class GradientMessages:
                 )
             )
 
-    def check_unchanged(self) -> None:
-        """Refuse gradients that were changed after they had been sent.
+    def begin_step(self) -> None:
+        """Refuse gradients that were changed after they had been sent; drop what a step left that failed.
 
         Raises:
-            RuntimeError: Naming the first.
+            RuntimeError: Naming the first that was changed, or if the context is still open.
         """
+        if self._is_open:
+            raise RuntimeError("step() was called within overlap_backward(): only backward belongs there")
+        if not self._was_overlapped:
+            self.discard()
         for message, filled in zip(self._messages, self._filled, strict=False):
             for (parameter, _), sent, version in zip(message.views, filled.gradients, filled.versions, strict=True):
                 if parameter.grad is not sent or _version(sent) != version:
                     raise RuntimeError(
                         f"the gradient of {self._name(parameter)} was changed after overlap_backward() had sent it, so "
-                        "the change would be lost: clip with max_grad_norm, use hooks on the parameters, or call "
-                        "backward without overlap_backward()"
+                        "the change would be lost: clip with max_grad_norm, change gradients in hooks of "
+                        "Tensor.register_hook, call DistributedDataParallel within its no_sync(), or call backward "
+                        "without overlap_backward()"
                     )
 
     def wait(self) -> list[Tensor]:
         """Complete what was sent: this rank's segment of each message, the averages; then begin anew."""
         segments = [pending.wait() for pending in self._pending]
-        self._pending, self._filled = [], []
+        self._pending, self._filled, self._was_overlapped = [], [], False
         return segments
 
     def discard(self) -> None:

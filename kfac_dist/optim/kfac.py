@@ -240,7 +240,7 @@ class KFAC(DistributedOptimizer):
 
     def _step(self) -> StepReport:
         refuse_converted(self._parameters(), self._placements, self._names)
-        self._messages.check_unchanged()
+        self._messages.begin_step()
         self._follow_freezing()
         fisher, updates = self._fisher, self._shared.updates
         agreed, present = fisher.agree(self._parameters(), self._names)

@@ -257,7 +257,7 @@ class _Ranks:
         done = 0.0
         for number, seconds in enumerate(messages, start=1):
             done = max(done, window * number / len(messages)) + seconds
-        return done - window
+        return max(0.0, done - window)
 
     def memory(self) -> dict[str, int]:
         """Bytes by what they hold, of the rank that has the most."""

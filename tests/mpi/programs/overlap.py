@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist import KFAC, SGD, LossScaler, create_communicator
+from kfac_dist.errors import AgreedInputError
 from kfac_dist.optim import gradient_messages
 from kfac_dist.optim.base import DistributedOptimizer
 
@@ -60,7 +61,21 @@ def train(kind: str, overlap: bool) -> tuple[list[Tensor], int]:
     return [parameter.detach() for parameter in net.parameters()], max(early)
 
 
+def refusal(kind: str) -> str:
+    """What is said where one rank has frozen a layer."""
+    net = Branches()
+    optimizer = optimizer_of(kind, net, LossScaler())
+    net.left.requires_grad_(communicator.rank == 0)
+    try:
+        with optimizer.overlap_backward():
+            net(torch.ones(2, 6, dtype=torch.float64), "left+right").sum().backward()
+    except AgreedInputError as error:
+        return str(error)
+    return ""
+
+
 for kind in ("kfac", "sgd"):
+    assert "freeze and unfreeze (requires_grad) on every rank alike" in refusal(kind)
     (after, none), (during, some) = train(kind, overlap=False), train(kind, overlap=True)
     assert none == 0
     assert some >= 1

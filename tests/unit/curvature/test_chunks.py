@@ -24,6 +24,12 @@ def test_each_thread_gets_its_share(monkeypatch):
     assert [len(part) for part in sample_chunks(torch.zeros(8, 4))] == [6, 2]
 
 
+def test_no_chunk_is_smaller_than_what_it_adds_to(one_thread):
+    samples = torch.zeros(8, 4)
+    assert [len(part) for part in sample_chunks(samples, 4, sum_numel=12)] == [3, 3, 2]
+    assert [len(part) for part in sample_chunks(samples, 16, sum_numel=12)] == [4, 4]
+
+
 def test_other_devices_take_the_batch_whole():
     samples = torch.zeros(8, 4, device="meta")
     (whole,) = sample_chunks(samples, 1)

@@ -195,6 +195,68 @@ def test_only_one_pass_for_each_step(kind):
         optimizer.step()
 
 
+def test_two_optimizers_do_not_send_at_once():
+    """Defect: ranks whose passes differ sent the two's messages in other orders, and mixed them up."""
+    net, communicator = network(), Background()
+    trunk = SGD(net, communicator, list(net[0].parameters()), lr=0.1)
+    head = SGD(net, communicator, list(net[4].parameters()), lr=0.1)
+    with (
+        pytest.raises(RuntimeError, match="within another optimizer's"),
+        trunk.overlap_backward(),
+        head.overlap_backward(),
+    ):
+        loss_of(net, 0).backward()
+    for optimizer in (trunk, head):  # one behind the other is fine
+        optimizer.zero_grad()
+        with optimizer.overlap_backward():
+            loss_of(net, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
+def test_an_exception_in_the_pass_leaves_no_rank_waiting(kind):
+    """Defect: this rank had sent less than the others."""
+    net, communicator = network(), Background()
+    optimizer = optimizer_of(kind, net, communicator)
+    net[0].register_full_backward_pre_hook(lambda *_: (_ for _ in ()).throw(ZeroDivisionError))
+    communicator.started.clear()
+    with pytest.raises(ZeroDivisionError), optimizer.overlap_backward():
+        loss_of(net, 0).backward()
+    assert len(communicator.started) == (3 if kind == "kfac" else 6)
+    assert not communicator.is_overlapping
+    optimizer.zero_grad()
+    optimizer.step()
+    assert not optimizer.report.skipped
+
+
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
+def test_a_step_that_failed_leaves_nothing_behind(kind, monkeypatch):
+    """Defect: without any overlap every later step said that gradients had been changed after they were sent."""
+    net = network()
+    optimizer = optimizer_of(kind, net, LocalCommunicator())
+    loss_of(net, 0).backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(gradient_messages.GradientMessages, "wait", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    net.zero_grad()
+    loss_of(net, 1).backward()
+    before = [parameter.clone() for parameter in net.parameters()]
+    optimizer.step()
+    assert not any(map(torch.equal, net.parameters(), before))
+
+
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
+def test_a_step_within_is_refused(kind):
+    net = network()
+    optimizer = optimizer_of(kind, net, Background())
+    with optimizer.overlap_backward():
+        loss_of(net, 0).backward()
+        with pytest.raises(RuntimeError, match=r"step\(\) was called within overlap_backward"):
+            optimizer.step()
+
+
 def test_a_layer_that_reentrant_checkpointing_runs_twice():
     """Its gradient comes in two parts, and the message with the first may be gone."""
     net = network()
