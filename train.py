@@ -1,6 +1,8 @@
 """Train an image classifier with distributed K-FAC: `[mpirun -n P] python train.py CONFIG.yaml [key=value …]`."""
 
-from kfac_dist.commands.early import run_script
+from kfac_dist.commands.endings import interruptible
 
 if __name__ == "__main__":
+    with interruptible():
+        from kfac_dist.commands.early import run_script
     run_script()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from kfac_dist.commands.endings import interruptible
 from kfac_dist.communicator.launcher_variables import promised_size
 from kfac_dist.errors import InputError
 from kfac_dist.training.command_line import Parse, parse_evaluate, parse_explain, parse_train
@@ -41,12 +42,13 @@ def explain(arguments: Sequence[str]) -> None:
 
 def _run(arguments: Sequence[str], parse: Parse) -> None:
     promise = promised_size(os.environ)
-    if promise is None or promise[1] == 1:
-        code = answer(arguments, parse)
-        if code is not None:
-            sys.exit(code)
-    from kfac_dist.commands.train import main
-    from kfac_dist.communicator import launch
+    with interruptible():
+        if promise is None or promise[1] == 1:
+            code = answer(arguments, parse)
+            if code is not None:
+                sys.exit(code)
+        from kfac_dist.commands.train import main
+        from kfac_dist.communicator import launch
 
     launch.run(partial(main, arguments, parse))
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from kfac_dist import __version__
+from kfac_dist.commands.endings import EXIT_INTERRUPTED, interruptible
 from kfac_dist.doctor.findings import PATIENCE_SECONDS
 from kfac_dist.doctor.software import launcher_rank
 
@@ -61,7 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(PATIENCE_SECONDS)
         return EXIT_USAGE
     module, _, function = COMMANDS[name].function.partition(":")
-    code: int = getattr(import_module(module), function)(rest)
+    with interruptible():
+        command = import_module(module)
+    try:
+        code: int = getattr(command, function)(rest)
+    except KeyboardInterrupt:  # of a command of one process; `launch.run` ends all ranks of the others
+        print("interrupted (Ctrl-C)", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return code
 
 
