@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from kfac_dist.commands.endings import interruptible
+from kfac_dist.commands.endings import interruptible, printing
 from kfac_dist.communicator.launcher_variables import promised_size
 from kfac_dist.errors import InputError
 from kfac_dist.training.command_line import Parse, parse_evaluate, parse_explain, parse_train
@@ -60,7 +60,8 @@ def answer(arguments: Sequence[str], parse: Parse) -> int | None:
     try:
         wanted = parse(arguments)
         if wanted.help:
-            print(wanted.help_text)
+            with printing():
+                print(wanted.help_text)
             return 0
         if _is_pipe(wanted.config):
             return None
@@ -69,7 +70,8 @@ def answer(arguments: Sequence[str], parse: Parse) -> int | None:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if wanted.print_config:
-        print(config.to_yaml())
+        with printing():
+            print(config.to_yaml())
         return 0
     return None
 

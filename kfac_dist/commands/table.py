@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from kfac_dist import __version__
-from kfac_dist.commands.endings import EXIT_INTERRUPTED, interruptible
+from kfac_dist.commands.endings import EXIT_INTERRUPTED, interruptible, printing
 from kfac_dist.doctor.findings import PATIENCE_SECONDS
 from kfac_dist.doctor.software import launcher_rank
 
@@ -64,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _, function = COMMANDS[name].function.partition(":")
     with interruptible():
         command = import_module(module)
+    code: int = 0
     try:
-        code: int = getattr(command, function)(rest)
+        with printing():
+            code = getattr(command, function)(rest)
     except KeyboardInterrupt:  # of a command of one process; `launch.run` ends all ranks of the others
         print("interrupted (Ctrl-C)", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -91,5 +93,6 @@ def screen() -> str:
 
 def _say(text: str) -> int:
     if launcher_rank(os.environ) == 0:
-        print(text)
+        with printing():
+            print(text)
     return 0

@@ -1,13 +1,16 @@
-"""Ctrl-C: no traceback, however early it comes."""
+"""Ctrl-C and a reader that is gone: no traceback, however early they come."""
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
-from kfac_dist.commands.endings import interruptible
+from kfac_dist.commands.endings import interruptible, printing
 from kfac_dist.commands.table import COMMANDS, Command, main
 from tests.paths import QUICKSTART, ROOT
 
@@ -87,3 +90,56 @@ def test_afterwards_it_is_an_exception_again() -> None:
         pass
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def without_reader() -> Callable[..., CompletedProcess[str]]:
+    """``without_reader(*words)`` runs a program whose output nobody reads."""
+
+    def run(*words: str | Path, unbuffered: str = "1") -> CompletedProcess[str]:
+        reader, writer = os.pipe()
+        os.close(reader)
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *words]
+        with os.fdopen(writer, "wb") as output:
+            return subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60
+            )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [
+        (["train.py", "--help"], "1"),
+        (["train.py", QUICKSTART, "--print-config"], ""),
+        (["train.py", QUICKSTART, "--explain"], "1"),
+        ([*KFAC_DIST, "--version"], ""),
+        ([*KFAC_DIST, "plan", "--help"], "1"),
+        ([*KFAC_DIST, "plan", QUICKSTART, "--ranks", "1", "--json"], "1"),
+        ([*KFAC_DIST, "memory", "--help"], ""),
+        ([*KFAC_DIST, "memory", "digits_cnn", "--image-size", "8", "--ranks", "1"], "1"),
+        ([*KFAC_DIST, "doctor"], "1"),
+    ],
+)
+def test_output_that_nobody_reads(
+    words: list[str], unbuffered: str, without_reader: Callable[..., CompletedProcess[str]]
+) -> None:
+    ended = without_reader(*words, unbuffered=unbuffered)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_finished_run_whose_output_nobody_reads(
+    tmp_path: Path, without_reader: Callable[..., CompletedProcess[str]]
+) -> None:
+    words = [QUICKSTART, f"run.output_dir={tmp_path}", "train.epochs=1", "schedule.end_epoch=1"]
+    ended = without_reader("train.py", *words)
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
+    assert "test accuracy" in (tmp_path / "quickstart/log.txt").read_text(encoding="utf-8")
+
+
+def test_another_pipe_is_no_output() -> None:
+    with pytest.raises(BrokenPipeError), printing():
+        raise BrokenPipeError
