@@ -32,6 +32,14 @@ def test_json_in_place_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert record["profile"]["description"].startswith("8 NVIDIA H100"), "without --profile"
 
 
+@pytest.mark.parametrize("numbers", ["1,2,4", "1 2 4", "1, 2, 4", "1 ,2 , 4", "1,2 4"])
+def test_ranks_are_read_with_commas_and_spaces(numbers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--ranks", *numbers.split(), *RECIPE], [*RECIPE, "--ranks", *numbers.split(), "--grow-batch"]):
+        assert main([*words, "--json"]) == 0, capsys.readouterr().err
+        record = json.loads(capsys.readouterr().out)
+        assert [point["num_ranks"] for point in record["points"]] == [1, 2, 4]
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "--grow-batch" in capsys.readouterr().out
@@ -42,16 +50,19 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             [*RECIPE, "--ranks", "1,zero"],
-            "argument --ranks: must be integers from 1 to 65536 between commas, such as 1,2,4; got 'z",
+            "argument --ranks: must be integers from 1 to 65536 between commas or spaces, such as 1,2,4; got 'z",
         ),
         (
             [*RECIPE, "--ranks", "65537", "--grow-batch"],
-            "argument --ranks: must be integers from 1 to 65536 between commas",
+            "argument --ranks: must be integers from 1 to 65536 between commas or spaces",
         ),
-        ([*RECIPE, "--ranks", 5000 * "9"], "argument --ranks: must be integers from 1 to 65536 between commas"),
+        (
+            [*RECIPE, "--ranks", 5000 * "9"],
+            "argument --ranks: must be integers from 1 to 65536 between commas or spaces",
+        ),
         (
             [*RECIPE, "--ranks", "0"],
-            "argument --ranks: must be integers from 1 to 65536 between commas, such as 1,2,4; got '0'",
+            "argument --ranks: must be integers from 1 to 65536 between commas or spaces, such as 1,2,4; got '0'",
         ),
         ([*RECIPE, "--ranks", "3"], "--ranks 3: batch.global_size must be a multiple of batch.per_rank x ranks"),
         ([*RECIPE, "--profile", "b200"], "--profile must be one of a100, h100, h200, v100, or a file that --measure"),
