@@ -7,7 +7,8 @@ kfac-dist plan CONFIG [key=value …] [--ranks 1,2,4] [--profile NAME|FILE] [--g
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def _profile(options: argparse.Namespace, config: Config, setup: Communicator) -
 
     launch.set_threads_per_rank(setup.local_size)
     with setup.raise_on_all_ranks():
+        if setup.is_main:
+            _check_writable(options.measure, "--measure")  # before the half minute that measuring takes
         device = choose_device(config.run.device, setup.local_rank)
         check_precision(config.train.precision, device)
     communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend, device)
@@ -100,9 +103,24 @@ def _show(plan: Plan, options: argparse.Namespace, config: Config, profile: Prof
 
 
 def _write(path: Path, text: str, option: str) -> None:
+    with _writing(path, option):
+        path.write_text(text, encoding="utf-8")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written, and leave everything as it is."""
+    with _writing(path, option):
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+
+
+@contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        yield
     except OSError as error:
         raise InputError(f"{option}: cannot write {path} ({error.strerror}); choose another path") from error
 

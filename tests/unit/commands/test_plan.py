@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.commands.plan import main
+from kfac_dist.errors import InputError
 
 RECIPE = ["quickstart", "batch={global_size: 64, per_rank: 16}"]
 
@@ -85,3 +86,30 @@ def test_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "file").write_text("", encoding="utf-8")
     assert main([*RECIPE, "--ranks", "1", "--output", str(tmp_path / "file")]) == 2
     assert "error: --output: cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["file/here.yaml", "folder"])
+def test_a_profile_that_cannot_be_written_is_refused_before_measuring(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kfac_dist.planning.measure.measure_profile", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    assert main([*RECIPE, "--measure", str(tmp_path / name)]) == 2
+    assert f"error: --measure: cannot write {tmp_path / name} (" in capsys.readouterr().err
+
+
+def test_looking_whether_a_profile_can_be_written_leaves_everything_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise InputError("nothing measured")
+
+    monkeypatch.setattr("kfac_dist.planning.measure.measure_profile", fail)
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    old.write_text("kept", encoding="utf-8")
+    for path in (old, new):
+        with pytest.raises(InputError, match="nothing measured"):
+            main([*RECIPE, "--measure", str(path)])
+    assert old.read_text(encoding="utf-8") == "kept"
+    assert not new.exists()
