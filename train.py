@@ -2,7 +2,8 @@
 
 from kfac_dist.commands.endings import interruptible
 
+with interruptible():
+    from kfac_dist.commands.early import run_script
+
 if __name__ == "__main__":
-    with interruptible():
-        from kfac_dist.commands.early import run_script
     run_script()
