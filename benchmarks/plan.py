@@ -12,6 +12,7 @@ Of the iterations the median of those that refresh and of those that do not coun
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -216,6 +217,20 @@ def tables(arguments: argparse.Namespace, results: dict[str, dict[int, Point]]) 
     ]
 
 
+def check_slots(arguments: argparse.Namespace) -> None:
+    """Refuse slots that cannot be dealt out evenly.
+
+    Raises:
+        InputError: If so.
+    """
+    together = math.lcm(*arguments.ranks, arguments.cores)
+    if arguments.slots % together:
+        raise InputError(
+            f"--slots must be a multiple of each number of --ranks and of --cores, got {arguments.slots} with "
+            f"{', '.join(map(str, arguments.ranks))} and {arguments.cores}: --slots {together} works"
+        )
+
+
 def main() -> None:
     """Run the command line."""
     parser = create_parser(__doc__ or "")
@@ -234,6 +249,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.turns is not None:
         launch.run(partial(take_turns, arguments))
+    check_slots(arguments)
     environment = describe_run(_CPU)
     results: dict[str, dict[int, Point]] = {}
     for interval in arguments.intervals:

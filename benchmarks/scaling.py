@@ -126,18 +126,22 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("settings")
-    command.add_argument("ranks", type=count)
-    command.add_argument("iterations", type=count)
-    command.add_argument("config", metavar="CONFIG.yaml")
-    command.add_argument("overrides", nargs="*", metavar="dotted.key=value")
-    commands.add_parser("summarise").add_argument("folder", type=Path)
-    here = commands.add_parser("run")
-    here.add_argument("folder", type=Path)
-    here.add_argument("ranks", type=numbers_of_ranks)
-    here.add_argument("iterations", type=count)
-    here.add_argument("config", metavar="CONFIG.yaml")
-    here.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    text = "show overrides for train.py, one a line"
+    shown = commands.add_parser("settings", help=text, description=f"Part of scaling.py: {text}.")
+    shown.add_argument("ranks", type=count, metavar="RANKS", help="number of ranks that will train")
+    text = "write scaling.md, scaling.json and figure2.png of finished runs"
+    written = commands.add_parser("summarise", help=text, description=f"Part of scaling.py: {text}.")
+    written.add_argument("folder", type=Path, metavar="FOLDER", help="holds the runs' folders; the files go there, too")
+    text = "train on this host by mpirun, with K-FAC and with SGD, and summarise both"
+    here = commands.add_parser("run", help=text, description=f"Part of scaling.py: {text}.")
+    here.add_argument("folder", type=Path, metavar="FOLDER", help="for runs and results; must hold no earlier runs")
+    here.add_argument("ranks", type=numbers_of_ranks, metavar="RANKS[,RANKS…]", help="numbers of ranks, such as 1,2,4")
+    for command in (shown, here):
+        command.add_argument("iterations", type=count, metavar="ITERATIONS", help="of each run")
+        command.add_argument(
+            "config", metavar="CONFIG.yaml", help="recipe of the K-FAC run: a file, or a recipe's name"
+        )
+        command.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="change a key of the recipe")
     options = parser.parse_args()
     if options.command == "summarise":
         summarise(options.folder)

@@ -1,6 +1,7 @@
 """What the benchmarks train: a network, and a batch of random images for it."""
 
 import argparse
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from program import add_device_argument, count
 from torch import Tensor, nn
 
+from kfac_dist.errors import InputError
 from kfac_dist.models import create_model
 from kfac_dist.precision import Precision
 from kfac_dist.vocabulary import PrecisionName
@@ -45,16 +47,27 @@ class Workload:
             rank: Each has images of its own.
 
         Raises:
-            InputError: If there is no such model, or it does not take such images.
+            InputError: If there is no such model, or it does not take such images or so few of them.
         """
         shape = (3, self.image_size, self.image_size)
         layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         model = create_model(self.model, self.num_classes, shape, seed=0)
+        self._check_sizes(model, shape)
         model = model.to(self.device, self.precision.weights).to(memory_format=layout)
         generator = torch.Generator().manual_seed(rank)
         images = torch.randn(self.batch, *shape, generator=generator, dtype=self.precision.weights)
         labels = torch.randint(self.num_classes, (self.batch,), generator=generator)
         return model.train(), images.to(self.device, memory_format=layout), labels.to(self.device)
+
+    def _check_sizes(self, model: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Send a batch without values through a copy of the network without values."""
+        try:
+            copy.deepcopy(model).to("meta").train()(torch.empty(self.batch, *shape, device="meta"))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"--model {self.model} cannot be trained on --batch {self.batch} with --image-size {self.image_size}: "
+                f"{error}; give more or larger images"
+            ) from error
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser, precisions: Sequence[PrecisionName]) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from kfac_dist.commands.endings import interruptible, printing
 from kfac_dist.doctor import findings
 from kfac_dist.doctor.software import launcher_rank, software_findings
 
@@ -35,10 +36,11 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     options, rank = _parse(words), launcher_rank(os.environ)
     guard = findings.HangGuard(rank)
     try:
-        from kfac_dist.communicator import launch
-        from kfac_dist.doctor import examine  # noqa: F401  # loads now what it needs
+        with interruptible():
+            from kfac_dist.communicator import launch
+            from kfac_dist.doctor import examine  # noqa: F401  # loads now what it needs
 
-        connect_ranks = _connection()
+            connect_ranks = _connection()
     except Exception as error:  # say what is missing, not where Python stumbled over it
         found = f"torch or MPI cannot be loaded: {type(error).__name__}: {error}"
         remedy = "scripts/setup.sh; on a cluster load the MPI module that mpi4py was built with"
@@ -84,7 +86,8 @@ def _check(
     found = examine(communicator, options.output, options.data, guard)
     # Where every process became a job of its own, the launcher's first still speaks for all.
     if communicator.is_main and (communicator.size > 1 or rank == 0):
-        print(findings.format_report(found), flush=True)
+        with printing():
+            print(findings.format_report(found), flush=True)
         if options.json:
             try:
                 report = findings.report_as_json(found, communicator.size)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from kfac_dist.commands.endings import interruptible, printing
 from kfac_dist.communicator.launcher_variables import promised_size
 from kfac_dist.errors import InputError
 from kfac_dist.training.command_line import Parse, parse_evaluate, parse_explain, parse_train
@@ -41,12 +42,13 @@ def explain(arguments: Sequence[str]) -> None:
 
 def _run(arguments: Sequence[str], parse: Parse) -> None:
     promise = promised_size(os.environ)
-    if promise is None or promise[1] == 1:
-        code = answer(arguments, parse)
-        if code is not None:
-            sys.exit(code)
-    from kfac_dist.commands.train import main
-    from kfac_dist.communicator import launch
+    with interruptible():
+        if promise is None or promise[1] == 1:
+            code = answer(arguments, parse)
+            if code is not None:
+                sys.exit(code)
+        from kfac_dist.commands.train import main
+        from kfac_dist.communicator import launch
 
     launch.run(partial(main, arguments, parse))
 
@@ -58,7 +60,8 @@ def answer(arguments: Sequence[str], parse: Parse) -> int | None:
     try:
         wanted = parse(arguments)
         if wanted.help:
-            print(wanted.help_text)
+            with printing():
+                print(wanted.help_text)
             return 0
         if _is_pipe(wanted.config):
             return None
@@ -67,7 +70,8 @@ def answer(arguments: Sequence[str], parse: Parse) -> int | None:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if wanted.print_config:
-        print(config.to_yaml())
+        with printing():
+            print(config.to_yaml())
         return 0
     return None
 

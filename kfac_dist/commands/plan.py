@@ -7,12 +7,14 @@ kfac-dist plan CONFIG [key=value …] [--ranks 1,2,4] [--profile NAME|FILE] [--g
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from kfac_dist.commands.endings import printing
 from kfac_dist.communicator import Communicator, create_communicator, launch
 from kfac_dist.config.load import load_config
 from kfac_dist.config.schema import Config
@@ -46,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with setup.raise_on_all_ranks():
             options = parse_plan(sys.argv[1:] if arguments is None else arguments, program)
         if options.help:
-            setup.print_once(options.help_text)
+            with printing():
+                setup.print_once(options.help_text)
             return 0
         with setup.raise_on_all_ranks():
             config = load_config(options.config, options.overrides)
@@ -70,6 +73,8 @@ def _profile(options: argparse.Namespace, config: Config, setup: Communicator) -
 
     launch.set_threads_per_rank(setup.local_size)
     with setup.raise_on_all_ranks():
+        if setup.is_main:
+            _check_writable(options.measure, "--measure")  # before the half minute that measuring takes
         device = choose_device(config.run.device, setup.local_rank)
         check_precision(config.train.precision, device)
     communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend, device)
@@ -93,13 +98,29 @@ def _show(plan: Plan, options: argparse.Namespace, config: Config, profile: Prof
         if not options.grow_batch:
             title = f"{config.model.name}, batch {config.batch.global_size:,}"
         save_figure(draw_plan(plan.points, f"{title}, {name}: predicted"), options.output / "plan.png")
-    print(record if options.json else text)
+    with printing():
+        print(record if options.json else text)
 
 
 def _write(path: Path, text: str, option: str) -> None:
+    with _writing(path, option):
+        path.write_text(text, encoding="utf-8")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written, and leave everything as it is."""
+    with _writing(path, option):
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+
+
+@contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        yield
     except OSError as error:
         raise InputError(f"{option}: cannot write {path} ({error.strerror}); choose another path") from error
 

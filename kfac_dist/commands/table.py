@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from kfac_dist import __version__
+from kfac_dist.commands.endings import EXIT_INTERRUPTED, interruptible, printing
 from kfac_dist.doctor.findings import PATIENCE_SECONDS
 from kfac_dist.doctor.software import launcher_rank
 
@@ -40,49 +41,59 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "kfac-dist") -> int:
     """Run the command line; returns the exit code.
 
     Args:
         arguments: The words behind `kfac-dist`; by default those of this process.
+        program: How the user called it, for the screen.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if name == "--version":
         return _say(f"kfac_dist {__version__}")
     if name in ("-h", "--help"):
-        return _say(screen())
+        return _say(screen(program))
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         remedy = f"; did you mean {close[0]}?" if close else ""
         found = f"error: no command {name!r}{remedy}" if name else "error: a command is missing"
         if launcher_rank(os.environ) == 0:
-            print(f"{found}\n\n{screen()}", file=sys.stderr)
+            print(f"{found}\n\n{screen(program)}", file=sys.stderr)
         else:  # the first rank that ends with an error takes the others with it
             time.sleep(PATIENCE_SECONDS)
         return EXIT_USAGE
     module, _, function = COMMANDS[name].function.partition(":")
-    code: int = getattr(import_module(module), function)(rest)
+    with interruptible():
+        command = import_module(module)
+    code: int = 0
+    try:
+        with printing():
+            code = getattr(command, function)(rest)
+    except KeyboardInterrupt:  # of a command of one process; `launch.run` ends all ranks of the others
+        print("interrupted (Ctrl-C)", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return code
 
 
-def screen() -> str:
+def screen(program: str) -> str:
     """What there is, in one screen."""
     width = max(map(len, COMMANDS))
     return "\n".join(
         [
-            "usage: [mpirun -n P] kfac-dist COMMAND …",
+            f"usage: [mpirun -n P] {program} COMMAND …",
             "",
             *(f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items()),
             "",
-            "  kfac-dist COMMAND --help   what the command takes",
-            "  kfac-dist --version        the version",
+            f"  {program} COMMAND --help   what the command takes",
+            f"  {program} --version        the version",
             "",
-            "First run: mpirun -n 2 kfac-dist train quickstart",
+            f"First run: mpirun -n 2 {program} train quickstart",
         ]
     )
 
 
 def _say(text: str) -> int:
     if launcher_rank(os.environ) == 0:
-        print(text)
+        with printing():
+            print(text)
     return 0

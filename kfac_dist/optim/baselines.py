@@ -9,10 +9,12 @@ from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
 from kfac_dist.optim.averaged import DEFAULT_AVERAGING, AveragedOptimizer, Averaging
+from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.optim.update import rescaled_weights
 from kfac_dist.optim.validation import check
 
 
+@refuse_as_attributes
 class AdamW(AveragedOptimizer, torch.optim.AdamW):
     """`torch.optim.AdamW` (Loshchilov and Hutter, ICLR 2019) of the averaged gradient."""
 
@@ -39,6 +41,7 @@ class AdamW(AveragedOptimizer, torch.optim.AdamW):
         self._start(model, averaging)
 
 
+@refuse_as_attributes
 class LARS(AveragedOptimizer, torch.optim.SGD):
     """Layer-wise adaptive rate scaling (You, Gitman and Ginsburg, 2017, Algorithm 1).
 
@@ -113,6 +116,7 @@ class LARS(AveragedOptimizer, torch.optim.SGD):
             parameter.grad.mul_(torch.where((norm > 0) & (gradient_norm > 0), trust, 1.0))
 
 
+@refuse_as_attributes
 class Muon(AveragedOptimizer):
     """`torch.optim.Muon` (Jordan et al., 2024) for the weights of linear and convolution layers, SGD for all else.
 

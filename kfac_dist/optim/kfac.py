@@ -21,6 +21,7 @@ from kfac_dist.optim.distributed_fisher import BLOCKS, DistributedFisher
 from kfac_dist.optim.gradient_messages import GradientMessages
 from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted
 from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import momentum_update_, rescale_weights_, rescaled_weights
@@ -49,6 +50,7 @@ class CommDtypes:
     gradients: torch.dtype | None = None
 
 
+@refuse_as_attributes
 class KFAC(DistributedOptimizer):
     """K-FAC whose layers are shared out over the ranks; one rank takes the same path as many.
 
@@ -69,7 +71,10 @@ class KFAC(DistributedOptimizer):
 
     Attributes:
         report: What came of the last step.
+        accumulation_steps: As given to the constructor; may be set between steps.
     """
+
+    accumulation_steps: int | None
 
     def __init__(
         self,

@@ -9,10 +9,12 @@ from torch import nn
 from kfac_dist.communicator import Communicator
 from kfac_dist.optim.averaged import AveragedOptimizer, Averaging
 from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import WeightRescaling
 
 
+@refuse_as_attributes
 class SGD(AveragedOptimizer, torch.optim.SGD):
     """`torch.optim.SGD` that averages gradients over the ranks first; its settings mean what they mean there.
 

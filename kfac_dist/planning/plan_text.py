@@ -21,15 +21,15 @@ _HEADS = {
 def describe_plan(plan: Plan, config: Config, profile: Profile, name: str) -> str:
     """The table, and what follows from it."""
     heads = ["ranks", "nodes", "slots", "batch", "refresh", "s/iter"]
-    heads += [*(f"{_HEADS[stage]} %" for stage in PLAN_STAGES), "SGD s", "effic. %", "MiB/rank", "hours"]
+    heads += [*(f"{_HEADS[stage]} %" for stage in PLAN_STAGES), "SGD s", "effic. %", "MiB/rank", "time"]
     rows = [heads]
     for number, point in enumerate(plan.points):
         shares = [f"{100 * point.stages[stage] / point.seconds:.0f}" for stage in PLAN_STAGES]
-        memory = f"{point.memory_bytes / 2**20:.0f}" + ("" if plan.fits[number] else "!")
+        memory = _mebibytes(point) + ("" if plan.fits[number] else "!")
         rows.append(
             [str(point.num_ranks), str(plan.nodes[number]), str(point.slots), str(point.batch), _interval(point),
              f"{point.seconds:.4g}", *shares, f"{point.sgd_seconds:.4g}", f"{100 * plan.efficiencies[number]:.0f}",
-             memory, _hours(point.hours)]
+             memory, duration(3600 * point.hours)]
         )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     lines = [
@@ -42,7 +42,7 @@ def describe_plan(plan: Plan, config: Config, profile: Profile, name: str) -> st
         "refresh: iterations for each refresh of the Fisher; %: shares of the iteration; effic.: images a second and",
         "rank beside the best row's; MiB/rank: memory of the fullest rank, of the profile's "
         f"{1024 * profile.memory.gibibytes:,.0f} MiB;",
-        "hours: all iterations, without evaluation, checkpoints and waiting for data",
+        "time: of all iterations, without evaluation, checkpoints and waiting for data",
         "predicted from the profile's rates, not measured: each one's source is in the profile, and in --json",
     ]
     if config.optimizer.name not in ("kfac", "sgd"):
@@ -56,9 +56,9 @@ def _advice(plan: Plan, config: Config) -> list[str]:
     if plan.best is None or plan.fastest is None:
         return ["no number of ranks has the memory: set a smaller batch.per_rank"]
     best, fastest = plan.points[plan.best], plan.points[plan.fastest]
-    lines = [f"best: {ranks_in_words(best.num_ranks)}, slots on each: {best.slots}; {_hours(best.hours)} h"]
+    lines = [f"best: {_costs(best)}"]
     if fastest.num_ranks != best.num_ranks:
-        lines.append(f"fastest: {ranks_in_words(fastest.num_ranks)}; {_hours(fastest.hours)} h")
+        lines.append(f"fastest: {_costs(fastest)}")
     if plan.stops_paying is None:
         lines.append(f"more ranks pay up to {plan.points[-1].num_ranks}, where this table ends")
     else:
@@ -90,5 +90,22 @@ def _iterations(plan: Plan) -> str:
     return f"{first}" if first == last else f"{first} to {last}"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:.3g}"
+def _costs(point: Prediction) -> str:
+    return (
+        f"{ranks_in_words(point.num_ranks)}, slots on each: {point.slots}; {point.seconds:.4g} s/iter, "
+        f"{_mebibytes(point)} MiB/rank, {duration(3600 * point.hours)} in all"
+    )
+
+
+def _mebibytes(point: Prediction) -> str:
+    return f"{point.memory_bytes / 2**20:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as one reads them: 0.098 s, 1.3 s, 4 min 10 s, 3.2 h."""
+    if seconds < 59.5:
+        return f"{seconds:.2g} s"
+    if seconds < 3599.5:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest} s"
+    return f"{seconds / 3600:,.1f} h"

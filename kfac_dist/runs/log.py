@@ -59,8 +59,8 @@ class RunLog(logging.Handler):
     def show(self, text: str, level: str = "INFO", stream: TextIO | None = None) -> None:
         """Print a line on rank 0, to standard output unless told otherwise, and record it."""
         if self._rank == 0:
-            print(text, file=stream or sys.stdout, flush=True)
             self.write(level, text)
+            print(text, file=stream or sys.stdout, flush=True)
 
     def exception(self) -> None:
         """Record the exception that is being handled; whoever ends the process prints it."""

@@ -92,7 +92,7 @@ def parse_plan(arguments: Sequence[str], program: str = "kfac-dist plan") -> arg
     _add_configuration_(parser)
     parser.add_argument(
         "--ranks", dest="numbers", metavar="P,P,…", default="",
-        help="numbers of ranks (default: powers of two up to 4096 over which the batch divides)",
+        help="numbers, such as 1,2,4 or 1 2 4 (default: powers of two up to 4096 over which the batch divides)",
     )  # fmt: skip
     parser.add_argument("--profile", metavar="NAME|FILE", help="the machine: v100, a100, h100 (default), h200, or YAML")
     parser.add_argument(
@@ -105,12 +105,23 @@ def parse_plan(arguments: Sequence[str], program: str = "kfac-dist plan") -> arg
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="DIR", help="write plan.txt, plan.json and plan.png there")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    found = _parse(parser, arguments)
+    found = _parse(parser, _with_commas(arguments))
     if not found.help:
         if found.profile and found.measure:
             parser.error("argument --measure: not allowed with argument --profile")
         found.numbers = _ranks_in(found.numbers, parser)
     return found
+
+
+def _with_commas(arguments: Sequence[str]) -> list[str]:
+    """The numbers behind --ranks as one word, which leaves what follows them to be read as ever."""
+    words: list[str] = []
+    for word in arguments:
+        if words[-2:-1] == ["--ranks"] and re.fullmatch(r"[\d,]+", words[-1]) and re.fullmatch(r"[\d,]+", word):
+            words[-1] = f"{words[-1].rstrip(',')},{word.lstrip(',')}"
+        else:
+            words.append(word)
+    return words
 
 
 def _ranks_in(text: str, parser: _Parser) -> list[int]:
@@ -121,7 +132,7 @@ def _ranks_in(text: str, parser: _Parser) -> list[int]:
         # Python converts 4,300 digits at most.
         if not (digits.isdecimal() and len(digits) < 20 and 1 <= int(digits) <= _MOST_RANKS):
             parser.error(
-                f"argument --ranks: must be integers from 1 to {_MOST_RANKS} between commas, such as 1,2,4; "
+                f"argument --ranks: must be integers from 1 to {_MOST_RANKS} between commas or spaces, such as 1,2,4; "
                 f"got {digits!r}"
             )
         numbers.append(int(digits))

@@ -1,6 +1,7 @@
 """The programs of benchmarks/ at the smallest sizes: their command lines, and what they write."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -50,11 +51,33 @@ def test_help_is_printed_and_nothing_measured(program: Path, run_python: Run) ->
     assert "| " not in finished.stdout, "a table"
 
 
+@pytest.mark.parametrize("command", ["settings", "summarise", "run"])
+def test_every_argument_of_the_parts_of_scaling_has_a_text(command: str, run_python: Run) -> None:
+    shown = run_python([BENCHMARKS / "scaling.py", command, "--help"], env={"PYTHONPATH": str(ROOT)})
+    assert shown.returncode == 0, shown.stderr
+    usage, description, *lists = shown.stdout.split("\n\n")
+    assert usage.startswith(f"usage: scaling.py {command} ")
+    assert description.startswith("Part of scaling.py: ")
+    entries = [line for text in lists for line in text.splitlines() if re.match(r"  \S", line)]
+    assert len(entries) > 1
+    assert [entry for entry in entries if not re.match(r"  \S.*\S  +\S", entry)] == []
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("step.py", ["--device", "cuda"], "--device must be cpu or auto where torch sees no CUDA device, got cuda"),
         ("step.py", ["--model", "resnet19"], "model.name must be a known model, got 'resnet19'"),
+        (
+            "step.py",
+            ["--device", "cpu", "--batch", "1", "--image-size", "1"],
+            "--model resnet20 cannot be trained on --batch 1 with --image-size 1: ",
+        ),
+        (
+            "plan.py",
+            ["--ranks", "3", "--slots", "4"],
+            "--slots must be a multiple of each number of --ranks and of --cores, got 4 with 3 and 2: --slots 6 works",
+        ),
         ("factors.py", ["--device", "cuda"], "--device must be cpu or auto where torch sees no CUDA device, got cuda"),
         ("loaders.py", [ROOT / "configs"], "FOLDER must be a folder with files"),
         ("start.py", [ROOT / "no.yaml"], f"{ROOT / 'no.yaml'}: no such file"),
@@ -79,7 +102,7 @@ def test_what_the_user_can_fix_is_one_line_and_exit_code_2(
         ("inverse.py", ["--columns", "1/0"], "--columns: must be a number > 0, such as 4, 0.25 or 1/9; got '1/0'"),
         ("inverse.py", ["--columns", "-1"], "--columns: must be a number > 0, such as 4, 0.25 or 1/9; got '-1'"),
         ("plan.py", ["--seconds", "0"], "--seconds: must be a number > 0, such as 4, 0.25 or 1/9; got '0'"),
-        ("scaling.py", ["run", "there", "1,a", "2", "x.yaml"], "ranks: must be an integer >= 1, got 'a'"),
+        ("scaling.py", ["run", "there", "1,a", "2", "x.yaml"], "RANKS[,RANKS…]: must be an integer >= 1, got 'a'"),
     ],
 )
 def test_a_wrong_argument_is_named_with_its_rule_before_anything_is_measured(

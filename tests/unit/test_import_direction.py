@@ -36,6 +36,7 @@ ROOMS = (
     "doctor",
     "memory",
     "commands",
+    "__main__",
 )
 # What a room must do without, whether it imports it itself or through others.
 NEVER = {

@@ -63,7 +63,8 @@ def walk(folder: Path) -> Listing:
     """
     walked = _Walk(os.fsencode(folder))
     times = walked.times_of(b"")
-    class_names, outside = classes_in(folder)
+    class_names, beside = classes_in(folder)
+    outside = [name for name in beside if not _is_hidden(name)]
     counts = []
     for name in class_names:
         before = len(walked.names)
@@ -75,25 +76,34 @@ def walk(folder: Path) -> Listing:
     if walked.others:
         endings, files = b" ".join(ENDINGS).decode(), [os.fsdecode(name) for name in walked.others]
         left_out.append(f"left out what does not end in one of {endings}: {_count(files)}")
+    hidden = [*filter(_is_hidden, beside), *map(os.fsdecode, walked.hidden)]
+    if hidden:
+        left_out.append(f"left out names that begin with a dot: {len(hidden):,} ({some(hidden)})")
     names = np.array(walked.names, dtype=None if walked.names else "S1")
     dangling = [*(name for name in outside if not (folder / name).exists()), *walked.dangling]
     return Listing(tuple(class_names), tuple(counts), names, tuple(left_out), (times, *walked.folders), tuple(dangling))
 
 
 def classes_in(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the class folders, and of the files beside them, both sorted."""
+    """Names of the class folders, and of all else that lies beside them, both sorted."""
     with os.scandir(folder) as entries:
-        kinds = [(entry.name, entry.is_dir()) for entry in entries]
+        kinds = [(entry.name, entry.is_dir() and not _is_hidden(entry.name)) for entry in entries]
     return sorted(name for name, is_dir in kinds if is_dir), sorted(name for name, is_dir in kinds if not is_dir)
 
 
+def _is_hidden(name: str) -> bool:
+    """As .ipynb_checkpoints, which holds copies, .DS_Store, and the ._* that macOS leaves, with an image's ending."""
+    return name.startswith(".")
+
+
 class _Walk:
-    """Collects images, other files and folders below a split's folder."""
+    """Collects images, other files, hidden names and folders below a split's folder."""
 
     def __init__(self, folder: bytes) -> None:
         self.folder = folder
         self.names: list[bytes] = []
         self.others: list[bytes] = []
+        self.hidden: list[bytes] = []
         self.dangling: list[str] = []
         self.folders: list[tuple[str, int, int, int]] = []
 
@@ -115,7 +125,9 @@ class _Walk:
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = below + b"/" + entry.name
-                if entry.is_dir():
+                if entry.name.startswith(b"."):
+                    self.hidden.append(name)
+                elif entry.is_dir():
                     folders.append(name)
                 elif entry.name.lower().endswith(ENDINGS):
                     self.names.append(name)

@@ -20,7 +20,7 @@ FEWEST_IMAGES = 10_000
 """Folders with fewer are listed in no time, and not kept."""
 
 _QUIET_SECONDS = 10  # a folder modified twice within the file system's resolution of time would look unmodified
-_VERSION = b"kfac_dist listing 2\n"
+_VERSION = b"kfac_dist listing 3\n"
 
 
 def find_listing(folder: Path) -> Listing:

@@ -72,3 +72,13 @@ def test_memory_and_plots_take_their_words(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="2"):
         main(["plots", "nosuch"])
     assert "usage: kfac-dist plots" in capsys.readouterr().err
+
+
+def test_the_package_is_the_command(run_python: Run) -> None:
+    shown = run_python(["-m", "kfac_dist", "--help"])
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("usage: [mpirun -n P] python -m kfac_dist COMMAND …\n")
+    assert "kfac-dist" not in shown.stdout
+    assert run_python(["-m", "kfac_dist", "trian"]).returncode == 2
+    shown = run_python(["-m", "kfac_dist", "train", "quickstart", "--print-config"])
+    assert shown.stdout.startswith("run:"), shown.stderr

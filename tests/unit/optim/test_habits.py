@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_dist import KFAC, SGD, LossScaler, create_communicator
+from kfac_dist import KFAC, LARS, SGD, AdamW, LossScaler, Muon, create_communicator
 from kfac_dist.curvature.inversion import RefreshReport
 from tests.small_net import assert_equal, backward, make_batch, make_kfac, make_net, running, train, weights
 
@@ -310,3 +310,41 @@ def test_a_models_copy_has_no_hooks_of_the_optimizer() -> None:
     assert not optimizer._fisher.capture._marked
     backward(net)
     assert optimizer._fisher.capture._marked == {"0", "1", "4"}
+
+
+# Settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [KFAC, SGD, AdamW, LARS, Muon])
+def test_a_setting_of_the_groups_is_no_attribute(kind: type[KFAC]) -> None:
+    optimizer = make(kind, make_net())
+    settings = optimizer.param_groups[0]
+    for name in {"lr", "momentum", "damping", "weight_decay", "betas"} & set(settings):
+        with pytest.raises(AttributeError, match=rf"for group in optimizer.param_groups: group\['{name}'\] = …"):
+            setattr(optimizer, name, 0.5)
+        assert not hasattr(optimizer, name)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        (KFAC, "refresh", r"KFAC\(…, refresh=…\).*refresh=IntervalRefresh\(function of the iteration\)"),
+        (KFAC, "ema_decay", r"KFAC\(…, ema_decay=…\)"),
+        (KFAC, "max_grad_norm", r"KFAC\(…, max_grad_norm=…\)"),
+        (KFAC, "skip", r"KFAC\(…, skip=…\)"),
+        (SGD, "weight_rescaling", r"SGD\(…, weight_rescaling=…\)"),
+        (Muon, "averaging", r"Muon\(…, averaging=…\)"),
+    ],
+)
+def test_a_setting_of_the_constructor_is_no_attribute(kind: type[KFAC], name: str, said: str) -> None:
+    optimizer = make(kind, make_net())
+    with pytest.raises(AttributeError, match=f"{kind.__name__} has no attribute '{name}': .*{said}"):
+        setattr(optimizer, name, 5)
+
+
+def test_what_may_be_set_between_steps() -> None:
+    optimizer = make(KFAC, make_net())
+    optimizer.accumulation_steps, optimizer.num_samples = 2, 8
+    assert (optimizer.accumulation_steps, optimizer.num_samples) == (2, 8)
+    optimizer.of_the_users = 1

@@ -10,7 +10,7 @@ from kfac_dist.config.load import create_config
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import InputError
 from kfac_dist.planning.plan import INTERVALS, make_plan
-from kfac_dist.planning.plan_text import describe_plan
+from kfac_dist.planning.plan_text import describe_plan, duration
 from kfac_dist.plots.plan import draw_plan
 from tests.unit.planning.machines import machine
 
@@ -113,9 +113,42 @@ def test_the_table_has_a_row_for_each_number_of_ranks_and_its_shares_are_whole()
         assert float(row[5]) == pytest.approx(point.seconds, rel=1e-3)
         assert sum(map(float, row[6:14])) == pytest.approx(100, abs=4)
         assert row[4] == "9.78", "225 iterations, 23 of them with a refresh"
-        assert float(row[-1]) == pytest.approx(point.hours, rel=1e-2)
+        assert " ".join(row[17:]) == duration(3600 * point.hours)
     assert "profile mine: round figures" in text
     assert "planned: digits_cnn on digits, kfac, fp32, 225 iterations" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.09831, "0.098 s"),
+        (1.288, "1.3 s"),
+        (59.4, "59 s"),
+        (59.5, "1 min 0 s"),
+        (250.2, "4 min 10 s"),
+        (3599.4, "59 min 59 s"),
+        (3599.5, "1.0 h"),
+        (11520.0, "3.2 h"),
+        (4.5e6, "1,250.0 h"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_best_and_the_fastest_tell_time_and_memory() -> None:
+    config, profile = configuration(), machine(network=slow_network(0.01), launch_seconds=0.001)
+    plan = make_plan(config, profile, [1, 2, 4, 8], grow_batch=False)
+    assert plan.best is not None
+    assert plan.fastest is not None
+    assert plan.best != plan.fastest
+    text = describe_plan(plan, config, profile, "mine")
+    for word, number in (("best", plan.best), ("fastest", plan.fastest)):
+        point = plan.points[number]
+        (line,) = re.findall(rf"^{word}: .*", text, re.MULTILINE)
+        assert f"{point.num_ranks} ranks, slots on each: {point.slots}; " in line
+        assert f"; {point.seconds:.4g} s/iter, {point.memory_bytes / 2**20:.0f} MiB/rank, " in line
+        assert line.endswith(f", {duration(3600 * point.hours)} in all")
 
 
 def test_sgd_has_no_refresh():

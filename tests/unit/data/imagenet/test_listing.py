@@ -11,7 +11,7 @@ import pytest
 
 from kfac_dist.data.imagenet import listing_cache
 from kfac_dist.data.imagenet.folder import ImageList, list_images
-from kfac_dist.data.imagenet.listing import Listing, walk
+from kfac_dist.data.imagenet.listing import Listing, classes_in, walk
 from tests.image_tree import CLASSES, NUM_TRAIN, write_tree
 
 OLD = 3600  # seconds
@@ -128,6 +128,27 @@ def test_what_has_changed_is_listed_anew(root: Path, walks: list[Path], change: 
     assert walks == [], "the new listing is kept in turn"
 
 
+def test_names_that_begin_with_a_dot_are_left_out(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Jupyter's copies, and what macOS leaves, in a split's folder, in a class and below it."""
+    before = list_images(root, "train")
+    fingerprint = before.fingerprint()
+    caplog.clear()
+    for folder in ("train", "train/n01", "train/n02/sub"):
+        (root / folder / ".ipynb_checkpoints").mkdir()
+        (root / folder / ".ipynb_checkpoints/1-checkpoint.JPEG").touch()
+    (root / "train/n03/._000.JPEG").touch()
+    (root / "train/.DS_Store").touch()
+    after = list_images(root, "train")
+    assert (after.class_names, names(after)) == (CLASSES, names(before))
+    assert after.fingerprint() == fingerprint
+    assert (
+        f"{root / 'train'}: left out names that begin with a dot: 5 (.DS_Store, .ipynb_checkpoints, "
+        "n01/.ipynb_checkpoints and 2 more)"
+    ) in caplog.messages
+    assert "lies in no class folder" not in caplog.text
+    assert classes_in(root / "train") == (list(CLASSES), [".DS_Store", ".ipynb_checkpoints"]), "as other ranks see it"
+
+
 @pytest.mark.parametrize("place", ["n04", "n01/sub"])
 def test_a_disk_that_is_mounted_later_is_noticed(root: Path, tmp_path: Path, place: str) -> None:
     """A link to it led nowhere before, and its arrival changes no folder of the tree."""
@@ -175,7 +196,7 @@ def test_a_damaged_cache_is_made_anew(root: Path, walks: list[Path], damage: str
         "cut": content[:-1],
         "emptied": b"",
         "one bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-        "another version": content.replace(b"listing 2", b"listing 1"),
+        "another version": content.replace(b"listing 3", b"listing 2"),
         "a folder": b"",
     }[damage]
     path.write_bytes(damaged)
