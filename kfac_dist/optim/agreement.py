@@ -73,11 +73,13 @@ class StepAgreement:
         with_gradient: Ids of the trained parameters that have a gradient on some rank.
         num_captured: By a parameter's id, the ranks on which its flag was set.
         num_kept: Sum over the ranks.
+        all_sent: Whether every rank had sent its gradients before.
     """
 
     with_gradient: Collection[int]
     num_captured: Mapping[int, int]
     num_kept: int
+    all_sent: bool
 
 
 def agree_on_step(
@@ -87,6 +89,7 @@ def agree_on_step(
     captured: Collection[int] = (),
     digest: int = 0,
     num_kept: int = 0,
+    has_sent: bool = False,
 ) -> StepAgreement:
     """Tell all ranks what each has; one small all-reduce on the host, in every step, for which no GPU waits.
 
@@ -99,6 +102,7 @@ def agree_on_step(
         captured: Ids of parameters whose layers' factors this rank captured.
         digest: Of what must be the same on every rank besides, in [0, 2^20).
         num_kept: To be added up.
+        has_sent: Whether this rank has sent its gradients already.
 
     Raises:
         AgreedInputError: On every rank, if a parameter is frozen on some ranks only, or the digests differ.
@@ -106,8 +110,8 @@ def agree_on_step(
     trained = [parameter.requires_grad for parameter in parameters]
     with_gradient = [p.grad is not None and is_trained for p, is_trained in zip(parameters, trained, strict=True)]
     flags = [*trained, *with_gradient, *(id(parameter) in captured for parameter in parameters)]
-    own = torch.tensor([*flags, digest, digest**2, num_kept], dtype=torch.float64, device="cpu")
-    *sums, digests, squares, kept = map(int, communicator.all_reduce_(own).tolist())
+    own = torch.tensor([*flags, digest, digest**2, num_kept, has_sent], dtype=torch.float64, device="cpu")
+    *sums, digests, squares, kept, sent = map(int, communicator.all_reduce_(own).tolist())
     num_trained, num_with_gradient, num_captured = (
         sums[start : start + len(parameters)] for start in range(0, len(sums), len(parameters))
     )
@@ -127,6 +131,7 @@ def agree_on_step(
         {id(parameter) for parameter, count in zip(parameters, num_with_gradient, strict=True) if count},
         {id(parameter): count for parameter, count in zip(parameters, num_captured, strict=True) if count},
         kept,
+        sent == size,
     )
 
 

@@ -170,7 +170,12 @@ class AveragedOptimizer(DistributedOptimizer):
         refuse_converted(self._parameters(), self._placements, self._names)
         self._follow_freezing()
         self._messages.begin_step()
-        moved = agree_on_step(self._parameters(), self._names, self.communicator).with_gradient
+        agreed = agree_on_step(
+            self._parameters(), self._names, self.communicator, has_sent=self._messages.was_overlapped
+        )
+        moved = agreed.with_gradient
+        if not agreed.all_sent:  # a rank dropped its gradients since
+            self._messages.discard()
         self.report = StepReport()
         if not moved:
             self._messages.discard()

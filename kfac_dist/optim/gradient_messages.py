@@ -74,6 +74,9 @@ class GradientMessages:
     """This rank's gradients, from `.grad` to the segments with the averages that it owns.
 
     `fill`, `start` and `wait` take what the backward pass has left of them; each may be all there is.
+
+    Attributes:
+        was_overlapped: Whether they were sent in a backward pass since the last step.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class GradientMessages:
         self._message_of = {id(p): number for number, message in enumerate(messages) for p, _ in message.views}
         self._digest = crc32(repr([message.buffer.part_numels for message in messages]).encode()) % DIGEST_LIMIT
         self._is_open = False
-        self._was_overlapped = False  # since the last step
+        self.was_overlapped = False
         self._missing: list[set[int]] = []  # of each message the parameters, by id, whose gradients are to come
         self._filled: list[_Filled] = []
         self._pending: list[Pending[Tensor]] = []
@@ -126,7 +129,7 @@ class GradientMessages:
         if not self._communicator.in_background:
             yield
             return
-        if self._was_overlapped:
+        if self.was_overlapped:
             raise RuntimeError(
                 "overlap_backward() was entered again before step(): it is for the last backward pass before each "
                 "step only. After a pass that is not to count call zero_grad() of the optimizer"
@@ -144,7 +147,7 @@ class GradientMessages:
             "(requires_grad) on every rank alike, and call load_state_dict on every rank",
         )
         self._missing = [{id(parameter) for parameter, _ in message.views} for message in self._messages]
-        self._is_open = self._was_overlapped = self._communicator.is_overlapping = True
+        self._is_open = self.was_overlapped = self._communicator.is_overlapping = True
         try:
             yield
         finally:
@@ -212,7 +215,7 @@ class GradientMessages:
         """
         if self._is_open:
             raise RuntimeError("step() was called within overlap_backward(): only backward belongs there")
-        if not self._was_overlapped:
+        if not self.was_overlapped:
             self.discard()
         for message, filled in zip(self._messages, self._filled, strict=False):
             for (parameter, _), sent, version in zip(message.views, filled.gradients, filled.versions, strict=True):
@@ -227,7 +230,7 @@ class GradientMessages:
     def wait(self) -> list[Tensor]:
         """Complete what was sent: this rank's segment of each message, the averages; then begin anew."""
         segments = [pending.wait() for pending in self._pending]
-        self._pending, self._filled, self._was_overlapped = [], [], False
+        self._pending, self._filled, self.was_overlapped = [], [], False
         return segments
 
     def discard(self) -> None:

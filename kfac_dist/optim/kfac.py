@@ -248,8 +248,10 @@ class KFAC(DistributedOptimizer):
         self._messages.begin_step()
         self._follow_freezing()
         fisher, updates = self._fisher, self._shared.updates
-        agreed, present = fisher.agree(self._parameters(), self._names)
+        agreed, present = fisher.agree(self._parameters(), self._names, self._messages.was_overlapped)
         moved = agreed.with_gradient
+        if not agreed.all_sent:  # a rank dropped its gradients since
+            self._messages.discard()
         if not moved or (fisher.is_due and not present and not self._agree_on_any_gradient()):
             self._messages.discard()
             self._create_state()
