@@ -1,10 +1,10 @@
 """Optimizers that need nothing of the ranks but the averaged gradient: the update itself is one of `torch.optim`."""
 
+import inspect
 import operator
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -215,9 +215,11 @@ class AveragedOptimizer(DistributedOptimizer):
 
     def _move(self) -> None:
         """Update the parameters by their `grad`, which is the average over the ranks."""
+        # Without torch's wrappers: one loads the compiler at the first step, which takes a second, one turns gradients
+        # off, as they are, and one, once an optimizer of torch's own was made, runs the hooks of `step` again.
         step: Any = super().step
-        if getattr(
-            step, "hooked", False
-        ):  # once an optimizer of torch's own was made; they stand around `step` already
-            step = partial(step.__wrapped__, self)
-        step()
+        update = inspect.unwrap(step)
+        if update is step:
+            update()
+        else:
+            update(self)

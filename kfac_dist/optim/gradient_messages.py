@@ -129,7 +129,7 @@ class GradientMessages:
         if not self._communicator.in_background:
             yield
             return
-        if self.was_overlapped:
+        if any(gradient is not None and p.grad is gradient for p, gradient in self._sent()):
             raise RuntimeError(
                 "overlap_backward() was entered again before step(): it is for the last backward pass before each "
                 "step only. After a pass that is not to count call zero_grad() of the optimizer"
@@ -139,7 +139,7 @@ class GradientMessages:
                 "overlap_backward() was entered within another optimizer's, whose messages ranks would send in other "
                 "orders: give all parameters to one optimizer (groups), or enter it for one of the two only"
             )
-        self.discard()  # what a step left that failed
+        self.discard()  # what a step left that failed, or what was sent of gradients that were set to None since
         agree_on_digest(
             self._digest,
             self._communicator,
@@ -154,6 +154,11 @@ class GradientMessages:
             self._is_open = self._communicator.is_overlapping = False
             self.fill()
             self.start()
+
+    def _sent(self) -> Iterator[tuple[Parameter, Tensor | None]]:
+        """The parameters and what their gradients were when they were sent in a backward pass since the last step."""
+        for message, filled in zip(self._messages, self._filled if self.was_overlapped else (), strict=False):
+            yield from ((parameter, sent) for (parameter, _), sent in zip(message.views, filled.gradients, strict=True))
 
     def on_gradient(self, parameter: Tensor) -> None:
         """Called by the parameter's hook: its `.grad` has been added up."""

@@ -195,6 +195,25 @@ def test_only_one_pass_for_each_step(kind):
         optimizer.step()
 
 
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
+def test_gradients_that_the_model_dropped_are_no_earlier_pass(kind):
+    """As after a NaN that all ranks saw; the next pass begins anew."""
+    net = network()
+    optimizer = optimizer_of(kind, net, Background())
+    for _ in range(2):
+        with optimizer.overlap_backward():
+            loss_of(net, 0).backward()
+        net.zero_grad()
+    fresh = network()
+    other = optimizer_of(kind, fresh, LocalCommunicator())
+    for model, used in ((net, optimizer), (fresh, other)):
+        with used.overlap_backward():
+            loss_of(model, 1).backward()
+        used.step()
+    for value, expected in zip(net.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+
+
 def test_two_optimizers_do_not_send_at_once():
     """Defect: ranks whose passes differ sent the two's messages in other orders, and mixed them up."""
     net, communicator = network(), Background()
