@@ -12,6 +12,7 @@ from kfac_dist.config.schema import Config
 from kfac_dist.data.create import describe_dataset
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.errors import InputError
+from kfac_dist.models import create_model
 from kfac_dist.study.definition import SMALLEST_BATCH, AdjustedEpochs, FixedEpochs, Link, OptimizerStudy, Study
 
 ITERATIONS = "iterations"
@@ -57,12 +58,16 @@ def plan_trials(study: Study) -> list[Trial]:
     """All trials of a study.
 
     Raises:
-        InputError: Naming the first trial whose configuration is not valid, and how many there are.
+        InputError: If there is no such model, or naming each problem of the trials' configurations once, with the first
+            trial that has it, and how many have any.
     """
     trials: list[Trial] = []
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     _check_same_data(study)
-    num_train = describe_dataset(create_config(_minimal(study.recipe), "the study's recipe").data).num_train
+    data = describe_dataset(create_config(_minimal(study.recipe), "the study's recipe").data)
+    for name in study.models:
+        create_model(name, data.num_classes, data.image_shape, seed=0)
+    num_train = data.num_train
     cells = itertools.product(study.models, study.batch_sizes, study.optimizers)
     for model, batch_size, label in cells:
         first_seed: list[int] = []
@@ -73,7 +78,8 @@ def plan_trials(study: Study) -> list[Trial]:
                 valid = trial_config(study, model, batch_size, label, parameters, seed, num_train)
                 config = valid.model_dump(mode="json")
             except InputError as error:
-                problems.append(f"model {model}, batch {batch_size}, {label}, {parameters}, seed {seed}: {error}")
+                trial = f"model {model}, batch {batch_size}, {label}, {parameters}, seed {seed}"
+                problems.setdefault(str(error), []).append(trial)
             if seed == study.seeds[0]:
                 first_seed.append(index)
             trials.append(Trial(index, model, label, batch_size, seed, parameters, config, None))
@@ -83,7 +89,9 @@ def plan_trials(study: Study) -> list[Trial]:
                     raise InputError(f"best.seeds must not hold a seed of seeds = {study.seeds}, got {seed}")
                 trials.append(Trial(len(trials), model, label, batch_size, seed, None, None, first_seed))
     if problems:
-        raise InputError(f"{len(problems)} of {len(trials)} trials cannot be run; the first:\n{problems[0]}")
+        count = len({trial for affected in problems.values() for trial in affected})
+        each = "\n".join(f"{affected[0]}: {problem}" for problem, affected in problems.items())
+        raise InputError(f"{count} of {len(trials)} trials cannot be run; the first:\n{each}")
     return trials
 
 

@@ -69,6 +69,22 @@ def test_trials_that_are_no_configurations(tmp_path: Path, changes: dict[str, An
     assert problem in str(caught.value)
 
 
+def test_each_problem_is_told_once(tmp_path: Path) -> None:
+    """Defect: only the first trial's was, and the next one after that had been mended."""
+    changes = {"optimizers/sgd/settings": {"optimizer": {"name": "sgd"}}, "optimizers/kfac/settings/train.epochs": 1}
+    changes |= {"optimizers/kfac/settings/kfac.damping.batchnorm_ratio": -1}
+    with pytest.raises(InputError, match=r"^8 of 8 trials cannot be run; the first:\nmodel digits_cnn") as caught:
+        plan_trials(load_study(write_study(tmp_path, changes)))
+    assert str(caught.value).count("optimizer.momentum is required") == 1
+    assert str(caught.value).count("kfac.damping.batchnorm_ratio must be >= 1, got -1") == 1
+
+
+def test_a_model_that_there_is_not(tmp_path: Path) -> None:
+    """Defect: all trials were planned, and failed."""
+    with pytest.raises(InputError, match=r"must be a known model, got 'digit_cnn'; close to it: digits_cnn"):
+        plan_trials(load_study(write_study(tmp_path, {"models": ["digit_cnn"]})))
+
+
 def test_all_columns_have_the_same_data(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path, {"optimizers/sgd/settings/data.train_limit": 100}))
     with pytest.raises(InputError, match=r"optimizers\.sgd must leave the data .*, got data\.train_limit"):
