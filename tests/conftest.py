@@ -23,6 +23,12 @@ READ_AT_START = ("CUDA", "LD_", "MKL", "OMP_NUM", "PYTHON", "TORCH")
 """Variables that an interpreter or torch reads only when it starts."""
 
 
+def pytest_configure() -> None:
+    """Programs see Ctrl-C as from a terminal, also where the tests were started by a shell's `&`, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "long" not in config.option.markexpr:
         for item in items:
