@@ -121,7 +121,7 @@ class AveragedOptimizer(DistributedOptimizer):
         # Never half precision: MPI cannot add it, and sums over ranks would round.
         dtype, device = torch.float64 if double else torch.float32, self._parameters()[0].device
         numels = [parameter.numel() for parameter in self._trained]
-        self._contents = []
+        messages = []
         size, in_background = self.communicator.size, self.communicator.in_background
         for numbers in cut_for_backward([n * dtype.itemsize for n in numels], size, in_background):
             total = sum(numels[number] for number in numbers)
@@ -132,8 +132,8 @@ class AveragedOptimizer(DistributedOptimizer):
             views = [
                 (p, piece.view(p.shape)) for p, piece in zip((self._trained[n] for n in numbers), pieces, strict=True)
             ]
-            self._contents.append(Message(buffer, views))
-        return self._contents
+            messages.append(Message(buffer, views))
+        return messages
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more parameters; collective once the optimizer is made: they take rank 0's values."""
@@ -199,12 +199,12 @@ class AveragedOptimizer(DistributedOptimizer):
         with self._timer.stage("all_gather"):
             gathered = [
                 self.communicator.start_all_gather_v(buffer.data, buffer.counts, self._gradient_comm_dtype)
-                for buffer in (message.buffer for message in self._contents)
+                for buffer in (message.buffer for message in self._messages.messages)
             ]
             for pending in gathered:
                 pending.wait()
         with self._timer.stage("update"):
-            views = [(p, view) for message in self._contents for p, view in message.views if id(p) in moved]
+            views = [(p, view) for message in self._messages.messages for p, view in message.views if id(p) in moved]
             for parameter, _ in views:
                 if parameter.grad is None:  # another rank has one
                     parameter.grad = torch.zeros_like(parameter)

@@ -76,6 +76,7 @@ class GradientMessages:
     `fill`, `start` and `wait` take what the backward pass has left of them; each may be all there is.
 
     Attributes:
+        messages: In the order in which they are sent.
         was_overlapped: Whether they were sent in a backward pass since the last step.
     """
 
@@ -96,7 +97,7 @@ class GradientMessages:
             names: Of the parameters, by id.
             watch_overflow: Keep for `largest` what a message held before it was sent.
         """
-        self._messages = messages
+        self.messages = messages
         self._communicator = communicator
         self._comm_dtype = comm_dtype
         self._names = names
@@ -146,7 +147,7 @@ class GradientMessages:
             "the ranks' optimizers differ in what they train or in which rank owns which layer: freeze and unfreeze "
             "(requires_grad) on every rank alike, and call load_state_dict on every rank",
         )
-        self._missing = [{id(parameter) for parameter, _ in message.views} for message in self._messages]
+        self._missing = [{id(parameter) for parameter, _ in message.views} for message in self.messages]
         self._is_open = self.was_overlapped = self._communicator.is_overlapping = True
         try:
             yield
@@ -157,7 +158,7 @@ class GradientMessages:
 
     def _sent(self) -> Iterator[tuple[Parameter, Tensor | None]]:
         """The parameters and what their gradients were when they were sent in a backward pass since the last step."""
-        for message, filled in zip(self._messages, self._filled if self.was_overlapped else (), strict=False):
+        for message, filled in zip(self.messages, self._filled if self.was_overlapped else (), strict=False):
             yield from ((parameter, sent) for (parameter, _), sent in zip(message.views, filled.gradients, strict=True))
 
     def on_gradient(self, parameter: Tensor) -> None:
@@ -171,7 +172,7 @@ class GradientMessages:
                 "one backward pass that gives each parameter its gradient once. Call backward without it"
             )
         self._missing[number].discard(id(parameter))
-        while len(self._filled) < len(self._messages) and not self._missing[len(self._filled)]:
+        while len(self._filled) < len(self.messages) and not self._missing[len(self._filled)]:
             self._fill_next()
             self.start()
 
@@ -181,11 +182,11 @@ class GradientMessages:
         Raises:
             ValueError: If a gradient is sparse.
         """
-        while len(self._filled) < len(self._messages):
+        while len(self._filled) < len(self.messages):
             self._fill_next()
 
     def _fill_next(self) -> None:
-        message = self._messages[len(self._filled)]
+        message = self.messages[len(self._filled)]
         for parameter, _ in message.views:
             if parameter.grad is not None:
                 refuse_sparse(self._name(parameter), parameter.grad)
@@ -204,7 +205,7 @@ class GradientMessages:
 
     def start(self) -> None:
         """Send what is written and not sent yet."""
-        for message in self._messages[len(self._pending) : len(self._filled)]:
+        for message in self.messages[len(self._pending) : len(self._filled)]:
             buffer = message.buffer
             self._pending.append(
                 self._communicator.start_reduce_scatter_v(
@@ -222,7 +223,7 @@ class GradientMessages:
             raise RuntimeError("step() was called within overlap_backward(): only backward belongs there")
         if not self.was_overlapped:
             self.discard()
-        for message, filled in zip(self._messages, self._filled, strict=False):
+        for message, filled in zip(self.messages, self._filled, strict=False):
             for (parameter, _), sent, version in zip(message.views, filled.gradients, filled.versions, strict=True):
                 if parameter.grad is not sent or _version(sent) != version:
                     raise RuntimeError(

@@ -89,7 +89,7 @@ def plan_trials(study: Study) -> list[Trial]:
                     raise InputError(f"best.seeds must not hold a seed of seeds = {study.seeds}, got {seed}")
                 trials.append(Trial(len(trials), model, label, batch_size, seed, None, None, first_seed))
     if problems:
-        count = len({trial for affected in problems.values() for trial in affected})
+        count = sum(map(len, problems.values()))
         each = "\n".join(f"{affected[0]}: {problem}" for problem, affected in problems.items())
         raise InputError(f"{count} of {len(trials)} trials cannot be run; the first:\n{each}")
     return trials

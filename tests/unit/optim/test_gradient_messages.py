@@ -59,6 +59,11 @@ def loss_of(net: nn.Module, seed: int) -> Tensor:
     return F.cross_entropy(net(x), torch.randint(3, (8,), generator=generator))
 
 
+def assert_close_weights(net: nn.Module, expected: nn.Module) -> None:
+    for value, reference in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("numels", "at_least", "expected"),
     [
@@ -97,8 +102,7 @@ def test_the_steps_are_the_same(kind, settings):
             (loss_of(overlapped, step) / 2).backward()
         one.step()
         two.step()
-    for value, expected in zip(overlapped.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+    assert_close_weights(overlapped, plain)
 
 
 @pytest.mark.parametrize("kind", ["kfac", "sgd"])
@@ -210,8 +214,7 @@ def test_gradients_that_the_model_dropped_are_no_earlier_pass(kind):
         with used.overlap_backward():
             loss_of(model, 1).backward()
         used.step()
-    for value, expected in zip(net.parameters(), fresh.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+    assert_close_weights(net, fresh)
 
 
 def test_two_optimizers_do_not_send_at_once():
@@ -305,8 +308,7 @@ def test_skipping_and_zeroing_forget_what_was_sent(kind):
     other = optimizer_of(kind, fresh, LocalCommunicator())
     loss_of(fresh, 1).backward()
     other.step()
-    for value, expected in zip(net.parameters(), fresh.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+    assert_close_weights(net, fresh)
 
 
 @pytest.mark.parametrize("kind", ["kfac", "sgd"])
@@ -324,8 +326,7 @@ def test_what_is_frozen_between_the_pass_and_the_step(kind):
                     loss_of(net, step).backward()
             net[2].requires_grad_(step == 1)
             optimizer.step()
-    for value, expected in zip(overlapped.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-13)
+    assert_close_weights(overlapped, plain)
 
 
 @pytest.mark.parametrize("kind", ["kfac", "sgd"])
