@@ -54,8 +54,8 @@ class WorkerSettings:
     keeps_runs: bool
 
 
-class Stopped(Exception):
-    """A signal asked this worker to end."""
+class Stopped(BaseException):
+    """A signal asked this worker to end; no exception that a library's ``except Exception`` may take for its own."""
 
 
 def work(settings: WorkerSettings, number: int) -> None:

@@ -181,7 +181,8 @@ def test_killed_in_the_middle(tmp_path: Path, study: Command, start: Callable[..
 def test_stopped_by_a_signal(tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
     path, folder = write_study(tmp_path, LONG), tmp_path / "study"
     running = start("run", path, "--folder", folder, "--only", "index=2")
-    wait_for(lambda: list((folder / "trials/00002/run").glob("metrics.jsonl")))
+    metrics = folder / "trials/00002/run/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)  # it trains: before, there is nothing to save
     running.terminate()
     assert running.wait(60) == 75
     if not results(folder):  # it may have been quicker
