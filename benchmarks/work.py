@@ -94,6 +94,10 @@ def _cholesky_solve(right: Any, factor: Any, *arguments: Any, out_shape: Any = N
     return int(torch.Size(count).numel() * 2 * size**2 * columns)
 
 
+def _solve_triangular(factor: Any, right: Any, *arguments: Any, out_shape: Any = None, **keywords: Any) -> int:
+    return int(torch.Size(right).numel() * factor[-1])
+
+
 def _cholesky_inverse(factor: Any, *arguments: Any, out_shape: Any = None, **keywords: Any) -> int:
     *count, size, _ = factor
     return int(torch.Size(count).numel() * 2 * size**3 // 3)
@@ -103,6 +107,7 @@ def _cholesky_inverse(factor: Any, *arguments: Any, out_shape: Any = None, **key
 _FORMULAS = {
     torch.ops.aten.linalg_cholesky_ex: _cholesky,
     torch.ops.aten.cholesky_solve: _cholesky_solve,
+    torch.ops.aten.linalg_solve_triangular: _solve_triangular,
     torch.ops.aten.cholesky_inverse: _cholesky_inverse,
 }
 

@@ -1,6 +1,6 @@
 """Stages 4 and 5 for the blocks that one rank owns: running Fisher, damped inverses, preconditioned gradients."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,9 +88,18 @@ class OwnedFisher:
         ]
         return self._inverses.refresh(tasks, expected_interval)
 
-    def precondition(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """𝒢 of each block, (num_values,), from its gradient; the plain gradient where there is no inverse yet."""
-        return self._preconditioner.apply([self._curvatures[block.name] for block in self.blocks], gradients)
+    def precondition(self, gradients: Sequence[Tensor]) -> Iterator[list[tuple[Block, Tensor]]]:
+        """𝒢 of each block, (num_values,), from its gradient; the plain gradient where there is no inverse yet.
+
+        Args:
+            gradients: Of `blocks`, (num_values,) each.
+
+        Yields:
+            Groups of blocks with their 𝒢, which stands until the next group is asked for.
+        """
+        curvatures = [self._curvatures[block.name] for block in self.blocks]
+        for group in self._preconditioner.apply(curvatures, gradients):
+            yield [(self.blocks[number], direction) for number, direction in group]
 
     def spectrum(self, key: FactorKey) -> Tensor | None:
         """Smallest and largest eigenvalue and effective rank of a running matrix, (3,) float64; None before any."""

@@ -81,7 +81,7 @@ class BlockCurvature:
         for matrix, value in state["running"].items():
             self.averages[matrix] = RunningAverage(value.to(device, dtype, copy=True), state["num_averaged"][matrix])
         self.solvers = {
-            matrix: Solver(value.to(device, dtype, copy=True), matrix in state["inverted"])
+            matrix: Solver.restored(value.to(device, dtype, copy=True), matrix in state["inverted"])
             for matrix, value in state["solvers"].items()
         }
 

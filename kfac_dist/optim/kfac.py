@@ -342,12 +342,14 @@ class KFAC(DistributedOptimizer):
         gradients = [self._shared.buffers.gradient(block.name, rank) for block in blocks]
         for block, gradient in zip(blocks, gradients, strict=True):
             add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
-        shares = [
-            share
-            for block, direction in zip(blocks, self._fisher.owned.precondition(gradients), strict=True)
-            for share in update_shares(self._shared.updates, block, self._shared.ranks_of(block.name), rank, direction)
-        ]
-        copy_all_([destination for destination, _ in shares], [values for _, values in shares])
+        updates, ranks_of = self._shared.updates, self._shared.ranks_of
+        for group in self._fisher.owned.precondition(gradients):
+            shares = [
+                share
+                for block, direction in group
+                for share in update_shares(updates, block, ranks_of(block.name), rank, direction)
+            ]
+            copy_all_([destination for destination, _ in shares], [values for _, values in shares])
 
     def _update_parameters(self, moved: Collection[int]) -> None:
         """Stage 6: every rank applies Eq. 17 and 18 to the parameters (by id) that have a gradient on some rank."""

@@ -89,10 +89,9 @@ def _operation(
         matrices = _product(stack)
         return Operation(kind, matrices * size**3 / 3, size, matrices, values)
     if kind == "solve":
-        right, passes = (args[0], 2) if name == "cholesky_solve" else (args[1], 1)
-        *stack, size, columns = right.shape
-        matrices = _product(stack)
-        return Operation(kind, passes * matrices * size**2 * columns, size, matrices, values)
+        (right, factor), passes = (args[:2], 2) if name == "cholesky_solve" else (args[1::-1], 1)
+        *stack, size, _ = factor.shape
+        return Operation(kind, passes * right.numel() * size, size, _product(stack), values)
     count_flops = flop_registry.get(func._overloadpacket)
     if count_flops is None:
         return Operation("memory", 0.0, 0, 1, values)

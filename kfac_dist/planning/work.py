@@ -183,8 +183,8 @@ def _owned_work(blocks: Sequence[Block], refresh: Refresh) -> OwnedWork:
     _refresh(owned, packed, stacks, refresh, {"A", "G", "F"})
     gradients = [torch.empty(block.num_values, device=_META) for block in blocks]
     if not refresh.due:  # inverses of one shape lie behind one another since the first iteration after the refresh
-        owned.precondition(gradients)
-    return OwnedWork(inverse, operations_of(lambda: owned.precondition(gradients)))
+        list(owned.precondition(gradients))
+    return OwnedWork(inverse, operations_of(lambda: list(owned.precondition(gradients))))
 
 
 def _owned_fisher(blocks: Sequence[Block]) -> OwnedFisher:

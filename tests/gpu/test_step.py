@@ -50,7 +50,8 @@ def make_step(optimizer_class: type[KFAC | SGD], precision: Precision, **setting
 
 
 def precondition(curvature: BlockCurvature, gradient: Tensor) -> Tensor:
-    return Preconditioner().apply([curvature], [gradient])[0]
+    [[(_, direction)]] = Preconditioner().apply([curvature], [gradient])
+    return direction
 
 
 def count_synchronisations(step: Any, num_steps: int) -> int:

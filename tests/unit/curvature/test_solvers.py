@@ -21,6 +21,7 @@ from kfac_dist.curvature.solvers import (
     StackBatches,
     damping_shifts,
     mean_diagonals,
+    multiply,
     precondition_kronecker,
     precondition_vectors,
 )
@@ -130,15 +131,17 @@ def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
 # Preconditioning
 
 
-@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("form", ["small", "large", "inverse"])
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 3, 5), (1, 5, 3), (2, 3, 4), (4, 1, 2)])
-def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns, inverted):
+def test_preconditioned_gradient_equals_a_dense_solve(count, rows, columns, form, monkeypatch):
+    if form == "large":
+        monkeypatch.setattr(solvers, "_SOLVED_BY_TRIANGLES_FROM", 1)
     A = random_psd(count, columns, rank=2)  # singular but for the damping
     G = random_psd(count, rows, seed=1, rank=1)
     gradient = random(count, rows, columns, seed=2)
     A_damped, G_damped = damp_factors(A, G, 1e-2)
     A_solver, G_solver = Solver(torch.linalg.cholesky(A_damped)), Solver(torch.linalg.cholesky(G_damped))
-    if inverted:
+    if form == "inverse":
         A_solver, G_solver = A_solver.inverted(), G_solver.inverted()
     solved = precondition_kronecker(gradient, A_solver, G_solver)
     for group in range(count):
@@ -152,6 +155,59 @@ def test_vectors_are_solved_block_by_block():
     solved = precondition_vectors(gradient, Solver(torch.linalg.cholesky(stack)))
     dense = torch.linalg.solve(torch.block_diag(*stack), gradient.flatten())
     assert_close(solved.flatten(), dense)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("given", [False, True])
+def test_products_one_by_one_equal_batched_ones(count, given, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(solvers, "_SHARED_FROM", 0)
+    left, right = random(count, 4, 3, seed=1), random(count, 3, 5, seed=2)
+    out = torch.full((count, 4, 5), math.nan, dtype=torch.float64) if given else None
+    product = multiply(left, right, out)
+    assert_close(product, torch.einsum("kij,kjl->kil", left, right))
+    assert out is None or product.data_ptr() == out.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("count", "threads", "one_by_one"), [(3, 2, True), (4, 2, False), (1, 2, True), (30, 16, False)]
+)
+def test_only_products_that_would_leave_threads_idle_go_one_by_one(count, threads, one_by_one, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    calls = []
+    monkeypatch.setattr(torch, "mm", lambda left, right, out: calls.append("mm"))
+    monkeypatch.setattr(torch, "bmm", lambda left, right, out: calls.append("bmm"))
+    large, small = torch.zeros(count, 128, 128), torch.zeros(count, 2, 2)
+    multiply(large, large)
+    assert calls == (["mm"] * count if one_by_one else ["bmm"])
+    calls.clear()
+    multiply(small, small)
+    assert calls == ["bmm"], "each is too small to be shared out"
+
+
+def test_products_are_written_where_there_is_memory_for_them():
+    matrix, out = random_psd(2, 3), torch.zeros(2, 3, 4, dtype=torch.float64)
+    solver = Solver(matrix, is_inverse=True).into(out)
+    first = solver.solve(random(2, 3, 4, seed=1))
+    assert first is out
+    expected = matrix @ out
+    assert_close(solver.solve(first), expected)
+    assert_close(out, first)
+    assert solver.solve(random(2, 3, 5, seed=1)).shape == (2, 3, 5)
+    assert solver.solve_right(random(2, 4, 3, seed=1)).shape == (2, 4, 3)
+
+
+@pytest.mark.parametrize("is_inverse", [False, True])
+def test_a_solver_from_a_checkpoint_rounds_as_the_one_that_was_saved(is_inverse):
+    """Checkpoints hold rows; what the routines give may hold columns."""
+    size = solvers._SOLVED_BY_TRIANGLES_FROM + 3
+    factor, _ = torch.linalg.cholesky_ex(random_psd(2, size) + identity(size))
+    made = Solver(factor).inverted() if is_inverse else Solver(factor)
+    restored = Solver.restored(made.matrix.contiguous().clone(), is_inverse)
+    assert restored.matrix.stride() == made.matrix.stride()
+    right = random(2, size, 40, seed=1)
+    assert restored.solve(right).equal(made.solve(right))
+    assert restored.solve_right(right.mT).equal(made.solve_right(right.mT))
 
 
 # What an owner keeps: running average, refresh, retries
@@ -181,7 +237,15 @@ def matrices_of(*curvatures):
 
 
 def precondition(curvature, gradient):
-    return Preconditioner().apply([curvature], [gradient])[0]
+    [[(_, direction)]] = Preconditioner().apply([curvature], [gradient])
+    return direction
+
+
+def precondition_all(preconditioner, curvatures, gradients):
+    directions = {}
+    for group in preconditioner.apply(curvatures, gradients):
+        directions |= {number: direction.clone() for number, direction in group}
+    return [directions[number] for number in range(len(curvatures))]
 
 
 def tasks_for(*curvatures, damping=0.1):
@@ -461,7 +525,7 @@ def test_blocks_solved_together_equal_blocks_solved_alone(interval):
     alone = [precondition(curvature, gradient) for curvature, gradient in zip(curvatures, gradients, strict=True)]
     together = Preconditioner()
     for _ in range(2):  # the second time with solvers that share memory
-        for actual, expected in zip(together.apply(curvatures, gradients), alone, strict=True):
+        for actual, expected in zip(precondition_all(together, curvatures, gradients), alone, strict=True):
             assert_close(actual, expected)
     shapes = {tuple(curvature.block.factor_shapes.values()) for curvature in curvatures}
     assert len(shapes) == 4
@@ -472,7 +536,7 @@ def test_inverses_of_one_shape_share_memory_until_one_is_replaced():
     refresh, together = InverseRefresh(), Preconditioner()
     refresh.refresh(tasks_for(*curvatures), lambda key: 20)
     gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
-    together.apply(curvatures, gradients)
+    precondition_all(together, curvatures, gradients)
 
     def storages():
         return [c.solvers["G" if "G" in c.solvers else "F"].matrix.untyped_storage().data_ptr() for c in curvatures]
@@ -481,11 +545,11 @@ def test_inverses_of_one_shape_share_memory_until_one_is_replaced():
     assert len(set(first[:4])) == 1
     assert len({first[0], first[4], first[5]}) == 3
     assert first[5] == first[6]
-    together.apply(curvatures, gradients)
+    precondition_all(together, curvatures, gradients)
     assert storages() == first, "nothing is copied while nothing changes"
 
     curvatures[1].averages["G"].update(random_psd(2, 3, seed=9), None)
     refresh.refresh([InversionTask(curvatures[1], 0.1, ["G"])], lambda key: 20)
     expected = precondition(curvatures[1], gradients[1])
-    assert_close(together.apply(curvatures, gradients)[1], expected)
+    assert_close(precondition_all(together, curvatures, gradients)[1], expected)
     assert len(set(storages()[:4])) == 1

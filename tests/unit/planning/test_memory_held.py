@@ -1,14 +1,8 @@
 """The memory of a plan against what training steps allocate."""
 
-import weakref
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kfac_dist.config.load import create_config
 from kfac_dist.curvature import shifts
@@ -16,28 +10,10 @@ from kfac_dist.models import create_model
 from kfac_dist.optim.kfac import KFAC
 from kfac_dist.planning.simulate import Simulation
 from kfac_dist.tensors import packing
+from tests.unit.allocated_bytes import AllocatedBytes
 from tests.unit.planning.machines import machine
 
 TOLERANCE = 0.1  # the plan leaves out images, gradients of activations and what stages 5 and 6 take in passing
-
-
-class AllocatedBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made within its ``with`` block, while they are there."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._live: dict[int, int] = {}
-        self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._live:
-                storage = leaf.untyped_storage()
-                self._live[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self._live.pop, storage._cdata, 0)
-                self.most = max(self.most, sum(self._live.values()))
-        return result
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])

@@ -44,7 +44,9 @@ def test_cholesky_and_its_solves():
     (solve,) = operations_of(lambda: torch.cholesky_solve(empty(3, 6, 4), stack))
     assert (solve.kind, solve.flops, solve.size, solve.matrices) == ("solve", 2 * 3 * 36 * 4, 6, 3)
     (triangular,) = operations_of(lambda: torch.linalg.solve_triangular(stack, empty(3, 6, 4), upper=False))
-    assert (triangular.kind, triangular.flops) == ("solve", 3 * 36 * 4)
+    assert (triangular.kind, triangular.flops, triangular.size, triangular.matrices) == ("solve", 3 * 36 * 4, 6, 3)
+    (right,) = operations_of(lambda: torch.linalg.solve_triangular(stack, empty(3, 4, 6), upper=False, left=False))
+    assert right == triangular
 
 
 def test_other_operations_move_values():

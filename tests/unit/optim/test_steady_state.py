@@ -1,0 +1,26 @@
+"""What steps do again and again."""
+
+import torch
+import torch.nn.functional as F
+
+from kfac_dist.models import create_model
+from kfac_dist.optim.kfac import KFAC
+from tests.unit.allocated_bytes import AllocatedBytes
+
+SHAPE = (3, 8, 8)
+
+
+def test_a_step_without_a_refresh_takes_no_memory_of_the_size_of_the_weights() -> None:
+    """Gradients, products and updates lie in memory that is kept; but a layer's with a bias are joined in new memory."""
+    net = create_model("resnet20", 10, SHAPE, seed=0)
+    optimizer = KFAC(net, lr=1e-3, refresh=100, weight_rescaling="always")
+    taken = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(net(torch.randn(2, *SHAPE)), torch.zeros(2, dtype=torch.int64)).backward()
+        with AllocatedBytes() as allocated:
+            optimizer.step()
+        taken.append(allocated.total)
+    weights = sum(parameter.nbytes for parameter in net.parameters())
+    assert taken[0] > weights, "the first step refreshes"
+    assert max(taken[2:]) < 0.02 * weights
