@@ -131,7 +131,8 @@ class Solver:
     Attributes:
         matrix: (k, n, n), lower Cholesky factors or inverses.
         is_inverse: Which of the two.
-        out: Memory that an inverse's products of this shape are written to; None takes new memory.
+        out: Contiguous memory that results of this shape are written to, but for small Cholesky factors; None takes
+            new memory.
     """
 
     matrix: Tensor
@@ -139,7 +140,7 @@ class Solver:
     out: Tensor | None = None
 
     def into(self, out: Tensor) -> "Solver":
-        """This one, writing its products to `out`, each over the last."""
+        """This one, writing its results to `out`, each over the last."""
         return replace(self, out=out)
 
     @classmethod
@@ -183,29 +184,33 @@ class Solver:
 
     def solve(self, right: Tensor) -> Tensor:
         """Inverse times `right`, (k, n, m)."""
-        if not self.is_inverse and self.matrix.shape[-1] < _SOLVED_BY_TRIANGLES_FROM:
-            return torch.cholesky_solve(right, self.matrix)
-        if not self.is_inverse:
-            half = torch.linalg.solve_triangular(self.matrix, right, upper=False)
-            solved: Tensor = torch.linalg.solve_triangular(self.matrix.mT, half, upper=True)
-            return solved
         out = self._out_for(right)
-        if self.matrix.shape[-1] == 1:
+        if self.matrix.shape[-1] == 1 and self.is_inverse:
             return torch.mul(self.matrix, right, out=out)
-        return multiply(self.matrix, right, out)
+        if self.is_inverse:
+            return multiply(self.matrix, right, out)
+        if self.matrix.shape[-1] < _SOLVED_BY_TRIANGLES_FROM:
+            return torch.cholesky_solve(right, self.matrix)
+        solved = torch.empty_like(right, memory_format=torch.contiguous_format) if out is None else out
+        torch.linalg.solve_triangular(self.matrix, right, upper=False, out=solved)
+        torch.linalg.solve_triangular(self.matrix.mT, solved, upper=True, out=solved)
+        return solved
 
     def solve_right(self, left: Tensor) -> Tensor:
         """`left`, (k, m, n), times the inverse."""
+        out = self._out_for(left)
         if self.is_inverse:
-            return multiply(left, self.matrix, self._out_for(left))
+            return multiply(left, self.matrix, out)
         if self.matrix.shape[-1] < _SOLVED_BY_TRIANGLES_FROM:
             return torch.cholesky_solve(left.mT, self.matrix).mT
-        half = torch.linalg.solve_triangular(self.matrix.mT, left, upper=True, left=False)
-        solved: Tensor = torch.linalg.solve_triangular(self.matrix, half, upper=False, left=False)
+        memory = torch.empty_like(left, memory_format=torch.contiguous_format) if out is None else out
+        solved = memory.view(left.mT.shape).mT  # column by column, which is a fifth faster
+        torch.linalg.solve_triangular(self.matrix.mT, left, upper=True, left=False, out=solved)
+        torch.linalg.solve_triangular(self.matrix, solved, upper=False, left=False, out=solved)
         return solved
 
     def _out_for(self, given: Tensor) -> Tensor | None:
-        """The memory for the product with a stack, unless it has another shape or holds that very stack."""
+        """The memory for the result from a stack, unless it has another shape or holds that very stack."""
         if self.out is None or self.out.shape != given.shape or _share_memory(self.out, given):
             return None
         return self.out
