@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from kfac_dist.config import strict_yaml
 from kfac_dist.errors import InputError
 from kfac_dist.plots.curves import stage_seconds
 from kfac_dist.plots.runs import column
@@ -158,5 +158,5 @@ def _made_with(run: RunRecord) -> Iterator[Block]:
         ]
         yield Table(["", "value"], rows, num_labels=2)
     if run.config:
-        text = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True, width=100)
+        text = strict_yaml.dump(run.config)
         yield Listing("The run's configuration", text)

@@ -90,6 +90,8 @@ def _from_folders(pattern: str, label: str) -> Group:
 
 
 def _from_study(study: Study, optimizer: str, label: str, model: str | None, batch_size: int | None) -> Group:
+    if optimizer not in study.kinds:
+        raise InputError(f"{study.name}: has no optimizer {optimizer!r}, it has {', '.join(study.kinds)}")
     model = model or _only(study.models, "--model")
     batch_size = batch_size or _only(study.batch_sizes, "--batch-size")
     cell = Cell(model, batch_size, optimizer)

@@ -12,8 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import yaml
-
+from kfac_dist.config import strict_yaml
 from kfac_dist.errors import InputError
 from kfac_dist.report.curve import Curve, number
 
@@ -199,14 +198,14 @@ def _read(path: Path, parse: Callable[[str], T]) -> T:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder of a study") from error
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: is not what a study writes ({type(error).__name__}: {error}); delete it and run its trial again"
         ) from error
 
 
 def _load_mapping(text: str) -> dict[str, Any]:
-    value = yaml.safe_load(text)
+    value = strict_yaml.parse(text, "study.yaml")  # in which "off" is a word
     if not isinstance(value, dict):
         raise ValueError("no mapping")
     return value

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from kfac_dist.config import strict_yaml
 from kfac_dist.errors import InputError
 from kfac_dist.report.best import best_of
 from kfac_dist.report.curve import Axis
@@ -243,7 +242,7 @@ def _settings(study: Study) -> Iterator[Block]:
         "the poster, and the values told of them are means over all their seeds."
     )
     yield environment_table(study)
-    text = yaml.safe_dump(dict(study.definition), sort_keys=False, allow_unicode=True, width=100)
+    text = strict_yaml.dump(study.definition)
     yield Listing("The study's definition", text)
 
 

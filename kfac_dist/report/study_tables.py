@@ -112,12 +112,11 @@ def sensitivity_table(study: Study) -> Table:
         texts = []
         for axis in axes:
             grid = fixed[cell.model, cell.optimizer, axis].grids.get(cell.batch_size)
-            texts.append(f"{100 * grid.share():.0f}" if grid is not None else NONE)
+            texts.append(_share_text(math.nan if grid is None else grid.share()))
         x, y = good_points(final) if final.other == "damping" else (np.empty(0), np.empty(0))
         tilt = f"{correlation(x, y):+.2f} ({x.size})" if math.isfinite(correlation(x, y)) else NONE
-        share = f"{100 * final.share():.0f}" if math.isfinite(final.share()) else NONE
         names = [cell.model, f"{cell.batch_size:,}", cell.optimizer]
-        rows.append([*names, str(len(study.grid(cell))), share, *texts, tilt])
+        rows.append([*names, str(len(study.grid(cell))), _share_text(final.share()), *texts, tilt])
     caption = (
         f"Share of the grid, in %, with a test accuracy within {100 * WITHIN:.0f} % of the best of the same model, "
         "batch size and optimizer, at the end, after the same epochs and after the same iterations; correlation of the "
@@ -125,6 +124,10 @@ def sensitivity_table(study: Study) -> Table:
     )
     columns = ["model", "batch", "optimizer", "trials", "at the end", "same epochs", "same iterations", "correlation"]
     return Table(columns, rows, caption, num_labels=3)
+
+
+def _share_text(share: float) -> str:
+    return f"{100 * share:.0f}" if math.isfinite(share) else NONE
 
 
 def cost_table(study: Study) -> Table:
@@ -181,7 +184,7 @@ def to_csv(study: Study) -> str:
                 trial.index,
                 *trial.cell,
                 trial.seed,
-                *(trial.parameters.get(name, "") for name in names),
+                *(f"{trial.parameters[name]:.15g}" if name in trial.parameters else "" for name in names),
                 *("" if isinstance(value, float) and math.isnan(value) else value for value in numbers),
                 *(trial.iterations_to.get(target) or "" for target in study.targets),
             ]

@@ -121,6 +121,7 @@ def test_a_comparison_pairs_the_seeds_and_names_the_tuning(pages):
             "--batch-size must be given, one of 128, 256",
         ),
         (["pair", "{}/study:adam", "{}/kfac0", "--batch-size", "128", "--output", "x.html"], "it has kfac, sgd"),
+        (["pair", "{}/study:kfca", "{}/study:sgd", "--output", "x.html"], "has no optimizer 'kfca', it has kfac, sgd"),
         (["card", "{}/kfac0", "--output", "x.png"], "--output must end in .html, got 'x.png'"),
     ],
 )

@@ -11,7 +11,7 @@ SHAPE = (3, 8, 8)
 
 
 def test_a_step_without_a_refresh_takes_no_memory_of_the_size_of_the_weights() -> None:
-    """Gradients, products and updates lie in memory that is kept; but a layer's with a bias are joined in new memory."""
+    """Gradients, products and updates lie in memory that is kept; only a layer with a bias joins both in new memory."""
     net = create_model("resnet20", 10, SHAPE, seed=0)
     optimizer = KFAC(net, lr=1e-3, refresh=100, weight_rescaling="always")
     taken = []

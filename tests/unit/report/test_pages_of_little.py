@@ -34,6 +34,15 @@ def test_a_study_of_little(tmp_path, results, says):
     assert says in page.read_text()
 
 
+def test_a_grid_without_a_learning_rate_has_no_shares(tmp_path):
+    results = [result(index, parameters={"interval": float(interval)}) for index, interval in enumerate((1, 5))]
+    definition = {"recipe": {"weight_rescaling": "off"}}
+    page, *_ = report_study(write_study(tmp_path / "study", results, definition=definition))
+    assert ">nan<" not in page.read_text()
+    assert page.with_suffix(".csv").read_text().splitlines()[1].split(",")[5] == "1"
+    assert "weight_rescaling: off" in page.with_suffix(".md").read_text()
+
+
 def rewrite(folder, change):
     path = folder / "metrics.jsonl"
     records = [change(json.loads(line)) for line in path.read_text().splitlines()]
