@@ -33,12 +33,14 @@ class Capture:
     Attributes:
         captured: Names of the blocks of which at least one call was captured since `begin`.
         num_samples: N of the forwards to come on this rank, where it is not the size of the first dimension; or None.
+        sample_fraction: Of each call's samples, in (0, 1], that A and G are computed from.
     """
 
     def __init__(self) -> None:
         """Start without layers; see `follow`."""
         self.captured: set[str] = set()
         self.num_samples: int | None = None
+        self.sample_fraction = 1.0
         self._blocks: dict[str, Block] = {}
         self._destinations: Mapping[FactorKey, Tensor] = {}
         self._weights: dict[FactorKey, float] = {}  # of what each factor has so far: positions for G, else calls
@@ -201,10 +203,10 @@ class Capture:
         weight = g.numel() / ((num_samples or g.shape[0]) * count * size) if matrix == "G" else 1.0
         total = self._weights[key] = self._weights.get(key, 0.0) + weight
         if total == weight:
-            block.pack_factor(matrix, x, g, num_samples, out=destination)
+            block.pack_sampled_factor(matrix, x, g, num_samples, self.sample_fraction, out=destination)
             return
         packed = torch.empty_like(destination)
-        block.pack_factor(matrix, x, g, num_samples, out=packed)
+        block.pack_sampled_factor(matrix, x, g, num_samples, self.sample_fraction, out=packed)
         if matrix == "G":
             destination.lerp_(packed, weight / total)
         else:

@@ -93,6 +93,7 @@ class KFAC(DistributedOptimizer):
         refresh: RefreshSchedule | int = 1,
         accumulation_steps: int | None = None,
         num_samples: int | None = None,
+        sample_fraction: float = 1.0,
         max_grad_norm: float | None = None,
         skip: Sequence[str] = (),
         track_changes: bool = False,
@@ -122,6 +123,9 @@ class KFAC(DistributedOptimizer):
             num_samples: N, samples of each backward pass on this rank, for layers whose first dimension is something
                 else (sequence first, or the tokens of all sequences in one dimension); the size of the first
                 dimension if None. The attribute of this name may be set before each forward.
+            sample_fraction: Share of the samples of each backward pass on this rank, in (0, 1], that A and G are
+                computed from (Martens & Grosse 2015, section 8): the first ones, so their order must be random. All
+                serve BatchNorm's F, and layers that `num_samples` is given for.
             max_grad_norm: Norm that the *averaged*, unscaled gradient is clipped to before preconditioning; None does
                 not clip.
             skip: Shell-style patterns of module names that get the plain gradient.
@@ -141,6 +145,7 @@ class KFAC(DistributedOptimizer):
         check_choice("batchnorm", batchnorm, get_args(BatchNormForm))
         check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
         check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
+        check("sample_fraction", 0 < sample_fraction <= 1, sample_fraction, "in (0, 1]")
         check_max_norm(max_grad_norm)
         for name, value in (("accumulation_steps", accumulation_steps), ("num_samples", num_samples)):
             check(name, value is None or is_count(value), value, "an integer ≥ 1, or None")
@@ -175,6 +180,7 @@ class KFAC(DistributedOptimizer):
             track_changes,
         )
         self._fisher.capture.num_samples = num_samples
+        self._fisher.capture.sample_fraction = sample_fraction
         self._index_groups()
         self._share_blocks()
         check_parameters(given, self.blocks)

@@ -242,6 +242,7 @@ class Clock:
         keys = all_factor_keys(blocks)
         factors = buffers.factors(keys)
         capture = Capture()
+        capture.sample_fraction = config.kfac.sample_fraction
         capture.follow(blocks)
 
         def train_and_capture() -> None:

@@ -177,8 +177,11 @@ class Simulation:
     def slot(self, images: int) -> SlotWork:
         """The work of a slot of so many images."""
         if images not in self._slots:
-            data = self.data
-            self._slots[images] = slot_work(self.model, self.blocks, data.image_shape, data.num_classes, images)
+            data, kfac = self.data, self.config.kfac
+            fraction = kfac.sample_fraction if kfac is not None else 1.0
+            self._slots[images] = slot_work(
+                self.model, self.blocks, data.image_shape, data.num_classes, images, fraction
+            )
         return self._slots[images]
 
     def _schedules(self, batch: BatchConfig) -> Schedules:

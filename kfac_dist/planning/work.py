@@ -41,7 +41,12 @@ class SlotWork:
 
 
 def slot_work(
-    model: nn.Module, blocks: Sequence[Block], image_shape: tuple[int, int, int], num_classes: int, images: int
+    model: nn.Module,
+    blocks: Sequence[Block],
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    images: int,
+    sample_fraction: float = 1.0,
 ) -> SlotWork:
     """Run a slot on tensors without values.
 
@@ -51,6 +56,7 @@ def slot_work(
         image_shape: (channels, height, width).
         num_classes: Outputs of the model.
         images: Of the slot.
+        sample_fraction: Of the images, that A and G are computed from.
     """
     layout = torch.channels_last  # as the trainer has it on a GPU; a CPU's copies are of the same size
     batch = torch.empty(images, *image_shape, device=_META).to(memory_format=layout)
@@ -83,7 +89,7 @@ def slot_work(
         for matrix, (count, size) in block.factor_shapes.items():
             packed = torch.empty(count * triangle_numel(size), device=_META)
             pack_symmetric(torch.empty(count, size, size, device=_META), packed)  # makes the index once, before
-            operations = operations_of(_Factor(block, matrix, x, g, packed))
+            operations = operations_of(_Factor(block, matrix, x, g, sample_fraction, packed))
             factors.setdefault(matrix, []).extend(operations)
             addition = operations_of(lambda packed=packed: packed.add_(packed))  # type: ignore[misc]
             further.setdefault(matrix, []).extend([*operations, *addition])
@@ -110,10 +116,11 @@ class _Factor:
     matrix: str
     x: Tensor
     g: Tensor
+    sample_fraction: float
     packed: Tensor
 
     def __call__(self) -> None:
-        self.block.pack_factor(self.matrix, self.x, self.g, None, self.packed)
+        self.block.pack_sampled_factor(self.matrix, self.x, self.g, None, self.sample_fraction, self.packed)
 
 
 @dataclass(frozen=True)

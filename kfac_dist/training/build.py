@@ -160,6 +160,7 @@ def _create_kfac(config: Config, parts: Parts) -> KFAC:
         weight_rescaling=config.weight_rescaling,
         batchnorm=kfac.batchnorm,
         ema_decay=kfac.ema_decay,
+        sample_fraction=kfac.sample_fraction,
         refresh=create_refresh(kfac.refresh, parts.schedules.epoch_at),
         accumulation_steps=parts.accumulation_steps,
         skip=kfac.skip,

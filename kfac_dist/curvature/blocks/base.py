@@ -106,6 +106,21 @@ class Block(ABC):
         """
         pack_symmetric(self.factor(matrix, x, g, num_samples).to(out.dtype), out=out)
 
+    def pack_sampled_factor(
+        self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None, fraction: float, out: Tensor
+    ) -> None:
+        """`pack_factor` from a part of the samples, where a block can do that; this one takes all.
+
+        Args:
+            matrix: A key of `factor_shapes`.
+            x: The call's input.
+            g: Gradient of the mean loss over *all* samples at the call's output.
+            num_samples: N where it is not the size of the first dimension, or None.
+            fraction: Of the samples, in (0, 1].
+            out: (count·n(n+1)/2,), contiguous, of any precision; overwritten.
+        """
+        self.pack_factor(matrix, x, g, num_samples, out)
+
     @staticmethod
     @abstractmethod
     def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:

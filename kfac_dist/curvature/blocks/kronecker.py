@@ -1,5 +1,6 @@
 """Layers whose weight multiplies their input at every position: F ≈ G ⊗ A."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -66,6 +67,18 @@ class KroneckerBlock(Block):
             return input_factor(self.input_moment(x.to(g.dtype)), num_samples)
         num_rows = g.numel() // (self.groups * self.rows)
         return output_factor(self.output_moment(g), num_samples, num_rows)
+
+    def pack_sampled_factor(
+        self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None, fraction: float, out: Tensor
+    ) -> None:
+        """`pack_factor` from the first samples; from all where they do not lie in the first dimension."""
+        if fraction == 1 or num_samples is not None or x.dim() == self.sample_dims:
+            self.pack_factor(matrix, x, g, num_samples, out)
+            return
+        count = math.ceil(fraction * len(g) - 1e-9)  # for rounding
+        self.pack_factor(matrix, x[:count], g[:count], None, out)
+        if matrix == "G":
+            out.mul_((len(g) / count) ** 2)  # whose gradients are of the mean over all samples
 
     @staticmethod
     def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:

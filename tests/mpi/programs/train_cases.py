@@ -22,6 +22,7 @@ CASES = {
     "kfac_fp32": ["train.precision=fp32", "kfac.damping.initial=0.25", "kfac.damping.target=0.25"],
     "kfac_variants": [
         "kfac.ema_decay=0.9",
+        "kfac.sample_fraction=0.4",
         "kfac.refresh={schedule: every, interval: 3}",
         "kfac.monitor.diff=true",
         "kfac.batchnorm=full",

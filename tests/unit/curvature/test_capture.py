@@ -1,5 +1,7 @@
 """The factors that hooks capture, against recorded activations and an independent library."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -324,3 +326,41 @@ def test_a_convolution_used_at_two_sizes_weights_its_positions_alike(accumulatio
     all_samples = num_samples * accumulation_steps
     torch.testing.assert_close(recorder.matrix("0", "A")[0], total["A"] / all_samples, **TOLERANCE)
     torch.testing.assert_close(recorder.matrix("0", "G")[0], total["G"] / (all_samples * 26), **TOLERANCE)
+
+
+# A part of the samples
+
+
+@pytest.mark.parametrize(("fraction", "num_used"), [(0.5, 4), (0.3, 3), (0.25, 2), (1e-9, 1), (1.0, 8)])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_factors_of_a_part_are_those_of_its_samples(fraction, num_used, accumulation_steps):
+    """Without BatchNorm a sample's gradient is its own, so that a batch of these samples alone has the same factors."""
+    model, alone = small_cnn(), small_cnn()
+    recorder, expected = Recorder(model), Recorder(alone)
+    recorder.capture.sample_fraction = fraction
+    for seed in range(accumulation_steps):
+        x, y = batch(8, seed)
+        (F.cross_entropy(model(x), y) / accumulation_steps).backward()
+        (F.cross_entropy(alone(x[:num_used]), y[:num_used]) / accumulation_steps).backward()
+    assert_same(recorder, expected)
+
+
+def test_samples_are_a_part_only_where_they_lie_in_the_first_dimension():
+    x = random(6, 4, 3)
+    for num_samples, shape in ((4, (6, 4, 3)), (None, (3,))):
+        model, whole = seeded(nn.Sequential(nn.Linear(3, 2))), seeded(nn.Sequential(nn.Linear(3, 2)))
+        recorder, expected = Recorder(model), Recorder(whole)
+        recorder.capture.sample_fraction = 0.5
+        recorder.capture.num_samples = expected.capture.num_samples = num_samples
+        for net in (model, whole):
+            net(x.flatten()[: math.prod(shape)].view(shape)).square().mean().backward()
+        assert_same(recorder, expected)
+
+
+def test_batchnorm_takes_all_samples():
+    model, whole = (seeded(nn.Sequential(nn.BatchNorm2d(2))) for _ in range(2))
+    recorder, expected = Recorder(model), Recorder(whole)
+    recorder.capture.sample_fraction = 0.5
+    for net in (model, whole):
+        net(random(6, 2, 3, 3)).pow(3).mean().backward()
+    assert_same(recorder, expected)

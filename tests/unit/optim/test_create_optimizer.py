@@ -64,6 +64,7 @@ def test_unknown_keys_of_a_schedule_are_refused():
 
 def test_settings_reach_the_optimizers():
     overrides = ["optimizer.learning_rate=0.07", "optimizer.weight_decay=0.01", "kfac.ema_decay=0.9",
+                 "kfac.sample_fraction=0.5",
                  "kfac.batchnorm=unit", "kfac.skip=['4']", "kfac.monitor.diff=true"]  # fmt: skip
     config = load_config(QUICKSTART, overrides)
     communicator = create_communicator("reduce")
@@ -76,6 +77,7 @@ def test_settings_reach_the_optimizers():
     assert {name: group[name] for name in expected} == expected
     assert [block.form for block in kfac.blocks] == ["kronecker", "unit", "plain"]
     assert kfac.accumulation_steps == 3
+    assert kfac._fisher.capture.sample_fraction == 0.5
     kfac.accumulation_steps = None
     train(net, kfac, steps=1)
     assert set(kfac.report.changes) == {("0", "A"), ("0", "G"), ("1", "F")}

@@ -196,6 +196,8 @@ def test_parameters_not_given_do_not_move() -> None:
         ("weight_rescaling", "sometimes", "one of always, cap, off"),
         ("batchnorm", "block", "one of full, unit, diagonal"),
         ("ema_decay", 1.0, r"in \(0, 1\) or None"),
+        ("sample_fraction", 0.0, r"in \(0, 1\]"),
+        ("sample_fraction", 1.5, r"in \(0, 1\]"),
         ("ema_decay", 0.0, r"in \(0, 1\) or None"),
         ("refresh", 0, "an integer ≥ 1 or a RefreshSchedule"),
         ("refresh", 1.5, "an integer ≥ 1 or a RefreshSchedule"),

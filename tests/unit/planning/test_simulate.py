@@ -64,6 +64,9 @@ def test_a_slot_is_what_its_layers_do():
     assert sum(found.flops for found in work.backward) == 2 * 8 * 12 * 5, "the images need no gradient"
     flops = {matrix: sum(found.flops for found in operations) for matrix, operations in work.factors.items()}
     assert flops == {"A": 2 * 8 * 12 * 12, "G": 2 * 8 * 5 * 5}
+    part = slot_work(net, blocks, (3, 2, 2), 5, images=8, sample_fraction=0.25).factors
+    flops = {matrix: sum(found.flops for found in operations) for matrix, operations in part.items()}
+    assert flops == {"A": 2 * 2 * 12 * 12, "G": 2 * 2 * 5 * 5}
     for matrix, operations in work.further_factors.items():
         assert sum(found.values for found in operations) > sum(found.values for found in work.factors[matrix])
 
