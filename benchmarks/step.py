@@ -6,6 +6,7 @@
     torch    torch.optim.SGD, to show that ours is not slow; on one rank only, since it averages nothing
     sgd      this package's SGD
     kfacN    K-FAC with a refresh of the Fisher every N steps
+    kfac1@F  K-FAC with a refresh in every step, its A and G from a fraction F of the batch (--fractions)
 
 The optimizers take turns, each on a network of its own, so that a machine whose speed drifts favours none; the figures
 are medians over the rounds. A turn is --steps steps, or more where it takes more to fill whole intervals. Within a turn
@@ -50,7 +51,7 @@ class Candidate:
     """An optimizer with a network of its own.
 
     Attributes:
-        name: One of `BASELINES`, or kfacN.
+        name: One of `BASELINES`, kfacN or kfacN@F.
         interval: Steps from one refresh to the next; 1 for SGD.
         step: Trains one step.
         timer: Charged by `step`.
@@ -117,14 +118,19 @@ def create_optimizer(
     else:
         optimizer = KFAC(
             model, communicator, lr=1e-5, damping=0.03, ema_decay=0.9, refresh=interval_of(name),
-            loss_scaler=scaler, timer=timer,
+            sample_fraction=fraction_of(name), loss_scaler=scaler, timer=timer,
         )  # fmt: skip
     return optimizer, scaler.scale_loss if scaler else lambda loss: loss, optimizer.step
 
 
 def interval_of(name: str) -> int:
     """Steps of a candidate from one refresh to the next; 1 for SGD."""
-    return 1 if name in BASELINES else int(name.removeprefix("kfac"))
+    return 1 if name in BASELINES else int(name.removeprefix("kfac").partition("@")[0])
+
+
+def fraction_of(name: str) -> float:
+    """Share of the samples that K-FAC's A and G are computed from."""
+    return float(name.partition("@")[2] or 1)
 
 
 def create_candidate(workload: Workload, name: str, communicator: Communicator) -> Candidate:
@@ -168,11 +174,11 @@ def take_turn(candidate: Candidate, num_steps: int, communicator: Communicator, 
 
 
 def measure(
-    workload: Workload, communicator: Communicator, intervals: Sequence[int], num_rounds: int, num_steps: int
+    workload: Workload, communicator: Communicator, variants: Sequence[str], num_rounds: int, num_steps: int
 ) -> StepFigures:
     """Let the candidates take turns; the one that counts operations warms up. Collective."""
     baselines = BASELINES if communicator.size == 1 else ("sgd",)
-    names = [*baselines, *(f"kfac{interval}" for interval in intervals)]
+    names = [*baselines, *variants]
     candidates = [create_candidate(workload, name, communicator) for name in names]
     operations = {candidate.name: count_operations(candidate, num_steps) for candidate in candidates}
     turns: dict[str, list[Turn]] = {name: [] for name in names}
@@ -216,9 +222,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = create_parser(__doc__)
     add_workload_arguments(parser, ("fp32", "fp16", "bf16", "fp64"))
     parser.add_argument("--intervals", type=count, nargs="+", default=[1, 10, 20], help="default: 1 10 20")
+    parser.add_argument("--fractions", type=fraction, nargs="+", default=[], help="in (0, 1); default: none")
     parser.add_argument("--rounds", type=count, default=5, help="rounds that count; default: 5")
     parser.add_argument("--steps", type=count, default=5, help="least steps of a turn; default: 5")
     return parser.parse_args()
+
+
+def fraction(text: str) -> float:
+    """A share in (0, 1) of the command line."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1), got {text}")
+    return value
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -234,11 +249,11 @@ def main(arguments: argparse.Namespace) -> int:
         hosts = [f"host {list(dict.fromkeys(names)).index(name)}" for name in names]
         environment = describe_run(device, library_version(), hosts)
         figures: dict[str, StepFigures] = {}
+        variants = [f"kfac{interval}" for interval in arguments.intervals]
+        variants += [f"kfac1@{fraction:g}" for fraction in arguments.fractions]
         for workload in workloads_from(arguments, device):
             with setup.raise_on_all_ranks():
-                figures[workload.name] = measure(
-                    workload, communicator, arguments.intervals, arguments.rounds, arguments.steps
-                )
+                figures[workload.name] = measure(workload, communicator, variants, arguments.rounds, arguments.steps)
             if setup.is_main:
                 results = {name: asdict(of) for name, of in figures.items()}
                 write_record(arguments.output, TITLE, environment, results, tables(figures))

@@ -45,7 +45,8 @@ def tables(figures: dict[str, StepFigures]) -> list[str]:
         for workload, of in figures.items()
     ]
     lines = [
-        "Milliseconds per step (and times the faster SGD); kfacN refreshes the Fisher every N steps:",
+        "Milliseconds per step (and times the faster SGD); kfacN refreshes the Fisher every N steps, "
+        "@F from a fraction of the batch:",
         "",
         *table(["workload", *names], rows),
     ]

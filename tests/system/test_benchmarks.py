@@ -130,7 +130,7 @@ def test_a_sweep_is_not_mixed_with_an_earlier_one(run_benchmark: Callable[..., A
 @pytest.mark.slow
 def test_a_step_on_one_rank_and_on_two(mpirun: Run, tmp_path: Path) -> None:
     sizes = ["--model", "digits_cnn", "--image-size", "8", "--batch", "2", "3", "--device", "cpu"]
-    turns = ["--intervals", "1", "3", "--rounds", "2", "--steps", "2"]
+    turns = ["--intervals", "1", "3", "--fractions", "0.5", "--rounds", "2", "--steps", "2"]
     baselines = {1: ["torch", "sgd"], 2: ["sgd"]}
     for num_ranks, names in baselines.items():
         output = tmp_path / f"{num_ranks}.step"  # not a suffix
@@ -141,7 +141,7 @@ def test_a_step_on_one_rank_and_on_two(mpirun: Run, tmp_path: Path) -> None:
         assert record["environment"]["num_ranks"] == num_ranks
         assert list(record["results"]) == ["digits_cnn 8 px, batch 2, fp32", "digits_cnn 8 px, batch 3, fp32"]
         for figures in record["results"].values():
-            assert list(figures["seconds"]) == [*names, "kfac1", "kfac3"]
+            assert list(figures["seconds"]) == [*names, "kfac1", "kfac3", "kfac1@0.5"]
             for name, rounds in figures["rounds"].items():
                 assert len(rounds) == 2
                 assert min(rounds) <= figures["seconds"][name] <= max(rounds)
