@@ -185,16 +185,21 @@ def test_only_products_that_would_leave_threads_idle_go_one_by_one(count, thread
     assert calls == ["bmm"], "each is too small to be shared out"
 
 
-def test_products_are_written_where_there_is_memory_for_them():
-    matrix, out = random_psd(2, 3), torch.zeros(2, 3, 4, dtype=torch.float64)
-    solver = Solver(matrix, is_inverse=True).into(out)
-    first = solver.solve(random(2, 3, 4, seed=1))
-    assert first is out
-    expected = matrix @ out
-    assert_close(solver.solve(first), expected)
-    assert_close(out, first)
-    assert solver.solve(random(2, 3, 5, seed=1)).shape == (2, 3, 5)
-    assert solver.solve_right(random(2, 4, 3, seed=1)).shape == (2, 4, 3)
+@pytest.mark.parametrize("form", ["inverse", "large"])
+def test_the_first_result_is_written_where_there_is_memory_for_it_and_stays(form, monkeypatch):
+    """A block may solve with one matrix more than once, and use all results."""
+    monkeypatch.setattr(solvers, "_SOLVED_BY_TRIANGLES_FROM", 1)
+    made, out = Solver(torch.linalg.cholesky(random_psd(2, 3) + identity(3))), torch.zeros(2, 3, 4, dtype=torch.float64)
+    made = made.inverted() if form == "inverse" else made
+    for solve, shape in (("solve", (2, 3, 4)), ("solve_right", (2, 4, 3))):
+        solver = made.into(out.view(shape))
+        rights = [random(*shape, seed=seed) for seed in (1, 2)]
+        assert getattr(solver, solve)(random(2, 3, 3, seed=3)).data_ptr() != out.data_ptr()
+        results = [getattr(solver, solve)(right) for right in rights]
+        results.append(getattr(solver, solve)(results[0]))
+        assert results[0].data_ptr() == out.data_ptr()
+        for result, right in zip(results, [*rights, results[0]], strict=True):
+            assert_close(result, getattr(made, solve)(right))
 
 
 @pytest.mark.parametrize("is_inverse", [False, True])
