@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_dist.curvature import precondition as precondition_module
 from kfac_dist.curvature import solvers
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
@@ -522,8 +523,10 @@ def many_curvatures():
     return curvatures
 
 
+@pytest.mark.parametrize("kept_from", [0, 1 << 40])
 @pytest.mark.parametrize("interval", [1, 20])
-def test_blocks_solved_together_equal_blocks_solved_alone(interval):
+def test_blocks_solved_together_equal_blocks_solved_alone(interval, kept_from, monkeypatch):
+    monkeypatch.setattr(precondition_module, "_KEPT_FROM", kept_from)
     curvatures = many_curvatures()
     InverseRefresh().refresh(tasks_for(*curvatures), lambda key: interval)
     gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
@@ -534,6 +537,19 @@ def test_blocks_solved_together_equal_blocks_solved_alone(interval):
             assert_close(actual, expected)
     shapes = {tuple(curvature.block.factor_shapes.values()) for curvature in curvatures}
     assert len(shapes) == 4
+
+
+@pytest.mark.parametrize("kept_from", [0, 1 << 40])
+def test_small_blocks_are_passed_on_together_and_large_ones_lie_in_memory_that_is_kept(kept_from, monkeypatch):
+    """For small ones, memory that is kept and a hand-over for each group take longer than they save."""
+    monkeypatch.setattr(precondition_module, "_KEPT_FROM", kept_from)
+    curvatures = many_curvatures()[1:]  # three alike, and three BatchNorms
+    gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
+    InverseRefresh().refresh(tasks_for(*curvatures[:-1]), lambda key: 20)  # the last is not solved yet
+    together = Preconditioner()
+    groups = [sorted(number for number, _ in group) for group in together.apply(curvatures, gradients)]
+    assert sorted(groups) == ([[0, 1, 2], [3], [4], [5]] if kept_from == 0 else [[0, 1, 2, 3, 4, 5]])
+    assert bool(together._memory) == (kept_from == 0)
 
 
 def test_inverses_of_one_shape_share_memory_until_one_is_replaced():
