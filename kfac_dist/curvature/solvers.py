@@ -14,7 +14,7 @@ Nothing here waits for the device: whether a factorisation succeeded is a tensor
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -131,17 +131,17 @@ class Solver:
     Attributes:
         matrix: (k, n, n), lower Cholesky factors or inverses.
         is_inverse: Which of the two.
-        out: Contiguous memory that results of this shape are written to, but for small Cholesky factors; None takes
-            new memory.
+        spare: Contiguous memory for the first result of its shape, but for small Cholesky factors'; then it is gone,
+            since a block may use several results at once. Others take new memory.
     """
 
     matrix: Tensor
     is_inverse: bool = False
-    out: Tensor | None = None
+    spare: list[Tensor] = field(default_factory=list, compare=False)
 
     def into(self, out: Tensor) -> "Solver":
-        """This one, writing its results to `out`, each over the last."""
-        return replace(self, out=out)
+        """This one, writing its first result of this shape to `out`, in which no right-hand side may lie."""
+        return replace(self, spare=[out])
 
     @classmethod
     def restored(cls, matrix: Tensor, is_inverse: bool) -> "Solver":
@@ -210,14 +210,8 @@ class Solver:
         return solved
 
     def _out_for(self, given: Tensor) -> Tensor | None:
-        """The memory for the result from a stack, unless it has another shape or holds that very stack."""
-        if self.out is None or self.out.shape != given.shape or _share_memory(self.out, given):
-            return None
-        return self.out
-
-
-def _share_memory(first: Tensor, second: Tensor) -> bool:
-    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        """Memory for the result from a stack, if there is some of its shape."""
+        return self.spare.pop() if self.spare and self.spare[0].shape == given.shape else None
 
 
 # Multiplications in a product from which it is worth being shared out over threads; measured on two.

@@ -148,23 +148,29 @@ class Clock:
 
     def factorisation_rate(self) -> dict[str, object]:
         """Of Cholesky factorisations."""
-        return self._matrix_rate(lambda matrix: torch.linalg.cholesky_ex(matrix), lambda size: size**3 / 3, "Cholesky")
+
+        def prepare(matrix: Tensor) -> Callable[[], object]:
+            return lambda: torch.linalg.cholesky_ex(matrix)
+
+        return self._matrix_rate(prepare, lambda size: size**3 / 3, "Cholesky")
 
     def solve_rate(self) -> dict[str, object]:
         """Of solves with a Cholesky factor, for a quarter as many columns as rows."""
 
-        def solve(matrix: Tensor) -> Tensor:
-            return Solver.restored(matrix, is_inverse=False).solve_right(matrix[:, : matrix.shape[-1] // 4])
+        def prepare(matrix: Tensor) -> Callable[[], object]:
+            solver, left = Solver.restored(matrix, is_inverse=False), matrix[:, : matrix.shape[-1] // 4]
+            return lambda: solver.solve_right(left)
 
-        return self._matrix_rate(solve, lambda size: size**3 / 2, "solves for n/4 columns")
+        return self._matrix_rate(prepare, lambda size: size**3 / 2, "solves for n/4 columns")
 
     def _matrix_rate(
-        self, function: Callable[[Tensor], object], flops: Callable[[int], float], what: str
+        self, prepare: Callable[[Tensor], Callable[[], object]], flops: Callable[[int], float], what: str
     ) -> dict[str, object]:
+        """Of what `prepare` makes of a matrix, whose layout is brought about once and not in each call."""
         sizes, seconds = _MATRIX_SIZES[self.device.type], []
         for size in sizes:
             matrix = torch.eye(size, device=self.device)[None].add(0.1 / size)
-            seconds.append(self.seconds(lambda matrix=matrix: function(matrix)) / flops(size))  # type: ignore[misc]
+            seconds.append(self.seconds(prepare(matrix)) / flops(size))
         per_flop, slope = _fit([size / flops(size) for size in sizes], seconds)
         return {
             "teraflops": 1e-12 / per_flop,

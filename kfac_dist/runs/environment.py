@@ -80,7 +80,8 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
     """Commit of the checkout at ``folder`` and whether files differ from it; None if it is no checkout."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
+        # Without the lock that it takes to refresh its index: killed by a stop signal or the limit, it would leave it.
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:

@@ -8,7 +8,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ MOST_DEATHS = 3
 """A trial whose worker died so often has failed."""
 
 _POLL_SECONDS = 1.0
+_WISHES = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,17 @@ def work(settings: WorkerSettings, number: int) -> None:
     """
     _write_to_file(settings.folder, number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal: the parent passes it on
-    for wish in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(wish, _stop)
-    torch.set_num_threads(settings.threads)
-    os.environ[PROGRESS_VARIABLE] = "off"  # of each run
-    folder = StudyFolder(settings.folder)
-    study, trials = folder.read_plan()
     try:
+        for wish in _WISHES:
+            signal.signal(wish, _stop)
+        torch.set_num_threads(settings.threads)
+        os.environ[PROGRESS_VARIABLE] = "off"  # of each run
+        folder = StudyFolder(settings.folder)
+        study, trials = folder.read_plan()
         while _work_through(settings, number, folder, study, trials):
             time.sleep(_POLL_SECONDS)
     except (Stopped, RunStopped):
+        _stop_no_more()
         logger.info("stopped by a signal")
         sys.exit(75)
 
@@ -90,16 +93,31 @@ def _work_through(
     for index in settings.selected:
         if index in finished or not _is_ready(trials[index], finished, folder):
             continue
-        claim = claim_trial(folder.trial(index), settings.lease_seconds)
-        if claim is None:
-            continue
-        finished = folder.finished()  # by the one who had it until now, perhaps
-        if index not in finished:
-            _run_claimed(settings, number, folder, study, trials[index], claim)
-        took = True
-        finished = folder.finished()
+        if _take(settings, number, folder, study, trials[index]):
+            took = True
+            finished = folder.finished()
     left = [index for index in settings.selected if index not in finished]
     return took or (settings.waits and any(_may_come(index, folder, trials, settings) for index in left))
+
+
+def _take(settings: WorkerSettings, number: int, folder: StudyFolder, study: Study, trial: Trial) -> bool:
+    """Run a trial if nobody else has it; whether this worker had it. A signal at any time leaves it given back."""
+    claim = None
+    try:
+        with _told_later():
+            claim = claim_trial(folder.trial(trial.index), settings.lease_seconds)
+        if claim is None:
+            return False
+        if trial.index not in folder.finished():  # by the one who had it until now, perhaps
+            _run_claimed(settings, number, folder, study, trial, claim)
+        return True
+    except (Stopped, RunStopped):
+        if claim is not None:
+            try:
+                claim.release()
+            except Stopped:  # told again meanwhile, by the command or by the machine; not a third time
+                claim.release()
+        raise
 
 
 def _may_come(index: int, folder: StudyFolder, trials: Sequence[Trial], settings: WorkerSettings) -> bool:
@@ -132,11 +150,7 @@ def _run_claimed(
         parameters, config = _chosen(folder, study, trial)
         with Heartbeat(claim, settings.lease_seconds, settings.parent, _stop_self) as heartbeat:
             result = run_trial(study, trial, parameters, config, place, number, lambda: heartbeat.is_lost)
-    except (Stopped, RunStopped):
-        try:
-            claim.release()
-        except Stopped:  # told again meanwhile, by the command or by the machine; not a third time
-            claim.release()
+    except RunStopped:
         raise
     except TrainingDiverged as error:
         result = unfinished_result(trial, parameters, "diverged", str(error))
@@ -187,9 +201,27 @@ def _write_to_file(folder: Path, number: int) -> None:
 def _stop(number: int, frame: object) -> None:
     """Between trials; while one trains, the trainer has handlers of its own. Once is enough: the process ends."""
     del number, frame
-    for wish in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(wish, signal.SIG_IGN)
+    _stop_no_more()
     raise Stopped
+
+
+def _stop_no_more() -> None:
+    for wish in _WISHES:
+        signal.signal(wish, signal.SIG_IGN)
+
+
+@contextmanager
+def _told_later() -> Iterator[None]:
+    """A signal within it stops the worker at its end: what is done is done whole, and its result known."""
+    told: list[int] = []
+    previous = {wish: signal.signal(wish, lambda number, frame: told.append(number)) for wish in _WISHES}
+    try:
+        yield
+    finally:
+        for wish, handler in previous.items():
+            signal.signal(wish, handler)
+    if told:
+        _stop(told[0], None)
 
 
 def _stop_self() -> None:

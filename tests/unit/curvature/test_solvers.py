@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from kfac_dist.curvature import precondition as precondition_module
 from kfac_dist.curvature import solvers
 from kfac_dist.curvature.blocks.batchnorm import BatchNormBlock
 from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
@@ -185,16 +186,21 @@ def test_only_products_that_would_leave_threads_idle_go_one_by_one(count, thread
     assert calls == ["bmm"], "each is too small to be shared out"
 
 
-def test_products_are_written_where_there_is_memory_for_them():
-    matrix, out = random_psd(2, 3), torch.zeros(2, 3, 4, dtype=torch.float64)
-    solver = Solver(matrix, is_inverse=True).into(out)
-    first = solver.solve(random(2, 3, 4, seed=1))
-    assert first is out
-    expected = matrix @ out
-    assert_close(solver.solve(first), expected)
-    assert_close(out, first)
-    assert solver.solve(random(2, 3, 5, seed=1)).shape == (2, 3, 5)
-    assert solver.solve_right(random(2, 4, 3, seed=1)).shape == (2, 4, 3)
+@pytest.mark.parametrize("form", ["inverse", "large"])
+def test_the_first_result_is_written_where_there_is_memory_for_it_and_stays(form, monkeypatch):
+    """A block may solve with one matrix more than once, and use all results."""
+    monkeypatch.setattr(solvers, "_SOLVED_BY_TRIANGLES_FROM", 1)
+    made, out = Solver(torch.linalg.cholesky(random_psd(2, 3) + identity(3))), torch.zeros(2, 3, 4, dtype=torch.float64)
+    made = made.inverted() if form == "inverse" else made
+    for solve, shape in (("solve", (2, 3, 4)), ("solve_right", (2, 4, 3))):
+        solver = made.into(out.view(shape))
+        rights = [random(*shape, seed=seed) for seed in (1, 2)]
+        assert getattr(solver, solve)(random(2, 3, 3, seed=3)).data_ptr() != out.data_ptr()
+        results = [getattr(solver, solve)(right) for right in rights]
+        results.append(getattr(solver, solve)(results[0]))
+        assert results[0].data_ptr() == out.data_ptr()
+        for result, right in zip(results, [*rights, results[0]], strict=True):
+            assert_close(result, getattr(made, solve)(right))
 
 
 @pytest.mark.parametrize("is_inverse", [False, True])
@@ -517,8 +523,10 @@ def many_curvatures():
     return curvatures
 
 
+@pytest.mark.parametrize("kept_from", [0, 1 << 40])
 @pytest.mark.parametrize("interval", [1, 20])
-def test_blocks_solved_together_equal_blocks_solved_alone(interval):
+def test_blocks_solved_together_equal_blocks_solved_alone(interval, kept_from, monkeypatch):
+    monkeypatch.setattr(precondition_module, "_KEPT_FROM", kept_from)
     curvatures = many_curvatures()
     InverseRefresh().refresh(tasks_for(*curvatures), lambda key: interval)
     gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
@@ -529,6 +537,19 @@ def test_blocks_solved_together_equal_blocks_solved_alone(interval):
             assert_close(actual, expected)
     shapes = {tuple(curvature.block.factor_shapes.values()) for curvature in curvatures}
     assert len(shapes) == 4
+
+
+@pytest.mark.parametrize("kept_from", [0, 1 << 40])
+def test_small_blocks_are_passed_on_together_and_large_ones_lie_in_memory_that_is_kept(kept_from, monkeypatch):
+    """For small ones, memory that is kept and a hand-over for each group take longer than they save."""
+    monkeypatch.setattr(precondition_module, "_KEPT_FROM", kept_from)
+    curvatures = many_curvatures()[1:]  # three alike, and three BatchNorms
+    gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
+    InverseRefresh().refresh(tasks_for(*curvatures[:-1]), lambda key: 20)  # the last is not solved yet
+    together = Preconditioner()
+    groups = [sorted(number for number, _ in group) for group in together.apply(curvatures, gradients)]
+    assert sorted(groups) == ([[0, 1, 2], [3], [4], [5]] if kept_from == 0 else [[0, 1, 2, 3, 4, 5]])
+    assert bool(together._memory) == (kept_from == 0)
 
 
 def test_inverses_of_one_shape_share_memory_until_one_is_replaced():

@@ -1,6 +1,7 @@
 """The record of software, machine and launch."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -45,3 +46,20 @@ def test_git_state_is_only_that_of_the_checkout_itself(tmp_path):
     (tmp_path / "new" / "file").touch()
     assert _git_state(tmp_path.resolve())["modified"] is True
     assert _git_state((tmp_path / "new").resolve()) is None
+
+
+def test_git_is_asked_without_a_lock_that_a_killed_run_would_leave_behind(tmp_path):
+    from kfac_dist.runs.environment import _git_state
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("content")
+    git("add", "file")
+    git("commit", "-m", "first")
+    os.utime(tmp_path / "file", (1, 1))  # the same content, which git would note in its index
+    before = (tmp_path / ".git/index").read_bytes()
+    assert _git_state(tmp_path.resolve())["modified"] is False
+    assert (tmp_path / ".git/index").read_bytes() == before
