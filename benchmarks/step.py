@@ -51,7 +51,7 @@ class Candidate:
     """An optimizer with a network of its own.
 
     Attributes:
-        name: One of `BASELINES`, kfacN or kfacN@F.
+        name: One of `BASELINES`, kfacN or kfac1@F.
         interval: Steps from one refresh to the next; 1 for SGD.
         step: Trains one step.
         timer: Charged by `step`.
