@@ -23,9 +23,9 @@ from kfac_dist.checkpoints.manifest import Manifest
 from kfac_dist.checkpoints.save import MODEL_FILE
 from kfac_dist.checkpoints.store import CheckpointStore
 from kfac_dist.communicator import Communicator, create_communicator, launch, library_version
+from kfac_dist.communicator.devices import choose_device
 from kfac_dist.config.load import load_config
 from kfac_dist.config.schema import Config
-from kfac_dist.devices import choose_device
 from kfac_dist.errors import AgreedInputError
 from kfac_dist.training.checkpoint import Checkpointer, code_version, now
 from kfac_dist.training.run_state import take_state

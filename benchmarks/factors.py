@@ -26,7 +26,7 @@ from workload import Workload, add_workload_arguments, workloads_from
 from kfac_dist.curvature.blocks.base import Block
 from kfac_dist.curvature.blocks.create import create_blocks
 from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
-from kfac_dist.precision import HALF_DTYPES, Precision, configure_backends
+from kfac_dist.training.precision import HALF_DTYPES, Precision, configure_backends
 
 TITLE = "Construction of the Kronecker factors"
 LOSS_SCALE = 1024  # keeps gradients within fp16's range, as loss scaling does in training

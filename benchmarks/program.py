@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from kfac_dist.devices import choose_device
+from kfac_dist.communicator.devices import choose_device
 from kfac_dist.errors import InputError
 from kfac_dist.runs.environment import describe_environment
 from kfac_dist.vocabulary import DeviceChoice

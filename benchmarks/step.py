@@ -40,8 +40,8 @@ from kfac_dist.errors import AgreedInputError
 from kfac_dist.optim.kfac import KFAC
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.sgd import SGD
-from kfac_dist.precision import HALF_DTYPES, configure_backends
 from kfac_dist.timing import STAGES, StageTimer
+from kfac_dist.training.precision import HALF_DTYPES, configure_backends
 
 TITLE = "K-FAC's step beside SGD's"
 

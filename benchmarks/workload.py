@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kfac_dist.errors import InputError
 from kfac_dist.models import create_model
-from kfac_dist.precision import Precision
+from kfac_dist.training.precision import Precision
 from kfac_dist.vocabulary import PrecisionName
 
 

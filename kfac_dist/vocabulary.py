@@ -8,7 +8,7 @@ from typing import Literal
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 PrecisionName = Literal["fp32", "fp64", "fp16", "bf16"]
-"""What a run computes in; see `kfac_dist.precision`."""
+"""What a run computes in; see `kfac_dist.training.precision`."""
 
 WirePrecision = Literal["fp32", "fp16", "bf16"]
 """What buffers are sent in."""

@@ -16,9 +16,9 @@ import torch
 
 from kfac_dist.commands.endings import printing
 from kfac_dist.communicator import Communicator, create_communicator, launch
+from kfac_dist.communicator.devices import check_precision, choose_device
 from kfac_dist.config.load import load_config
 from kfac_dist.config.schema import Config
-from kfac_dist.devices import check_precision, choose_device
 from kfac_dist.errors import AgreedInputError, InputError
 from kfac_dist.planning.plan import Plan, make_plan
 from kfac_dist.planning.plan_text import describe_plan

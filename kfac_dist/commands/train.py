@@ -9,9 +9,9 @@ import torch
 
 from kfac_dist.commands.endings import printing
 from kfac_dist.communicator import Communicator, create_communicator, launch
+from kfac_dist.communicator.devices import check_precision, choose_device
 from kfac_dist.config.load import check_same, load_config
 from kfac_dist.config.schema import Config
-from kfac_dist.devices import check_precision, choose_device
 from kfac_dist.errors import AgreedInputError, NoProgress, RunStopped, TrainingFailed
 from kfac_dist.planning.explain import explain as describe_plan
 from kfac_dist.runs.log import RunLog, logger

@@ -12,14 +12,7 @@ import torch.distributed as dist
 from kfac_dist.communicator.abort import abort_on_exception as install_abort_on_exception
 from kfac_dist.communicator.abort import running_mpi
 from kfac_dist.communicator.base import Communicator
-from kfac_dist.communicator.launcher_variables import (
-    check_world_size,
-    launched_by_mpi,
-    launched_by_torchrun,
-    promised_size,
-)
-from kfac_dist.communicator.local import LocalCommunicator
-from kfac_dist.devices import (
+from kfac_dist.communicator.devices import (
     RankDevice,
     check_devices,
     choose_device,
@@ -27,6 +20,13 @@ from kfac_dist.devices import (
     describe_device,
     each_has_own_gpu,
 )
+from kfac_dist.communicator.launcher_variables import (
+    check_world_size,
+    launched_by_mpi,
+    launched_by_torchrun,
+    promised_size,
+)
+from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.errors import InputError
 from kfac_dist.vocabulary import BackendChoice, ReduceScatterChoice
 
@@ -64,8 +64,8 @@ def create_communicator(
 
     Raises:
         ValueError: If there is no such backend or algorithm.
-        AgreedInputError: If the ranks' devices do not go together (`kfac_dist.devices.check_devices`), or if the
-            launcher promised another number of ranks; on every rank.
+        AgreedInputError: On every rank, if the ranks' devices do not go together (`devices.check_devices`), or if the
+            launcher promised another number of ranks.
         InputError: If mpi4py is needed and cannot be loaded, or if torch.distributed could not connect this rank.
     """
     _check_choice("backend", backend, get_args(Backend))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kfac_dist.config.schema import AugmentConfig
 from kfac_dist.data.base import Batch
+from kfac_dist.data.random_streams import RandomStream, keyed_generator
 from kfac_dist.errors import InputError
-from kfac_dist.random_streams import RandomStream, keyed_generator
 from kfac_dist.tensors.host_copy import to_device
 
 

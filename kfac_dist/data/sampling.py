@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kfac_dist.random_streams import RandomStream, keyed_generator
+from kfac_dist.data.random_streams import RandomStream, keyed_generator
 
 
 @dataclass(frozen=True)

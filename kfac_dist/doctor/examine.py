@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from kfac_dist.communicator import Communicator, is_cuda_aware, launch, library_version
-from kfac_dist.devices import RankDevice, choose_device, describe_device
+from kfac_dist.communicator.devices import RankDevice, choose_device, describe_device
 from kfac_dist.doctor import machine, ranks, software
 from kfac_dist.doctor.findings import Finding, HangGuard, attempt, merge
 from kfac_dist.doctor.ranks import RankFacts

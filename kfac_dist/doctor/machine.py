@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from kfac_dist import devices
-from kfac_dist.devices import RankDevice
+from kfac_dist.communicator import devices
+from kfac_dist.communicator.devices import RankDevice
 from kfac_dist.doctor.findings import Finding, Status, from_error
 from kfac_dist.errors import InputError
 

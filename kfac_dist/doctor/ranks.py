@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kfac_dist.communicator import Communicator, launch
-from kfac_dist.devices import RankDevice
+from kfac_dist.communicator.devices import RankDevice
 from kfac_dist.doctor.findings import Finding, from_error, merge
 from kfac_dist.errors import InputError
 

@@ -25,7 +25,7 @@ from kfac_dist.models import create_model
 from kfac_dist.optim.buffers import StageBuffers, all_factor_keys
 from kfac_dist.planning.profile import Profile, create_profile
 from kfac_dist.planning.simulate import Simulation
-from kfac_dist.precision import Precision, configure_backends
+from kfac_dist.training.precision import Precision, configure_backends
 
 _SECONDS = 0.3  # of a figure, at least
 _PRODUCT_ROWS = 1 << 14

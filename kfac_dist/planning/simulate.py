@@ -30,10 +30,10 @@ from kfac_dist.planning.operations import Operations
 from kfac_dist.planning.profile import Profile
 from kfac_dist.planning.refresh_shares import refresh_shares
 from kfac_dist.planning.work import OwnedWorks, Refresh, SlotWork, copy_work, slot_work, update_work
-from kfac_dist.precision import HALF_DTYPES
 from kfac_dist.tensors.encoding import encoded_bytes
 from kfac_dist.tensors.packing import FlatBuffer
 from kfac_dist.training.build import create_refresh
+from kfac_dist.training.precision import HALF_DTYPES
 from kfac_dist.training.schedules import Schedules
 
 PLAN_STAGES = (

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from kfac_dist.communicator.devices import check_precision, choose_device
 from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.config.load import create_config
 from kfac_dist.config.schema import Config
 from kfac_dist.data.create import create_dataset
-from kfac_dist.devices import check_precision, choose_device
 from kfac_dist.errors import InputError, TrainingDiverged
 from kfac_dist.runs.environment import cpu_model
 from kfac_dist.runs.reader import read_metrics

@@ -23,8 +23,8 @@ from kfac_dist.optim.kfac import KFAC, CommDtypes
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.sgd import SGD
 from kfac_dist.optim.update import rescaled_weights
-from kfac_dist.precision import HALF_DTYPES
 from kfac_dist.timing import StageTimer
+from kfac_dist.training.precision import HALF_DTYPES
 from kfac_dist.training.schedules import Schedules
 
 

@@ -17,19 +17,19 @@ from kfac_dist.config.schema import Config
 from kfac_dist.data.augment import Augmentation
 from kfac_dist.data.base import Batch
 from kfac_dist.data.create import create_dataset
+from kfac_dist.data.random_streams import RandomStream, keyed_generator
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.data.skipped import SkippedImages
 from kfac_dist.errors import ImageError
 from kfac_dist.models import SlotwiseBatchNorm, create_model
 from kfac_dist.optim.loss_scale import LossScaler
-from kfac_dist.precision import Precision, configure_backends
-from kfac_dist.random_streams import RandomStream, keyed_generator
 from kfac_dist.tensors.host_copy import HostCopy, to_device
 from kfac_dist.timing import StageTimer
 from kfac_dist.training.agreement import check_ranks_agree
 from kfac_dist.training.black_box import BlackBox
 from kfac_dist.training.build import Parts, create_optimizer
 from kfac_dist.training.evaluation import evaluate
+from kfac_dist.training.precision import Precision, configure_backends
 from kfac_dist.training.pretrained import load_pretrained
 from kfac_dist.training.recovery import Recovery
 from kfac_dist.training.reporter import IterationResult

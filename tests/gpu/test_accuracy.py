@@ -12,7 +12,7 @@ from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.models import create_model
-from kfac_dist.precision import Precision
+from kfac_dist.training.precision import Precision
 from kfac_dist.training.schedules import damping_at, polynomial_decay
 from kfac_dist.vocabulary import PrecisionName
 

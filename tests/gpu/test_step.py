@@ -16,7 +16,7 @@ from kfac_dist.curvature.inversion import InverseRefresh, InversionTask
 from kfac_dist.curvature.precondition import Preconditioner
 from kfac_dist.curvature.running import BlockCurvature
 from kfac_dist.models import create_model
-from kfac_dist.precision import Precision
+from kfac_dist.training.precision import Precision
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kfac_dist.communicator import MpiCommunicator, connect, create, create_communicator
+from kfac_dist.communicator.devices import RankDevice
 from kfac_dist.communicator.local import LocalCommunicator
-from kfac_dist.devices import RankDevice
 from kfac_dist.errors import InputError
 from kfac_dist.vocabulary import BackendChoice
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kfac_dist.random_streams import RandomStream, keyed_generator
+from kfac_dist.data.random_streams import RandomStream, keyed_generator
 from kfac_dist.vocabulary import Preprocessing
 
 _AREA = (0.08, 1.0)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from kfac_dist.communicator import Communicator, create_communicator, launch
 from kfac_dist.communicator.connect import connect_by_default_group, connect_gpus
+from kfac_dist.communicator.devices import choose_device
 from kfac_dist.communicator.process_group import ProcessGroupCommunicator
 from kfac_dist.communicator.staging import WHOLE, Staging
-from kfac_dist.devices import choose_device
 from kfac_dist.tensors.encoding import decode, encode, encoded_bytes
 from kfac_dist.vocabulary import ReduceScatterAlgorithm
 

@@ -16,7 +16,7 @@ from kfac_dist import KFAC, LossScaler, create_communicator
 from kfac_dist.communicator import Communicator, launch
 from kfac_dist.models import SlotwiseBatchNorm
 from kfac_dist.optim.kfac import CommDtypes
-from kfac_dist.precision import HALF_DTYPES, Precision
+from kfac_dist.training.precision import HALF_DTYPES, Precision
 
 NUM_SLOTS, NUM_ITERATIONS, OVERFLOW = 8, 8, 3
 

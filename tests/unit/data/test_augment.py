@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from kfac_dist.data.augment import CropFlip, RandomErasing, RunningMixup, soft_labels
+from kfac_dist.data.random_streams import RandomStream, keyed_generator
 from kfac_dist.errors import InputError
-from kfac_dist.random_streams import RandomStream, keyed_generator
 
 
 def random_images(num_images: int, height: int = 6, width: int = 8, channels: int = 3) -> torch.Tensor:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kfac_dist.data.random_streams import RandomStream
 from kfac_dist.data.sampling import SlotSampler
-from kfac_dist.random_streams import RandomStream
 
 
 @settings(deadline=None, max_examples=60)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kfac_dist.devices import RankDevice
+from kfac_dist.communicator.devices import RankDevice
 from kfac_dist.doctor import machine
 from kfac_dist.doctor.findings import Status
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from kfac_dist.devices import RankDevice
+from kfac_dist.communicator.devices import RankDevice
 from kfac_dist.doctor import ranks
 from kfac_dist.doctor.findings import Status
 from kfac_dist.doctor.ranks import RankFacts

@@ -5,8 +5,9 @@ import re
 import pytest
 import torch
 
-from kfac_dist import devices, local_device
-from kfac_dist.devices import (
+from kfac_dist import local_device
+from kfac_dist.communicator import devices
+from kfac_dist.communicator.devices import (
     RankDevice,
     check_capability,
     check_devices,
