@@ -14,8 +14,8 @@ from torch.nn import Parameter
 from kfac_dist.communicator import Communicator
 from kfac_dist.optim.agreement import agree_on_group, agree_on_step
 from kfac_dist.optim.base import DistributedOptimizer
-from kfac_dist.optim.gradient_messages import GradientMessages, Message, cut_for_backward
-from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted
+from kfac_dist.optim.gradient_messages import Message, cut_for_backward
+from kfac_dist.optim.guards import broadcast_model, check_arguments, placements, refuse_converted
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import rescale_weights_, rescaled_weights
@@ -110,10 +110,7 @@ class AveragedOptimizer(DistributedOptimizer):
         self._trained = trained
         known = {id(parameter) for parameter in trained}
         self._rescaled = [weight for weight in self._rescalable if id(weight) in known]
-        self._messages.close()
-        self._messages = GradientMessages(
-            self._cut(), self.communicator, self._gradient_comm_dtype, self._names, self._loss_scaler is not None
-        )
+        self._hook_gradients(self._cut(), self._gradient_comm_dtype, self._names)
 
     def _cut(self) -> list[Message]:
         """The trained parameters' messages; each rank owns an equal share of each."""
@@ -182,20 +179,12 @@ class AveragedOptimizer(DistributedOptimizer):
             return loss
         with self._timer.stage("reduce_scatter"):
             self._messages.fill()
-            loss_scale = self._loss_scaler.scale if self._loss_scaler is not None else 1.0
-            if self._loss_scaler is not None and self._loss_scaler.overflowed(
-                self._messages.largest, self.communicator
-            ):
+            loss_scale = self._loss_scale
+            if self._overflowed():
                 self.skip_step()
                 return loss
             self._messages.start()
-            averages = self._messages.wait()
-            if loss_scale != 1:
-                for average in averages:
-                    average.mul_(1.0 / loss_scale)
-            if self._max_grad_norm is not None:
-                squared = torch.stack([average.double().square().sum() for average in averages]).sum()
-                clip_(averages, squared, self._max_grad_norm, self.communicator)
+            self._receive_averages(loss_scale)
         with self._timer.stage("all_gather"):
             gathered = [
                 self.communicator.start_all_gather_v(buffer.data, buffer.counts, self._gradient_comm_dtype)

@@ -1,15 +1,18 @@
-"""What the trainer asks of an optimizer, and what every optimizer here refuses."""
+"""What the trainer asks of an optimizer, what all of them do with gradients, and what every optimizer here refuses."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
+from kfac_dist.communicator import Communicator
 from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.curvature.blocks.base import FactorKey
-from kfac_dist.optim.gradient_messages import GradientMessages
+from kfac_dist.optim.gradient_messages import GradientMessages, Message
+from kfac_dist.optim.guards import clip_
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 
@@ -43,9 +46,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         report: What came of the last step.
     """
 
+    communicator: Communicator
     report: StepReport
     _messages = GradientMessages((), LocalCommunicator(), None, {}, watch_overflow=False)  # a subclass may have none
     _loss_scaler: LossScaler | None = None
+    _max_grad_norm: float | None = None
     _is_closed = False
 
     # A GradScaler then leaves the gradients alone and hands its scale over, by which it is recognised.
@@ -105,6 +110,40 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.refuse_closed()
         self._follow_freezing()
         return self._messages.sent_in_backward()
+
+    def _hook_gradients(
+        self, messages: Sequence[Message], comm_dtype: torch.dtype | None, names: Mapping[int, str]
+    ) -> None:
+        """Send gradients in these messages from now on, in that precision; names are by id of the parameter."""
+        self._messages.close()
+        self._messages = GradientMessages(
+            messages, self.communicator, comm_dtype, names, watch_overflow=self._loss_scaler is not None
+        )
+
+    @property
+    def _loss_scale(self) -> float:
+        return self._loss_scaler.scale if self._loss_scaler is not None else 1.0
+
+    def _overflowed(self, *factors: Tensor) -> bool:
+        """Whether gradients or factors overflowed on any rank; collective. Nothing that lasts has been changed yet."""
+        values = [*factors, *self._messages.largest]
+        return self._loss_scaler is not None and self._loss_scaler.overflowed(values, self.communicator)
+
+    def _receive_averages(self, loss_scale: float, own: Callable[[], Sequence[Tensor]] | None = None) -> None:
+        """The end of stage 3: wait for the averaged gradients, undo the loss scale, clip.
+
+        Args:
+            loss_scale: What the losses were scaled with.
+            own: Gives what this rank alone answers for in the gradient's norm; all that it receives if None.
+        """
+        averages = self._messages.wait()
+        if loss_scale != 1:
+            for average in averages:
+                average.mul_(1.0 / loss_scale)
+        if self._max_grad_norm is not None:
+            zero = torch.zeros((), dtype=torch.float64, device=averages[0].device)
+            squared = sum((part.double().square().sum() for part in (own() if own else averages)), zero)
+            clip_(averages, squared, self._max_grad_norm, self.communicator)
 
     def _follow_freezing(self) -> None:
         """Lay out what depends on which parameters are trained, if that has changed; here there is nothing."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from kfac_dist.communicator import Communicator
+from kfac_dist.communicator import Communicator, Pending
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.blocks.create import refresh_costs
 from kfac_dist.curvature.capture import Capture
@@ -18,10 +18,12 @@ from kfac_dist.curvature.refresh_schedule import RefreshSchedule
 from kfac_dist.optim.agreement import DIGEST_LIMIT, StepAgreement, agree_on_step
 from kfac_dist.optim.buffers import all_factor_keys
 from kfac_dist.optim.shared_blocks import SharedBlocks
+from kfac_dist.tensors.nested_state import decode, encode
 from kfac_dist.tensors.packing import FlatBuffer, unpack_symmetric
 
 BLOCKS = "blocks"
 """Key of a state under which each owner's part stands, by name of the block; all else is alike on every rank."""
+_MANY_BYTES = 1 << 30  # received at once, beside all else that is in memory
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +92,6 @@ class DistributedFisher:
         self.capture.begin(self._destinations())
 
     @property
-    def half_precision_bytes(self) -> int:
-        """What the owner of the most receives at once where factors travel in half precision: a copy from each rank."""
-        everything = self._shared.buffers.factors(all_factor_keys(self._shared.blocks))
-        return 2 * self._communicator.size * max(everything.counts)
-
-    @property
     def is_due(self) -> bool:
         """Whether this iteration refreshes any factor."""
         return bool(self._due)
@@ -160,6 +156,17 @@ class DistributedFisher:
             for other in others:
                 other.copy_(first)
 
+    def start_reduction(self, comm_dtype: torch.dtype | None) -> Pending[Tensor]:
+        """Begin stage 3 of the factors: `wait` of what is returned leaves each rank with the averages of what it owns.
+
+        Args:
+            comm_dtype: Half precision to send them in; None sends them as they are.
+        """
+        factors = self.factors
+        if not factors.data.numel():
+            return Pending(lambda: factors.data)
+        return self._communicator.start_reduce_scatter_v(factors.data, factors.counts, comm_dtype, factors.part_numels)
+
     def refresh(
         self, present: Mapping[str, int], damping_of: Callable[[Block], float]
     ) -> tuple[RefreshReport, dict[FactorKey, Tensor]]:
@@ -223,6 +230,18 @@ class DistributedFisher:
         self._communicator.all_reduce_(values)
         return {key: (low, high, rank) for key, (low, high, rank) in zip(keys, values.tolist(), strict=True)}
 
+    def warnings_of_size(self) -> list[str]:
+        """What to say where factors travel in half precision: the owner of the most receives a copy from each rank."""
+        everything = self._shared.buffers.factors(all_factor_keys(self._shared.blocks))
+        received = 2 * self._communicator.size * max(everything.counts)
+        if received <= _MANY_BYTES:
+            return []
+        return [
+            f"warning: factors in half precision: one rank receives {received / 2**30:.1f} GiB at each refresh, "
+            f"a copy from each of {self._communicator.size} ranks; in fp32 (communication.factor_precision, "
+            "comm_dtypes) they are summed on the way"
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """The iteration, the schedule's state and, by block, what this rank owns; nothing is copied."""
         return {
@@ -231,6 +250,31 @@ class DistributedFisher:
             BLOCKS: self.owned.state_dict(),
             **self._shared.state_dict(),
         }
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """`state_dict` with the blocks of all ranks, on every rank; collective."""
+        state = self.state_dict()
+        own = {name: block for name, block in state[BLOCKS].items() if self._shared.is_first_owner(name)}
+        parts = self._communicator.gather_bytes(encode(own))
+        merged = {name: block for part in parts for name, block in decode(part).items()}
+        state[BLOCKS] = {block.name: merged[block.name] for block in self._shared.blocks if block.name in merged}
+        return state
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that cannot be loaded; changes nothing.
+
+        Raises:
+            ValueError: If it is of another model, or of one frozen otherwise, or lacks a block that this rank owns.
+        """
+        rank = self._communicator.rank
+        owners = zip(self._shared.blocks, self._shared.owners_in(state), strict=True)
+        missing = sorted({block.name for block, ranks in owners if rank in ranks} - set(state[BLOCKS]))
+        if missing:
+            raise ValueError(
+                f"the state lacks the Fisher of {len(missing)} blocks that rank {rank} owns "
+                f"({missing[0]}, …): it was saved by another rank, number of ranks or model. A state of "
+                "full_state_dict() has all blocks"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         """Replace everything by copies of what `state_dict` returned, and begin the iteration that it was saved in."""

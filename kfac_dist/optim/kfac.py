@@ -16,23 +16,19 @@ from kfac_dist.curvature.blocks.create import create_blocks
 from kfac_dist.curvature.owned import OwnedFisher
 from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedule
 from kfac_dist.optim.base import DistributedOptimizer
-from kfac_dist.optim.buffers import add_weight_decay, read_update, update_shares
-from kfac_dist.optim.distributed_fisher import BLOCKS, DistributedFisher
-from kfac_dist.optim.gradient_messages import GradientMessages
-from kfac_dist.optim.guards import broadcast_model, check_arguments, clip_, placements, refuse_converted
+from kfac_dist.optim.buffers import add_weight_decay
+from kfac_dist.optim.distributed_fisher import DistributedFisher
+from kfac_dist.optim.guards import broadcast_model, check_arguments, placements, refuse_converted
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import momentum_update_, rescale_weights_, rescaled_weights
 from kfac_dist.optim.validation import check, check_choice, check_kfac_group, check_max_norm, check_parameters, is_count
-from kfac_dist.tensors.foreach import copy_all_
-from kfac_dist.tensors.nested_state import decode, encode
 from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
 
 STATE_KEY = "kfac"
-_MANY_BYTES = 1 << 30  # received at once, beside all else that is in memory
 
 logger = logging.getLogger(__name__)
 
@@ -196,18 +192,7 @@ class KFAC(DistributedOptimizer):
         self._trainable = [parameter.requires_grad for parameter in self._parameters()]
         self._shared.share(self._create_blocks(trained=self._parameters()))
         self._fisher.follow()
-        self._hook_gradients()
-
-    def _hook_gradients(self) -> None:
-        """Send gradients in the buffers as they are laid out now."""
-        self._messages.close()
-        self._messages = GradientMessages(
-            self._shared.buffers.messages,
-            self.communicator,
-            self._comm_dtypes.gradients,
-            self._names,
-            watch_overflow=self._loss_scaler is not None,
-        )
+        self._hook_gradients(self._shared.buffers.messages, self._comm_dtypes.gradients, self._names)
 
     def _follow_freezing(self) -> None:
         """Share the blocks anew if parameters were frozen or unfrozen since."""
@@ -263,17 +248,19 @@ class KFAC(DistributedOptimizer):
             self._create_state()
             return StepReport()
         fisher.warn_of_absent(present)
-        loss_scale = self._loss_scaler.scale if self._loss_scaler is not None else 1.0
+        loss_scale = self._loss_scale
         with self._timer.stage("reduce_scatter"):
             self._collect(loss_scale)
-            if self._overflowed():
+            if self._overflowed(fisher.factors.data):
                 self.skip_step()
                 return self.report
-            self._reduce_factors()
+            reduction = fisher.start_reduction(self._comm_dtypes.factors)
+            self._messages.start()  # the gradients travel on while the factors are inverted
+            reduction.wait()
         with self._timer.stage("inverse"):
             inversion, own_changes = fisher.refresh(present, self._damping)
         with self._timer.stage("reduce_scatter"):
-            self._finish_gradients(loss_scale)
+            self._receive_averages(loss_scale, lambda: self._shared.first_owned_gradients)
         with self._timer.stage("precondition"):
             self._precondition()
         with self._timer.stage("all_gather"):
@@ -308,65 +295,19 @@ class KFAC(DistributedOptimizer):
         self._messages.fill()
         self._fisher.finish_capture(loss_scale)
 
-    def _overflowed(self) -> bool:
-        """Whether anything overflowed on any rank; nothing that lasts has been changed yet."""
-        values = [self._fisher.factors.data, *self._messages.largest]
-        return self._loss_scaler is not None and self._loss_scaler.overflowed(values, self.communicator)
-
-    def _reduce_factors(self) -> None:
-        """Stage 3: each rank is left with the averages of what it owns.
-
-        Returns when the factors are there; the gradients still travel, and are needed only in stage 5.
-        """
-        factors, comm_dtype = self._fisher.factors, self._comm_dtypes.factors
-        pending = []
-        if factors.data.numel():
-            start = self.communicator.start_reduce_scatter_v
-            pending.append(start(factors.data, factors.counts, comm_dtype, factors.part_numels))
-        self._messages.start()
-        for reduction in pending:
-            reduction.wait()
-
-    def _finish_gradients(self, loss_scale: float) -> None:
-        """Stage 3, the rest: wait for the gradients, undo the loss scale, clip."""
-        gradients = self._messages.wait()
-        if loss_scale != 1:
-            for gradient in gradients:
-                gradient.mul_(1.0 / loss_scale)
-        if self._max_grad_norm is not None:
-            rank = self.communicator.rank
-            first_owned = [block.name for block in self._shared.owned if self._shared.is_first_owner(block.name)]
-            own = [self._shared.buffers.gradient(name, rank) for name in first_owned]
-            zero = torch.zeros((), dtype=torch.float64, device=self._device)
-            squared = sum((part.double().square().sum() for part in own), zero)
-            clip_(gradients, squared, self._max_grad_norm, self.communicator)
-
     def _precondition(self) -> None:
         """Stage 5: 𝒢 of the owned blocks, into this rank's segment of the buffer that is gathered."""
-        rank = self.communicator.rank
-        blocks = self._shared.owned
-        gradients = [self._shared.buffers.gradient(block.name, rank) for block in blocks]
-        for block, gradient in zip(blocks, gradients, strict=True):
+        gradients = self._shared.owned_gradients
+        for block, gradient in zip(self._shared.owned, gradients, strict=True):
             add_weight_decay(block, [self._group_of(p)["weight_decay"] for p in block.parameters], gradient)
-        updates, ranks_of = self._shared.updates, self._shared.ranks_of
         for group in self._fisher.owned.precondition(gradients):
-            shares = [
-                share
-                for block, direction in group
-                for share in update_shares(updates, block, ranks_of(block.name), rank, direction)
-            ]
-            copy_all_([destination for destination, _ in shares], [values for _, values in shares])
+            self._shared.write_updates(group)
 
     def _update_parameters(self, moved: Collection[int]) -> None:
         """Stage 6: every rank applies Eq. 17 and 18 to the parameters (by id) that have a gradient on some rank."""
-        directions = {
-            id(parameter): direction
-            for block in self.blocks
-            for parameter, direction in zip(block.parameters, read_update(self._shared.updates, block), strict=True)
-            if id(parameter) in moved
-        }
+        directions = self._shared.read_updates()
         for group in self.param_groups:
-            weights = [parameter for parameter in group["params"] if id(parameter) in directions]
+            weights = [p for p in group["params"] if id(p) in moved and id(p) in directions]
             velocities = [self._velocity(weight) for weight in weights]
             momentum_update_(weights, [directions[id(w)] for w in weights], velocities, group["lr"], group["momentum"])
             rescaled = [number for number, weight in enumerate(weights) if id(weight) in self._rescaled]
@@ -442,14 +383,8 @@ class KFAC(DistributedOptimizer):
         reasons = [
             f"plain gradient for {block.name} ({block.num_values} values): {block.reason}" for block in self.uncovered
         ]
-        received = self._fisher.half_precision_bytes
-        if self._comm_dtypes.factors is not None and received > _MANY_BYTES:
-            reasons.append(
-                f"warning: factors in half precision: one rank receives {received / 2**30:.1f} GiB at each refresh, "
-                f"a copy from each of {self.communicator.size} ranks; in fp32 (communication.factor_precision, "
-                "comm_dtypes) they are summed on the way"
-            )
-        return [f"K-FAC covers {covered} layers", *reasons]
+        warnings = self._fisher.warnings_of_size() if self._comm_dtypes.factors is not None else []
+        return [f"K-FAC covers {covered} layers", *reasons, *warnings]
 
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
         """Smallest and largest eigenvalue and effective rank of each running matrix; collective, and not fast."""
@@ -476,12 +411,8 @@ class KFAC(DistributedOptimizer):
 
     def full_state_dict(self) -> dict[str, Any]:
         """`state_dict` with the Fisher of all blocks, which any rank of any number of ranks can load; collective."""
-        state = self.state_dict()
-        own = state[STATE_KEY][BLOCKS]
-        mine = {name: own[name] for name in own if self._shared.is_first_owner(name)}
-        parts = self.communicator.gather_bytes(encode(mine))
-        merged = {name: block for part in parts for name, block in decode(part).items()}
-        state[STATE_KEY][BLOCKS] = {block.name: merged[block.name] for block in self.blocks if block.name in merged}
+        state = super().state_dict()
+        state[STATE_KEY] = self._fisher.full_state_dict()
         return state
 
     def owned_blocks(self, first_only: bool) -> list[str]:
@@ -499,19 +430,12 @@ class KFAC(DistributedOptimizer):
         curvature_state = state.pop(STATE_KEY, None)
         if curvature_state is None:
             raise ValueError('the state has no "kfac" entry: it was not saved by a KFAC optimizer')
-        owners = self._shared.owners_in(curvature_state)
-        owned = {b.name for b, ranks in zip(self.blocks, owners, strict=True) if self.communicator.rank in ranks}
-        missing = sorted(owned - set(curvature_state[BLOCKS]))
-        if missing:
-            raise ValueError(
-                f"the state lacks the Fisher of {len(missing)} blocks that rank {self.communicator.rank} owns "
-                f"({next(iter(missing))}, …): it was saved by another rank, number of ranks or model. A state of "
-                "full_state_dict() has all blocks"
-            )
+        self._fisher.check_state(curvature_state)
         super().load_state_dict(state)
         self._index_groups()
         self._fisher.load_state_dict(curvature_state, self._device, self._dtype)
-        self._hook_gradients()  # the buffers are laid out by the state's owners
+        # The buffers are laid out by the state's owners.
+        self._hook_gradients(self._shared.buffers.messages, self._comm_dtypes.gradients, self._names)
 
 
 def _refresh_schedule(refresh: RefreshSchedule | int) -> RefreshSchedule:

@@ -1,17 +1,19 @@
 """Which rank owns which block, alike on every rank, and the buffers that are laid out by it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
 import torch
+from torch import Tensor
 
 from kfac_dist.communicator import Communicator
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks.base import Block
 from kfac_dist.curvature.blocks.create import block_cost
 from kfac_dist.optim.agreement import DIGEST_LIMIT
-from kfac_dist.optim.buffers import StageBuffers
+from kfac_dist.optim.buffers import StageBuffers, read_update, update_shares
+from kfac_dist.tensors.foreach import copy_all_
 
 
 class SharedBlocks:
@@ -71,6 +73,34 @@ class SharedBlocks:
         self.updates = self.buffers.updates()
 
     @property
+    def owned_gradients(self) -> list[Tensor]:
+        """The averaged gradient of each block in `owned`, views of (num_values,)."""
+        return [self.buffers.gradient(block.name, self._rank) for block in self.owned]
+
+    @property
+    def first_owned_gradients(self) -> list[Tensor]:
+        """Those of the blocks of which this rank is the first owner."""
+        named = zip(self.owned, self.owned_gradients, strict=True)
+        return [gradient for block, gradient in named if self.is_first_owner(block.name)]
+
+    def write_updates(self, directions: Iterable[tuple[Block, Tensor]]) -> None:
+        """Put 𝒢 (num_values,) of blocks that this rank owns where stage 6 sends it from."""
+        shares = [
+            share
+            for block, direction in directions
+            for share in update_shares(self.updates, block, self._ranks_of[block.name], self._rank, direction)
+        ]
+        copy_all_([destination for destination, _ in shares], [values for _, values in shares])
+
+    def read_updates(self) -> dict[int, Tensor]:
+        """𝒢 of every parameter, by id, after stage 6."""
+        return {
+            id(parameter): direction
+            for block in self.blocks
+            for parameter, direction in zip(block.parameters, read_update(self.updates, block), strict=True)
+        }
+
+    @property
     def digest(self) -> int:
         """A number in [0, `DIGEST_LIMIT`) that differs, but for chance, where owners do."""
         return crc32(repr(self.owners).encode()) % DIGEST_LIMIT
@@ -109,10 +139,6 @@ class SharedBlocks:
         if state["num_ranks"] != self._size:
             return self.owners
         return [tuple(saved[name]["owners"]) for name in names]
-
-    def ranks_of(self, name: str) -> tuple[int, ...]:
-        """The owners of the block of this name."""
-        return self._ranks_of[name]
 
     def is_first_owner(self, name: str) -> bool:
         """Whether this rank is the first of the owners: of several, one is to speak for the block."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFAC, create_communicator
-from kfac_dist.optim import kfac
+from kfac_dist.optim import distributed_fisher
 from kfac_dist.optim.kfac import CommDtypes
 
 SAMPLES, CLASSES = 8, 4
@@ -323,9 +323,9 @@ def test_many_copies_of_factors_in_half_precision_are_warned_of(monkeypatch: pyt
     optimizer = KFAC(layer, create_communicator("reduce"), comm_dtypes=CommDtypes(factors=torch.bfloat16))
     assert len(optimizer.describe()) == 1
     received = 2 * (6 * 7 // 2 + 4 * 5 // 2)
-    monkeypatch.setattr(kfac, "_MANY_BYTES", received)
+    monkeypatch.setattr(distributed_fisher, "_MANY_BYTES", received)
     assert len(optimizer.describe()) == 1
-    monkeypatch.setattr(kfac, "_MANY_BYTES", received - 1)
+    monkeypatch.setattr(distributed_fisher, "_MANY_BYTES", received - 1)
     assert "a copy from each of 1 ranks" in optimizer.describe()[1]
     in_fp32 = KFAC(nn.Linear(6, 4, bias=False), create_communicator("reduce"))
     assert len(in_fp32.describe()) == 1
