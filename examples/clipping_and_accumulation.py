@@ -1,5 +1,7 @@
 """Several backward passes for each step, and a gradient clipped over all ranks: both are K-FAC's own affair."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -25,9 +27,12 @@ for _ in range(5):  # epochs
     for batch in torch.randperm(len(images)).split(256 // communicator.size):
         optimizer.zero_grad()
         total = 0.0
-        for part in batch.chunk(NUM_PASSES):
+        parts = batch.chunk(NUM_PASSES)
+        for number, part in enumerate(parts, start=1):
             loss = F.cross_entropy(model(images[part]), labels[part]) / NUM_PASSES  # as always when accumulating
-            loss.backward()
+            # The last pass completes the gradients: over NCCL or gloo they travel while it still computes.
+            with optimizer.overlap_backward() if number == len(parts) else nullcontext():
+                loss.backward()
             total += loss.item()
         optimizer.step()
         losses.append(total)

@@ -34,7 +34,8 @@ for epoch in range(4):
         inputs, targets = (part.to(device) for part in batch)
         optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs), targets)
-        loss.backward()
+        with optimizer.overlap_backward():  # gradients travel while the backward pass computes further ones
+            loss.backward()
         optimizer.step()  # averages gradients and factors over the ranks
         total += loss.detach() / len(loader)
     dist.all_reduce(total)
