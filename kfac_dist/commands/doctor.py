@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from kfac_dist.commands.endings import interruptible, printing
+from kfac_dist.commands.endings import interruptible
 from kfac_dist.doctor import findings
 from kfac_dist.doctor.software import launcher_rank, software_findings
 
@@ -86,8 +86,7 @@ def _check(
     found = examine(communicator, options.output, options.data, guard)
     # Where every process became a job of its own, the launcher's first still speaks for all.
     if communicator.is_main and (communicator.size > 1 or rank == 0):
-        with printing():
-            print(findings.format_report(found), flush=True)
+        print(findings.format_report(found), flush=True)
         if options.json:
             try:
                 report = findings.report_as_json(found, communicator.size)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from kfac_dist.commands.endings import interruptible, printing
+from kfac_dist.commands.endings import interruptible
 from kfac_dist.communicator.launcher_variables import promised_size
+from kfac_dist.communicator.terminal import outliving_readers
 from kfac_dist.errors import InputError
 from kfac_dist.training.command_line import Parse, parse_evaluate, parse_explain, parse_train
 
@@ -22,7 +23,8 @@ EXIT_BAD_INPUT = 2  # as in `kfac_dist.communicator.launch`, which loads torch
 
 def run_script() -> None:
     """`train.py`; ends the process."""
-    _run(sys.argv[1:], parse_train)
+    with outliving_readers():
+        _run(sys.argv[1:], parse_train)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -60,8 +62,7 @@ def answer(arguments: Sequence[str], parse: Parse) -> int | None:
     try:
         wanted = parse(arguments)
         if wanted.help:
-            with printing():
-                print(wanted.help_text)
+            print(wanted.help_text)
             return 0
         if _is_pipe(wanted.config):
             return None
@@ -70,8 +71,7 @@ def answer(arguments: Sequence[str], parse: Parse) -> int | None:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if wanted.print_config:
-        with printing():
-            print(config.to_yaml())
+        print(config.to_yaml())
         return 0
     return None
 

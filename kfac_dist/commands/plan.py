@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from kfac_dist.commands.endings import printing
 from kfac_dist.communicator import Communicator, create_communicator, launch
 from kfac_dist.communicator.devices import check_precision, choose_device
 from kfac_dist.config.load import load_config
@@ -48,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with setup.raise_on_all_ranks():
             options = parse_plan(sys.argv[1:] if arguments is None else arguments, program)
         if options.help:
-            with printing():
-                setup.print_once(options.help_text)
+            setup.print_once(options.help_text)
             return 0
         with setup.raise_on_all_ranks():
             config = load_config(options.config, options.overrides)
@@ -98,8 +96,7 @@ def _show(plan: Plan, options: argparse.Namespace, config: Config, profile: Prof
         if not options.grow_batch:
             title = f"{config.model.name}, batch {config.batch.global_size:,}"
         save_figure(draw_plan(plan.points, f"{title}, {name}: predicted"), options.output / "plan.png")
-    with printing():
-        print(record if options.json else text)
+    print(record if options.json else text)
 
 
 def _write(path: Path, text: str, option: str) -> None:

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import NamedTuple
 
 from kfac_dist import __version__
-from kfac_dist.commands.endings import EXIT_INTERRUPTED, interruptible, printing
+from kfac_dist.commands.endings import EXIT_INTERRUPTED, interruptible
+from kfac_dist.communicator.terminal import outliving_readers
 from kfac_dist.doctor.findings import PATIENCE_SECONDS
 from kfac_dist.doctor.software import launcher_rank
 
@@ -49,6 +50,11 @@ def main(arguments: Sequence[str] | None = None, program: str = "kfac-dist") -> 
         program: How the user called it, for the screen.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    with outliving_readers():
+        return _run(name, rest, program)
+
+
+def _run(name: str, rest: Sequence[str], program: str) -> int:
     if name == "--version":
         return _say(f"kfac_dist {__version__}")
     if name in ("-h", "--help"):
@@ -67,8 +73,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "kfac-dist") -> 
         command = import_module(module)
     code: int = 0
     try:
-        with printing():
-            code = getattr(command, function)(rest)
+        code = getattr(command, function)(rest)
     except KeyboardInterrupt:  # of a command of one process; `launch.run` ends all ranks of the others
         print("interrupted (Ctrl-C)", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -94,6 +99,5 @@ def screen(program: str) -> str:
 
 def _say(text: str) -> int:
     if launcher_rank(os.environ) == 0:
-        with printing():
-            print(text)
+        print(text)
     return 0

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 
-from kfac_dist.commands.endings import printing
 from kfac_dist.communicator import Communicator, create_communicator, launch
 from kfac_dist.communicator.devices import check_precision, choose_device
 from kfac_dist.config.load import check_same, load_config
@@ -54,19 +53,17 @@ def _run(parse: Callable[[], argparse.Namespace], setup: Communicator, log: RunL
     with setup.raise_on_all_ranks():
         arguments = parse()
     if arguments.help:
-        with printing():
-            setup.print_once(arguments.help_text)
+        setup.print_once(arguments.help_text)
         return 0
     with setup.raise_on_all_ranks():
         config = load_config(arguments.config, arguments.overrides)
     with setup.raise_on_all_ranks():
         check_same(setup.gather_bytes(config.shared_yaml().encode()))
     if arguments.print_config:
-        with printing():
-            setup.print_once(config.to_yaml())
+        setup.print_once(config.to_yaml())
         return 0
     if arguments.explain:
-        with setup.raise_on_all_ranks(), printing():
+        with setup.raise_on_all_ranks():
             setup.print_once(describe_plan(config, arguments.ranks or setup.size))
         return 0
     return _train(config, arguments, setup, log)
@@ -83,8 +80,7 @@ def _train(config: Config, arguments: argparse.Namespace, setup: Communicator, l
     if arguments.evaluate:
         path = load_weights(trainer, arguments.evaluate)
         loss, top1, top5 = trainer.evaluate()
-        with printing():
-            log.show(f"{path}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}")
+        log.show(f"{path}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}")
         return 0
     if arguments.resume:
         place, is_done = find_run(arguments.resume, config.run, setup)
@@ -94,6 +90,5 @@ def _train(config: Config, arguments: argparse.Namespace, setup: Communicator, l
         if place is not None and not trainer.resume(place):
             log.show(f"{place} has no checkpoint that is whole: starting a new run")
     result = trainer.train()
-    with printing():
-        log.show(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")
+    log.show(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")
     return 0

@@ -15,6 +15,7 @@ import torch
 
 from kfac_dist.communicator.abort import EXIT_FAILED, abort, abort_on_exception
 from kfac_dist.communicator.launcher_variables import ALLOW_SIZE_VARIABLE, check_world_size, promised_size
+from kfac_dist.communicator.terminal import outliving_readers
 from kfac_dist.errors import InputError, RankFailed
 
 __all__ = [
@@ -53,8 +54,13 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     `main` returns an exit code that all ranks agree on. An exception, or `sys.exit` from inside, is one rank's
     own: its traceback is printed and the whole job is aborted, for the others may be blocked in a collective. So it
-    is with an `InputError`, a `RankFailed` and Ctrl-C, but for the traceback.
+    is with an `InputError`, a `RankFailed` and Ctrl-C, but for the traceback. A terminal that is gone ends nothing.
     """
+    with outliving_readers():
+        _run(main)
+
+
+def _run(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except InputError as error:

@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from kfac_dist.commands.endings import interruptible, printing
+from kfac_dist.commands.endings import interruptible
 from kfac_dist.commands.table import COMMANDS, Command, main
 from tests.paths import QUICKSTART, ROOT
 
@@ -94,16 +94,17 @@ def test_afterwards_it_is_an_exception_again() -> None:
 
 @pytest.fixture
 def without_reader() -> Callable[..., CompletedProcess[str]]:
-    """``without_reader(*words)`` runs a program whose output nobody reads."""
+    """``without_reader(*words)`` runs a program whose output nobody reads; nor its messages, if so wanted."""
 
-    def run(*words: str | Path, unbuffered: str = "1") -> CompletedProcess[str]:
+    def run(*words: str | Path, unbuffered: str = "1", messages: bool = True) -> CompletedProcess[str]:
         reader, writer = os.pipe()
         os.close(reader)
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *words]
         with os.fdopen(writer, "wb") as output:
+            error = subprocess.PIPE if messages else output
             return subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60
+                command, cwd=ROOT, env=environment, stdout=output, stderr=error, text=True, timeout=60
             )
 
     return run
@@ -130,16 +131,16 @@ def test_output_that_nobody_reads(
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_a_finished_run_whose_output_nobody_reads(
-    tmp_path: Path, without_reader: Callable[..., CompletedProcess[str]]
+@pytest.mark.parametrize("program", [["train.py"], [*KFAC_DIST, "train"]], ids=["train.py", "kfac-dist"])
+@pytest.mark.parametrize("messages", [True, False])
+def test_a_run_that_nobody_watches_any_more_goes_on(
+    messages: bool, program: list[str], tmp_path: Path, without_reader: Callable[..., CompletedProcess[str]]
 ) -> None:
     words = [QUICKSTART, f"run.output_dir={tmp_path}", "train.epochs=1", "schedule.end_epoch=1"]
-    ended = without_reader("train.py", *words)
+    ended = without_reader(*program, *words, messages=messages)
     assert ended.returncode == 0
-    assert "Traceback" not in ended.stderr
-    assert "test accuracy" in (tmp_path / "quickstart/log.txt").read_text(encoding="utf-8")
-
-
-def test_another_pipe_is_no_output() -> None:
-    with pytest.raises(BrokenPipeError), printing():
-        raise BrokenPipeError
+    assert "Traceback" not in (ended.stderr or "")
+    assert (tmp_path / "quickstart/DONE").exists()
+    log = (tmp_path / "quickstart/log.txt").read_text(encoding="utf-8")
+    assert "test accuracy" in log
+    assert "Traceback" not in log

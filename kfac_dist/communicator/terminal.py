@@ -1,0 +1,59 @@
+"""Standard output and error of a program that may outlive whoever reads them."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+_LOST = (errno.EPIPE, errno.EIO)  # a pipe without a reader, as behind `| head`; a terminal that was closed
+
+
+@contextmanager
+def outliving_readers() -> Iterator[None]:
+    """Within, what is printed where nobody reads it any more goes nowhere, and the program goes on.
+
+    A disk that is full is an error where results are printed, but not where messages are, which end nothing.
+    """
+    outer = sys.stdout, sys.stderr
+    sys.stdout = cast(TextIO, _Outliving(sys.stdout, _LOST))
+    sys.stderr = cast(TextIO, _Outliving(sys.stderr, tuple(errno.errorcode)))
+    try:
+        yield
+    finally:
+        sys.stdout.flush()  # now: at exit it would be too late to catch the error
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = outer
+
+
+class _Outliving:
+    """A text stream whose descriptor leads nowhere from the first of these errors on."""
+
+    def __init__(self, stream: TextIO, lost_by: tuple[int, ...]) -> None:
+        self._stream = stream
+        self._lost_by = lost_by
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        if isinstance(error, BlockingIOError):
+            return  # the reader is slow, and misses this
+        if error.errno not in self._lost_by:
+            raise error
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
