@@ -127,7 +127,19 @@ def warnings_of(config: Config, num_train: int) -> list[str]:
         config: A validated configuration.
         num_train: Training images, > 0.
     """
-    return [text for text in (_batch_warning(config, num_train), _schedule_warning(config)) if text]
+    texts = (_batch_warning(config, num_train), _schedule_warning(config), _sampling_warning(config))
+    return [text for text in texts if text]
+
+
+def _sampling_warning(config: Config) -> str | None:
+    """Where less than one image of a slot is asked for."""
+    per_rank = config.batch.per_rank
+    if config.kfac is None or config.kfac.sample_fraction * per_rank > 1 - 1e-9:  # 1/3 may be written 0.3333333333
+        return None
+    return (
+        f"kfac.sample_fraction = {config.kfac.sample_fraction:g} of batch.per_rank = {per_rank} is less than one image:"
+        f" A and G are computed from one image of each slot, a share of {1 / per_rank:.3g}"
+    )
 
 
 def _schedule_warning(config: Config) -> str | None:

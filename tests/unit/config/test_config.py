@@ -431,6 +431,14 @@ def test_a_learning_rate_that_is_zero_before_the_end_is_told(valid_file: Path) -
     assert "set schedule.end_epoch=10" in text
 
 
+@pytest.mark.parametrize(("fraction", "is_told"), [(0.1, True), (0.2, True), (0.25, False), (0.3, False), (1.0, False)])
+def test_less_than_one_sample_of_a_slot_is_told(valid_file: Path, fraction: float, is_told: bool) -> None:
+    config = load_config(valid_file, ["batch.per_rank=4", f"kfac.sample_fraction={fraction}"])
+    share = f"kfac.sample_fraction = {fraction:g} of batch.per_rank = 4 is less than one image: A and G are computed"
+    assert [text[: len(share)] for text in warnings_of(config, 1438)] == [share] * is_told
+    assert all(text.endswith("a share of 0.25") for text in warnings_of(config, 1438))
+
+
 def test_a_run_from_before_a_key_was_there_goes_on(valid_file: Path) -> None:
     config = load_config(valid_file)
     saved = "".join(line for line in config.to_yaml().splitlines(True) if "sample_fraction" not in line)
