@@ -133,8 +133,7 @@ class KFAC(DistributedOptimizer):
                 dimension if None. The attribute of this name may be set before each forward.
             sample_fraction: Share of the samples of each backward pass on this rank, in (0, 1] and rounded up, that A
                 and G are computed from (Martens & Grosse 2015, section 8): the first ones, so their order must be
-                random. All serve BatchNorm's F, and forwards that the attribute `num_samples` is set for; with the
-                argument `num_samples` it would do nothing and is refused.
+                random. All serve BatchNorm's F. Refused beside `num_samples`, with which it would do nothing.
             max_grad_norm: Norm that the *averaged*, unscaled gradient is clipped to before preconditioning; None does
                 not clip.
             skip: Shell-style patterns of module names that get the plain gradient.
@@ -428,6 +427,7 @@ class KFAC(DistributedOptimizer):
     @num_samples.setter
     def num_samples(self, value: int | None) -> None:
         check("num_samples", value is None or is_count(value), value, "an integer ≥ 1, or None")
+        check_sample_fraction(self._fisher.capture.sample_fraction, value)
         self._fisher.capture.num_samples = value
 
     @property

@@ -218,6 +218,10 @@ def test_a_part_of_the_samples_is_refused_where_all_would_be_taken() -> None:
     with pytest.raises(ValueError, match=r"^sample_fraction must be 1 where num_samples is given, .*, got 0\.25$"):
         make_kfac(make_net(), num_samples=8, sample_fraction=0.25)
     assert make_kfac(make_net(), num_samples=8, sample_fraction=1).num_samples == 8
+    optimizer = make_kfac(make_net(), sample_fraction=0.25)
+    with pytest.raises(ValueError, match=r"^sample_fraction must be 1 where num_samples is given, .*, got 0\.25$"):
+        optimizer.num_samples = 8
+    optimizer.num_samples = None
 
 
 def test_a_bad_setting_of_a_group_is_refused() -> None:
