@@ -129,7 +129,7 @@ class KfacConfig(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the old Fisher in its running average; null keeps the newest only, as the paper does."""
     sample_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each slot's samples that A and G are computed from; all serve BatchNorm's F."""
+    """Share of each slot's samples, rounded up, that A and G are computed from; all serve BatchNorm's F."""
     refresh: Annotated[RefreshConfig, Field(discriminator="schedule")] = EveryRefresh(schedule="every")
     skip: Patterns = ()
     """Shell-style patterns of module names that get the plain gradient."""

@@ -127,7 +127,19 @@ def warnings_of(config: Config, num_train: int) -> list[str]:
         config: A validated configuration.
         num_train: Training images, > 0.
     """
-    return [text for text in (_batch_warning(config, num_train), _schedule_warning(config)) if text]
+    texts = (_batch_warning(config, num_train), _schedule_warning(config), _sampling_warning(config))
+    return [text for text in texts if text]
+
+
+def _sampling_warning(config: Config) -> str | None:
+    """Where less than one image of a slot is asked for."""
+    per_rank = config.batch.per_rank
+    if config.kfac is None or config.kfac.sample_fraction * per_rank > 1 - 1e-9:  # 1/3 may be written 0.3333333333
+        return None
+    return (
+        f"kfac.sample_fraction = {config.kfac.sample_fraction:g} of batch.per_rank = {per_rank} is less than one image:"
+        f" A and G are computed from one image of each slot, a share of {1 / per_rank:.3g}"
+    )
 
 
 def _schedule_warning(config: Config) -> str | None:
@@ -228,6 +240,8 @@ MAY_CHANGE = (
 def check_resumable(saved: str, config: Config) -> None:
     """Refuse to go on with a run under another configuration.
 
+    A key that is newer than the run is compared by its default, which stands for what was done before the key came.
+
     Args:
         saved: The configuration as it was saved, YAML.
         config: As it is now.
@@ -235,7 +249,7 @@ def check_resumable(saved: str, config: Config) -> None:
     Raises:
         InputError: Naming the keys that differ and may not, with both values.
     """
-    before = leaves(strict_yaml.parse(saved, "the checkpoint's configuration"))
+    before = leaves(_with_defaults(strict_yaml.parse(saved, "the checkpoint's configuration")))
     after = leaves(config.model_dump(mode="json"))
     differing = [
         f"{key}: {before.get(key, 'absent')} when it was saved, {after.get(key, 'absent')} now"
@@ -247,6 +261,14 @@ def check_resumable(saved: str, config: Config) -> None:
             "a run goes on only with the configuration that it was saved with, but these keys differ (start a new run, "
             "or set them back; " + ", ".join(MAY_CHANGE) + " may change):\n  " + "\n  ".join(differing)
         )
+
+
+def _with_defaults(settings: object) -> object:
+    """Saved settings with the keys that they lack; as they are where they are no configuration of this version."""
+    try:
+        return create_config(settings, "").model_dump(mode="json") if isinstance(settings, dict) else settings
+    except InputError:
+        return settings
 
 
 def leaves(value: object, key: str = "") -> dict[str, object]:

@@ -45,6 +45,9 @@ class OwnedFisher:
             for block in blocks
         }
         self._known |= self._curvatures
+        for name in self._known.keys() - self._curvatures.keys():
+            self._known[name].leave_shared_memory()
+        self._preconditioner = Preconditioner()  # without memory for blocks that are gone
         self._inverses.forget_all_but(self._curvatures.values())
 
     def __getitem__(self, name: str) -> BlockCurvature:

@@ -66,6 +66,12 @@ class BlockCurvature:
         """The running averages themselves, (count, n, n), of those matrices that have been given factors."""
         return {matrix: average.value for matrix, average in self.averages.items() if average.num_averaged}
 
+    def leave_shared_memory(self) -> None:
+        """Copy solvers that lie behind those of other blocks in memory, which cannot be freed while one is kept."""
+        for matrix, solver in self.solvers.items():
+            if solver.matrix.untyped_storage().nbytes() > solver.matrix.nbytes:
+                self.solvers[matrix] = Solver(solver.matrix.clone(), solver.is_inverse)
+
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors and plain values; nothing is copied."""
         return {

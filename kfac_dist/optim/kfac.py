@@ -24,7 +24,15 @@ from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import momentum_update_, rescale_weights_, rescaled_weights
-from kfac_dist.optim.validation import check, check_choice, check_kfac_group, check_max_norm, check_parameters, is_count
+from kfac_dist.optim.validation import (
+    check,
+    check_choice,
+    check_kfac_group,
+    check_max_norm,
+    check_parameters,
+    check_sample_fraction,
+    is_count,
+)
 from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
 
@@ -119,9 +127,9 @@ class KFAC(DistributedOptimizer):
             num_samples: N, samples of each backward pass on this rank, for layers whose first dimension is something
                 else (sequence first, or the tokens of all sequences in one dimension); the size of the first
                 dimension if None. The attribute of this name may be set before each forward.
-            sample_fraction: Share of the samples of each backward pass on this rank, in (0, 1], that A and G are
-                computed from (Martens & Grosse 2015, section 8): the first ones, so their order must be random. All
-                serve BatchNorm's F, and layers that `num_samples` is given for.
+            sample_fraction: Share of the samples of each backward pass on this rank, in (0, 1] and rounded up, that A
+                and G are computed from (Martens & Grosse 2015, section 8): the first ones, so their order must be
+                random. All serve BatchNorm's F. Refused beside `num_samples`, with which it would do nothing.
             max_grad_norm: Norm that the *averaged*, unscaled gradient is clipped to before preconditioning; None does
                 not clip.
             skip: Shell-style patterns of module names that get the plain gradient.
@@ -141,7 +149,7 @@ class KFAC(DistributedOptimizer):
         check_choice("batchnorm", batchnorm, get_args(BatchNormForm))
         check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
         check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
-        check("sample_fraction", 0 < sample_fraction <= 1, sample_fraction, "in (0, 1]")
+        check_sample_fraction(sample_fraction, num_samples)
         check_max_norm(max_grad_norm)
         for name, value in (("accumulation_steps", accumulation_steps), ("num_samples", num_samples)):
             check(name, value is None or is_count(value), value, "an integer ≥ 1, or None")
@@ -176,7 +184,7 @@ class KFAC(DistributedOptimizer):
             track_changes,
         )
         self._fisher.capture.num_samples = num_samples
-        self._fisher.capture.sample_fraction = sample_fraction
+        self._fisher.capture.sample_fraction = float(sample_fraction)
         self._index_groups()
         self._share_blocks()
         check_parameters(given, self.blocks)
@@ -360,6 +368,7 @@ class KFAC(DistributedOptimizer):
     @num_samples.setter
     def num_samples(self, value: int | None) -> None:
         check("num_samples", value is None or is_count(value), value, "an integer ≥ 1, or None")
+        check_sample_fraction(self._fisher.capture.sample_fraction, value)
         self._fisher.capture.num_samples = value
 
     @property

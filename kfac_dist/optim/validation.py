@@ -1,6 +1,7 @@
 """Checks of the optimizers' settings: what is out of range is refused by name, on every rank alike."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 from torch.nn import Parameter
@@ -40,6 +41,14 @@ def check_parameters(given: Sequence[Parameter], blocks: Sequence[Block]) -> Non
 def check_max_norm(max_grad_norm: float | None) -> None:
     """Refuse a norm to clip to that is not positive."""
     check("max_grad_norm", max_grad_norm is None or max_grad_norm > 0, max_grad_norm, "> 0, or None not to clip")
+
+
+def check_sample_fraction(sample_fraction: object, num_samples: int | None) -> None:
+    """Refuse a share of the samples that is no number in (0, 1], or that would do nothing."""
+    is_share = sample_fraction is not True and isinstance(sample_fraction, Real) and 0 < float(sample_fraction) <= 1
+    check("sample_fraction", is_share, repr(sample_fraction), "a number in (0, 1]")  # '0.5' would read like a number
+    rule = "1 where num_samples is given, as the samples may then lie in any dimension and all are taken"
+    check("sample_fraction", num_samples is None or sample_fraction == 1, sample_fraction, rule)
 
 
 def check_kfac_group(group: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from kfac_dist.config.schema import Config
 from kfac_dist.curvature.assignment import assign_owners
 from kfac_dist.curvature.blocks.base import Block
 from kfac_dist.curvature.blocks.create import block_cost, create_blocks
+from kfac_dist.curvature.blocks.kronecker import num_taken
 from kfac_dist.data.create import describe_dataset
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.models import create_model
@@ -49,6 +50,9 @@ def explain(config: Config, num_ranks: int) -> str:
     )  # fmt: skip
     if config.kfac is not None:
         blocks = create_blocks(model, list(model.parameters()), config.kfac.batchnorm, config.kfac.skip)
+        if config.kfac.sample_fraction < 1:
+            count = num_taken(config.kfac.sample_fraction, batch.per_rank)
+            lines.append(f"A and G from the first {count} of the {batch.per_rank} images of each slot")
         lines += ["", *_layer_table(blocks, num_ranks, 8 if config.train.precision == "fp64" else 4)]
     lines += ["", *_schedule_table(schedules)]
     return "\n".join(lines)

@@ -72,6 +72,13 @@ def num_bytes(text: str, stage: str) -> int:
     return int(found[1].replace(",", ""))
 
 
+def test_explain_tells_how_many_samples_make_a_and_g(command: Command) -> None:
+    finished = command(QUICKSTART, "--explain", "kfac.sample_fraction=0.3")
+    assert finished.code == 0, finished.err
+    assert "A and G from the first 20 of the 64 images of each slot" in finished.out.splitlines()
+    assert "A and G from" not in command(QUICKSTART, "--explain").out
+
+
 def test_explain_on_3_ranks(command: Command, tmp_path: Path) -> None:
     output_dir = tmp_path / "runs"
     finished = command(QUICKSTART, "--explain", "--ranks", "3", "batch.global_size=192", f"run.output_dir={output_dir}")

@@ -13,6 +13,16 @@ from kfac_dist.curvature.factors import input_factor, output_factor, second_mome
 from kfac_dist.curvature.solvers import Solver, damping_shifts, precondition_kronecker
 
 
+def num_taken(fraction: float, num_samples: int) -> int:
+    """How many of a call's samples A and G are computed from: the fraction of them, rounded up, and at least one.
+
+    Args:
+        fraction: In (0, 1].
+        num_samples: N, ≥ 1.
+    """
+    return max(1, math.ceil(fraction * num_samples - 1e-9))  # 0.1 · 30 is 3.0000000000000004
+
+
 class KroneckerBlock(Block):
     """F ≈ G ⊗ A, one such block for each group of the layer.
 
@@ -75,7 +85,7 @@ class KroneckerBlock(Block):
         if fraction == 1 or num_samples is not None or x.dim() == self.sample_dims:
             self.pack_factor(matrix, x, g, num_samples, out)
             return
-        count = math.ceil(fraction * len(g) - 1e-9)  # for rounding
+        count = num_taken(fraction, len(g))
         self.pack_factor(matrix, x[:count], g[:count], None, out)
         if matrix == "G":
             out.mul_((len(g) / count) ** 2)  # whose gradients are of the mean over all samples

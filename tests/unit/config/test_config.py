@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kfac_dist.config import strict_yaml
 from kfac_dist.config.kfac import damping_decay_rate
-from kfac_dist.config.load import batch_slots, check_same, load_config, warnings_of
+from kfac_dist.config.load import batch_slots, check_resumable, check_same, load_config, warnings_of
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import InputError
 from tests.paths import CONFIGS
@@ -429,6 +429,27 @@ def test_a_learning_rate_that_is_zero_before_the_end_is_told(valid_file: Path) -
     (text,) = warnings_of(load_config(valid_file, ["train.epochs=10"]), 1438)
     assert "the learning rate is 0 from epoch 6 on" in text
     assert "set schedule.end_epoch=10" in text
+
+
+@pytest.mark.parametrize(("fraction", "is_told"), [(0.1, True), (0.2, True), (0.25, False), (0.3, False), (1.0, False)])
+def test_less_than_one_sample_of_a_slot_is_told(valid_file: Path, fraction: float, is_told: bool) -> None:
+    config = load_config(valid_file, ["batch.per_rank=4", f"kfac.sample_fraction={fraction}"])
+    share = f"kfac.sample_fraction = {fraction:g} of batch.per_rank = 4 is less than one image: A and G are computed"
+    assert [text[: len(share)] for text in warnings_of(config, 1438)] == [share] * is_told
+    assert all(text.endswith("a share of 0.25") for text in warnings_of(config, 1438))
+
+
+def test_a_run_from_before_a_key_was_there_goes_on(valid_file: Path) -> None:
+    config = load_config(valid_file)
+    saved = "".join(line for line in config.to_yaml().splitlines(True) if "sample_fraction" not in line)
+    assert saved != config.to_yaml()
+    check_resumable(saved, config)
+    with pytest.raises(InputError, match=r"\n  kfac.sample_fraction: 1.0 when it was saved, 0.5 now$"):
+        check_resumable(saved, load_config(valid_file, ["kfac.sample_fraction=0.5"]))
+    with pytest.raises(
+        InputError, match=r"\n  gone: 1 when it was saved, absent now\n  kfac.sample_fraction: absent when"
+    ):
+        check_resumable(f"{saved}gone: 1\n", config)
 
 
 @pytest.mark.parametrize(("ranks", "per_rank", "remedy"), [(4, 64, "; or set batch.per_rank=32$"), (3, 16, "2 and 4$")])

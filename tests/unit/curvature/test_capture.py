@@ -331,7 +331,7 @@ def test_a_convolution_used_at_two_sizes_weights_its_positions_alike(accumulatio
 # A part of the samples
 
 
-@pytest.mark.parametrize(("fraction", "num_used"), [(0.5, 4), (0.3, 3), (0.25, 2), (1e-9, 1), (1.0, 8)])
+@pytest.mark.parametrize(("fraction", "num_used"), [(0.5, 4), (0.3, 3), (0.25, 2), (1e-9, 1), (1e-12, 1), (1.0, 8)])
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_factors_of_a_part_are_those_of_its_samples(fraction, num_used, accumulation_steps):
     """Without BatchNorm a sample's gradient is its own, so that a batch of these samples alone has the same factors."""

@@ -196,8 +196,12 @@ def test_parameters_not_given_do_not_move() -> None:
         ("weight_rescaling", "sometimes", "one of always, cap, off"),
         ("batchnorm", "block", "one of full, unit, diagonal"),
         ("ema_decay", 1.0, r"in \(0, 1\) or None"),
-        ("sample_fraction", 0.0, r"in \(0, 1\]"),
-        ("sample_fraction", 1.5, r"in \(0, 1\]"),
+        ("sample_fraction", 0.0, r"a number in \(0, 1\]"),
+        ("sample_fraction", 1.5, r"a number in \(0, 1\]"),
+        ("sample_fraction", float("nan"), r"a number in \(0, 1\]"),
+        ("sample_fraction", "0.5", r"a number in \(0, 1\]"),
+        ("sample_fraction", None, r"a number in \(0, 1\]"),
+        ("sample_fraction", True, r"a number in \(0, 1\]"),
         ("ema_decay", 0.0, r"in \(0, 1\) or None"),
         ("refresh", 0, "an integer ≥ 1 or a RefreshSchedule"),
         ("refresh", 1.5, "an integer ≥ 1 or a RefreshSchedule"),
@@ -208,6 +212,16 @@ def test_parameters_not_given_do_not_move() -> None:
 def test_a_bad_setting_is_refused_with_name_value_and_rule(setting: str, value: Any, rule: str) -> None:
     with pytest.raises(ValueError, match=rf"^{setting} must be {rule}, got '?{str(value).replace('*', '.')}'?$"):
         make_kfac(make_net(), **{setting: value})
+
+
+def test_a_part_of_the_samples_is_refused_where_all_would_be_taken() -> None:
+    with pytest.raises(ValueError, match=r"^sample_fraction must be 1 where num_samples is given, .*, got 0\.25$"):
+        make_kfac(make_net(), num_samples=8, sample_fraction=0.25)
+    assert make_kfac(make_net(), num_samples=8, sample_fraction=1).num_samples == 8
+    optimizer = make_kfac(make_net(), sample_fraction=0.25)
+    with pytest.raises(ValueError, match=r"^sample_fraction must be 1 where num_samples is given, .*, got 0\.25$"):
+        optimizer.num_samples = 8
+    optimizer.num_samples = None
 
 
 def test_a_bad_setting_of_a_group_is_refused() -> None:

@@ -91,6 +91,14 @@ def test_a_profile_is_measured_and_predicts_what_it_was_measured_on():
     assert expected == pytest.approx(training, rel=3), "on a busy machine"
 
 
+def test_a_profile_tells_which_part_of_the_samples_its_factors_were_measured_with(monkeypatch):
+    monkeypatch.setattr(Clock, "slot_seconds", lambda clock, config: (2.0, 1.0))
+    part = configuration().kfac.model_copy(update={"sample_fraction": 0.25})
+    profile = measure_profile(configuration().model_copy(update={"kfac": part}), LocalCommunicator(), CPU)
+    assert profile.training.source == "measured: digits_cnn, 4 images, fp32"
+    assert profile.factors.source == "measured: digits_cnn, 4 images, fp32, sample_fraction 0.25"
+
+
 def test_two_ranks_measure_the_network(monkeypatch):
     class Pair(LocalCommunicator):
         size = local_size = 2
