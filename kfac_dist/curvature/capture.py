@@ -16,15 +16,15 @@ examples, saliency) leaves no trace.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
-from kfac_dist.curvature.hook_classes import not_compiled
+from kfac_dist.curvature.hooks import NO_GRAPH_TASK, GradientHook, GradientMark, LayerHook, Saved, will_run
 
 
 class Capture:
@@ -62,12 +62,12 @@ class Capture:
             if self._blocks.get(name) is not block:
                 self._forget_block(name)
         self._handles += [
-            block.parameters[0].register_post_accumulate_grad_hook(_GradientMark(self, name))
+            block.parameters[0].register_post_accumulate_grad_hook(GradientMark(self, name))
             for name, block in self._blocks.items()
         ]
         self._handles += [
             # First of all, as the hooks of others may replace the layer's output.
-            block.module.register_forward_hook(_LayerHook(self, name), prepend=True, with_kwargs=True)
+            block.module.register_forward_hook(LayerHook(self, name), prepend=True, with_kwargs=True)
             for name, block in self._blocks.items()
         ]
 
@@ -147,7 +147,7 @@ class Capture:
     def on_forward(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         """Called by the layer's hook: keep the input, and wait for the output's gradient."""
         if (
-            name in self.captured and torch._C._current_graph_task_id() == _NO_GRAPH_TASK
+            name in self.captured and torch._C._current_graph_task_id() == NO_GRAPH_TASK
         ):  # no recomputation amid a backward
             self._forget_if_dropped(name)
         block = self._blocks[name]
@@ -155,23 +155,27 @@ class Capture:
         weight = block.parameters[0]
         if wanted and module.training and output.requires_grad and output.numel() and weight.requires_grad:
             output.register_hook(
-                _GradientHook(
+                GradientHook(
                     self,
                     self._generation,
                     block,
                     wanted,
-                    _Saved.of(x),
+                    Saved.of(x),
                     self.num_samples,
                     get_gradient_edge(weight).node,
                 )
             )
 
-    def on_gradient(self, hook: "_GradientHook", g: Tensor) -> None:
+    def on_weight_gradient(self, name: str) -> None:
+        """Called by the hook on the first parameter of the block: its `.grad` has been added up."""
+        self._marked.add(name)
+
+    def on_gradient(self, hook: "GradientHook", g: Tensor) -> None:
         """Called by the output's hook: build the matrices of one call of the layer."""
         block = hook.block
         if hook.generation != self._generation or self._blocks.get(hook.name) is not block:
             return
-        if not _will_run(hook.accumulation):
+        if not will_run(hook.accumulation):
             hook.is_differentiated |= torch.is_grad_enabled()
             return
         if hook.saved is None or hook.is_differentiated:
@@ -183,7 +187,7 @@ class Capture:
         x = hook.take_input()
         graph_task = torch._C._current_graph_task_id()
         self._passes.setdefault(hook.name, set()).add(graph_task)
-        if hook.enclosing not in (_NO_GRAPH_TASK, graph_task):
+        if hook.enclosing not in (NO_GRAPH_TASK, graph_task):
             self._enclosing[graph_task] = hook.enclosing
         num_samples = hook.num_samples
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -211,144 +215,6 @@ class Capture:
             destination.lerp_(packed, weight / total)
         else:
             destination.add_(packed)
-
-
-@not_compiled
-class _LayerHook:
-    """A layer's forward hook; holds the capture weakly. A copy of it, as in a copied model, does nothing."""
-
-    def __init__(self, capture: Capture, name: str) -> None:
-        self._capture: weakref.ref[Capture] | None = weakref.ref(capture)
-        self._name = name
-
-    def __call__(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor], output: Tensor
-    ) -> None:
-        if torch.compiler.is_compiling():
-            from kfac_dist.curvature.uncompiled import call  # see `not_compiled`
-
-            call(self, module, inputs, keywords, output)
-            return
-        capture = self._capture() if self._capture is not None else None
-        if capture is not None and not torch._C._are_functorch_transforms_active() and not torch._C._is_tracing():
-            capture.on_forward(self._name, module, inputs[0] if inputs else keywords["input"], output)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_capture": None, "_name": self._name}
-
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute == "__name__":  # which TorchScript's compiler asks each hook for first
-            raise AttributeError(
-                f"torch.jit.script cannot compile K-FAC's hook on layer {self._name}: script the model before making "
-                "KFAC or after its close(), or use torch.jit.trace or torch.export",
-                name=attribute,
-                obj=self,
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}", name=attribute, obj=self)
-
-
-class _GradientHook:
-    """The hook on a layer's output, with what belongs to that call of the layer.
-
-    Attributes:
-        block: The layer's block then.
-        saved: The input, until it is taken.
-        num_samples: N of the call, or None.
-        accumulation: The node of the graph that adds to the weight's `.grad`.
-        enclosing: The backward pass in which the call was computed again, if one.
-        is_differentiated: Whether a backward pass that did not count can itself be differentiated.
-    """
-
-    def __init__(
-        self,
-        capture: Capture,
-        generation: int,
-        block: Block,
-        wanted: Sequence[str],
-        saved: Tensor,
-        num_samples: int | None,
-        accumulation: Node,
-    ) -> None:
-        self._capture = weakref.ref(capture)
-        self.generation = generation
-        self.block = block
-        self.name = block.name
-        self.wanted = wanted
-        self.saved: Tensor | None = saved
-        self.num_samples = num_samples
-        self.accumulation = accumulation
-        self.enclosing = torch._C._current_graph_task_id()
-        self.is_differentiated = False
-
-    def __call__(self, g: Tensor) -> None:
-        capture = self._capture()
-        if capture is not None:
-            capture.on_gradient(self, g)
-
-    def take_input(self) -> Tensor:
-        """The layer's input, once.
-
-        Raises:
-            RuntimeError: If it was changed in place since.
-        """
-        assert self.saved is not None
-        saved, self.saved = self.saved, None
-        try:
-            x: Tensor = saved.grad_fn.saved_tensors[0]  # type: ignore[union-attr]
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            raise RuntimeError(
-                f"the input of {self.name} was changed in place after the layer had used it; K-FAC needs it as it was: "
-                "use an operation that is not in place, or leave the layer out with skip"
-            ) from error
-        return x
-
-
-class _GradientMark:
-    """The hook on a parameter that has been given its gradient."""
-
-    def __init__(self, capture: Capture, name: str) -> None:
-        self._capture = weakref.ref(capture)
-        self._name = name
-
-    def __call__(self, parameter: Tensor) -> None:
-        capture = self._capture()
-        if capture is not None:
-            capture._marked.add(self._name)
-
-
-class _Saved(torch.autograd.Function):
-    """Keeps a tensor the way autograd keeps what a layer saves: hooks on saved tensors apply, versions are checked."""
-
-    @staticmethod
-    def of(x: Tensor) -> Tensor:
-        """An empty tensor whose `grad_fn` has saved `x`."""
-        kept: Tensor = _Saved.apply(torch.empty(0, requires_grad=True), x.detach())
-        return kept
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return anchor.view_as(anchor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None
-
-
-_NO_GRAPH_TASK = -1  # what PyTorch says outside a backward pass
-
-
-def _will_run(accumulation: Node) -> bool:
-    """Whether the backward pass that is running computes the gradient that this node adds to a weight's `.grad`."""
-    will_run: Callable[[Node], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
-    if will_run is None:
-        return True
-    try:
-        return will_run(accumulation)
-    except RuntimeError:  # `autograd.grad` for the weight returns the gradient in place of adding it
-        return True
 
 
 def _remove(handles: list[Any]) -> None:
