@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     Field,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
     Strict,
@@ -51,10 +52,18 @@ def _check_some(values: _Sized) -> _Sized:
     return values
 
 
+def _check_number(value: object) -> int | float:
+    """Of pydantic's own union of the two each problem would be told twice, under keys that the file does not have."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    return value
+
+
 # Strict(False) lets a YAML list stand for the tuple; what is in it stays strict.
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+Number = Annotated[int | float, PlainValidator(_check_number)]
 # An integer stays one, for keys such as kfac.refresh.interval.
-Values = Annotated[tuple[int | float, ...], Strict(False), AfterValidator(_check_distinct)]
+Values = Annotated[tuple[Number, ...], Strict(False), AfterValidator(_check_distinct)]
 Models = Annotated[tuple[Text, ...], Strict(False), AfterValidator(_check_distinct)]
 BatchSize = Annotated[int, AfterValidator(_check_batch_size)]
 BatchSizes = Annotated[tuple[BatchSize, ...], Strict(False), AfterValidator(_check_distinct)]
@@ -74,6 +83,8 @@ class Axis(Section):
     @field_validator("count")
     @classmethod
     def _check_one_form(cls, count: int | None, info: ValidationInfo) -> int | None:
+        if not {"values", "lowest", "highest"} <= info.data.keys():
+            return count  # one of them is wrong, and told
         lowest, highest = info.data.get("lowest"), info.data.get("highest")
         if info.data.get("values") is not None:
             if (lowest, highest, count) != (None, None, None):

@@ -48,6 +48,21 @@ def test_one_problem(tmp_path: Path, changes: dict[str, Any], problem: str) -> N
     assert any(line.startswith(problem) for line in found), found
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"optimizers/sgd/grid/learning_rate/values": [0.1, [1]]}, "values[1] must be a number, got [1]"),
+        ({"optimizers/sgd/grid/learning_rate/values": [0.1, True]}, "values[1] must be a number, got true"),
+        ({"optimizers/kfac/grid/damping/count": "x"}, "count must be an integer, got 'x'"),
+        ({"optimizers/kfac/grid/damping/lowest": -1}, "lowest must be > 0, got -1"),
+    ],
+)
+def test_a_wrong_value_of_a_grid_is_told_once(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    """Defect: as `values[1].int` and `values[1].float`, and with a `count` that was said to be missing."""
+    (found,) = problems(tmp_path, changes)
+    assert found.endswith(problem)
+
+
 def test_all_problems_at_once(tmp_path: Path) -> None:
     assert len(problems(tmp_path, {"batch_sizes": [3], "models": [1], "seeds": [-1]})) == 3
 
