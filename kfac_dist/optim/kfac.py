@@ -125,7 +125,8 @@ class KFAC(DistributedOptimizer):
                 dimension if None. The attribute of this name may be set before each forward.
             sample_fraction: Share of the samples of each backward pass on this rank, in (0, 1], that A and G are
                 computed from (Martens & Grosse 2015, section 8): the first ones, so their order must be random. All
-                serve BatchNorm's F, and layers that `num_samples` is given for.
+                serve BatchNorm's F, and calls before which the attribute `num_samples` was set; beside the argument
+                `num_samples` it is refused.
             max_grad_norm: Norm that the *averaged*, unscaled gradient is clipped to before preconditioning; None does
                 not clip.
             skip: Shell-style patterns of module names that get the plain gradient.
@@ -146,6 +147,8 @@ class KFAC(DistributedOptimizer):
         check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
         check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
         check("sample_fraction", 0 < sample_fraction <= 1, sample_fraction, "in (0, 1]")
+        samples_are_first = num_samples is None  # else a part of them would be a part of something else
+        check("sample_fraction", samples_are_first or sample_fraction == 1, sample_fraction, "1 beside num_samples")
         check_max_norm(max_grad_norm)
         for name, value in (("accumulation_steps", accumulation_steps), ("num_samples", num_samples)):
             check(name, value is None or is_count(value), value, "an integer ≥ 1, or None")
@@ -449,7 +452,9 @@ class KFAC(DistributedOptimizer):
                 f"a copy from each of {self.communicator.size} ranks; in fp32 (communication.factor_precision, "
                 "comm_dtypes) they are summed on the way"
             )
-        return [f"K-FAC covers {covered} layers", *reasons]
+        fraction = self._fisher.capture.sample_fraction
+        part = f", A and G from the first {100 * fraction:.4g} % of each pass's samples" if fraction < 1 else ""
+        return [f"K-FAC covers {covered} layers{part}", *reasons]
 
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
         """Smallest and largest eigenvalue and effective rank of each running matrix; collective, and not fast."""

@@ -49,6 +49,8 @@ def explain(config: Config, num_ranks: int) -> str:
     )  # fmt: skip
     if config.kfac is not None:
         blocks = create_blocks(model, list(model.parameters()), config.kfac.batchnorm, config.kfac.skip)
+        if config.kfac.sample_fraction < 1:
+            lines.append(f"A and G from the first {100 * config.kfac.sample_fraction:.4g} % of each slot's images")
         lines += ["", *_layer_table(blocks, num_ranks, 8 if config.train.precision == "fp64" else 4)]
     lines += ["", *_schedule_table(schedules)]
     return "\n".join(lines)

@@ -210,6 +210,12 @@ def test_a_bad_setting_is_refused_with_name_value_and_rule(setting: str, value: 
         make_kfac(make_net(), **{setting: value})
 
 
+def test_a_part_of_samples_that_are_not_first_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sample_fraction must be 1 beside num_samples, got 0\.5"):
+        make_kfac(make_net(), sample_fraction=0.5, num_samples=4)
+    make_kfac(make_net(), sample_fraction=1.0, num_samples=4)
+
+
 def test_a_bad_setting_of_a_group_is_refused() -> None:
     net = make_net()
     with pytest.raises(ValueError, match="damping must be > 0, got -3"):
