@@ -143,10 +143,10 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
                     axes.add_patch(Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, ec="#D55E00", lw=2))
         turned = 45 if columns > 5 else 0
         axes.set_xticks(range(columns), [plain(rate) for rate in grid.rates], rotation=turned)
-        axes.set_yticks(range(rows), [plain(other) for other in grid.others])
+        axes.set_yticks(range(rows), [plain(other) if grid.other else "" for other in grid.others])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set(xlabel="learning rate", ylabel=grid.other or "", title=title)
 
-    alt = f"{title}: test accuracy over learning rate and {grid.other or 'nothing else'}"
+    alt = f"{title}: test accuracy over learning rate{f' and {grid.other}' if grid.other else ''}"
     return draw(name, alt, fill, height=1.15 + 0.27 * max(2, rows), legend=False)

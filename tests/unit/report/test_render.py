@@ -1,3 +1,4 @@
+import errno
 import functools
 import re
 from pathlib import Path
@@ -91,10 +92,17 @@ def test_the_same_drawing_is_the_same_file():
     assert draw("first", "a line", line) == draw("first", "a line", line)
 
 
-def test_outputs_that_cannot_be(tmp_path):
+def test_outputs_that_cannot_be(tmp_path, monkeypatch):
+    def full_disk(path, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")  # which, as of a write, names no file
+
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         write_page(make_page(), tmp_path / "file" / "x.html")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full_disk)
+        with pytest.raises(InputError, match=r"cannot write \S+x.html \(No space left"):
+            write_page(make_page(), tmp_path / "x.html")
     with pytest.raises(InputError, match=r"--output must end in .html, got 'report.pdf'"):
         check_output("report.pdf")
     assert check_output("a/report.HTML") == Path("a/report.HTML")
@@ -128,6 +136,12 @@ def test_a_heat_map_shows_every_number():
         "×",
         "title",
     }
+
+
+def test_a_heat_map_of_one_parameter_has_no_second_axis():
+    panel = draw_heat_map("map", "title", Grid("", np.array([0.01, 0.1]), np.array([0.0]), np.array([[0.8, 0.7]])), 0.8)
+    assert set(re.findall(r">([^<>]+)</text>", panel.svg)) == {"title", "learning rate", "0.01", "0.1", "80", "70"}
+    assert panel.alt == "title: test accuracy over learning rate"
 
 
 def test_a_logarithmic_axis_has_readable_ticks_within_a_decade():
