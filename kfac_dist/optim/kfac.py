@@ -393,7 +393,9 @@ class KFAC(DistributedOptimizer):
             f"plain gradient for {block.name} ({block.num_values} values): {block.reason}" for block in self.uncovered
         ]
         warnings = self._fisher.warnings_of_size() if self._comm_dtypes.factors is not None else []
-        return [f"K-FAC covers {covered} layers", *reasons, *warnings]
+        fraction = self._fisher.capture.sample_fraction
+        part = f", A and G from the first {100 * fraction:.4g} % of each pass's samples" if fraction < 1 else ""
+        return [f"K-FAC covers {covered} layers{part}", *reasons, *warnings]
 
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
         """Smallest and largest eigenvalue and effective rank of each running matrix; collective, and not fast."""

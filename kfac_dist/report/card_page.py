@@ -105,9 +105,15 @@ def _curvature(run: RunRecord, look: Look) -> Iterator[Block]:
     damping = column(train, "damping")
     damping = damping[np.isfinite(damping)]
     if damping.size:
+        fraction = run.setting("kfac.sample_fraction")
+        part = (
+            f" A and G: from the first {100 * fraction:.4g} % of each slot's samples."
+            if fraction not in (None, 1)
+            else ""
+        )
         yield Paragraph(
             f"Damping went from {damping[0]:.3g} to {damping[-1]:.3g} (lowest {damping.min():.3g}); BatchNorm's is "
-            f"{run.setting('kfac.damping.batchnorm_ratio')} times that. Refresh schedule: {_schedule(run)}."
+            f"{run.setting('kfac.damping.batchnorm_ratio')} times that. Refresh: {_schedule(run)}.{part}"
         )
     if panels:
         yield Figure(

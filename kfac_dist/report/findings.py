@@ -90,7 +90,7 @@ def count(votes: Sequence[Vote], summary: str) -> tuple[Verdict, str]:
         summary: A sentence about their values.
     """
     if not votes:
-        return "undecided", "No comparison is possible with these results."
+        return "undecided", "No comparison is possible with these results: see the rule for what it takes."
     ayes, noes = (sum(vote.says == side for vote in votes) for side in (1, -1))
     text = f"{summary} {ayes} of {len(votes)} comparisons for it, {noes} against it."
     if ayes >= MAJORITY * len(votes):

@@ -59,7 +59,7 @@ def write_page(page: Page, output: Path) -> list[Path]:
         output.write_text(to_html(page), encoding="utf-8")
         markdown.write_text(to_markdown(page, folder.name), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--output: cannot write {error.filename} ({error.strerror})") from error
+        raise InputError(f"--output: cannot write {error.filename or output} ({error.strerror})") from error
     return [output, markdown]
 
 

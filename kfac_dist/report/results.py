@@ -199,9 +199,9 @@ def _read(path: Path, parse: Callable[[str], T]) -> T:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the folder of a study") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: is not what a study writes ({type(error).__name__}: {error}); delete it and run its trial again"
-        ) from error
+        of_trial = path.parent.name == "results"
+        remedy = "delete it and run its trial again" if of_trial else "plan the study in another folder"
+        raise InputError(f"{path}: is not what a study writes ({type(error).__name__}: {error}); {remedy}") from error
 
 
 def _load_mapping(text: str) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def study_page(study: Study) -> Page:
     looks = looks_of(study.kinds)
     sgd = study.first_of_kind("sgd")
     sections = [
-        Section("The poster's findings", _findings(study)),
         Section("Best performance", [*_best_figures(study, looks), best_table(study)]),
+        Section("The poster's findings", _findings(study)),
         Section("Scaling with the batch size", list(_scaling(study, looks))),
         Section("Learning curves of the best", list(_curves(study, looks))),
         *([Section("Time to the best SGD's accuracy", [time_table(study, sgd)])] if sgd is not None else []),

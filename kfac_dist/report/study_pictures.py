@@ -124,6 +124,9 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
     """
     rows, columns = grid.top1.shape
     good, best = grid.good(), grid.best
+    digits = (
+        1 if columns <= 5 else 0
+    )  # where there is room: in whole numbers the best of a good region would be like others
 
     def fill(axes: Axes) -> None:
         axes.grid(visible=False)
@@ -134,7 +137,7 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
             if math.isfinite(value):
                 light = value / highest > 0.55 if highest else True
                 colour = INK if value == 0 else "black" if light else "white"
-                text = "×" if value == 0 else f"{100 * value:.0f}"
+                text = "×" if value == 0 else f"{100 * value:.{digits}f}"
                 weight = "bold" if good[row, column] else "normal"
                 size = max(4.0, min(8.0, 62 / columns))
                 cell = axes.text(column, row, text, ha="center", va="center", color=colour, weight=weight, size=size)
@@ -143,10 +146,10 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
                     axes.add_patch(Rectangle((column - 0.46, row - 0.44), 0.92, 0.88, fill=False, ec="#D55E00", lw=2))
         turned = 45 if columns > 5 else 0
         axes.set_xticks(range(columns), [plain(rate) for rate in grid.rates], rotation=turned)
-        axes.set_yticks(range(rows), [plain(other) for other in grid.others])
+        axes.set_yticks(range(rows), [plain(other) if grid.other else "" for other in grid.others])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set(xlabel="learning rate", ylabel=grid.other or "", title=title)
 
-    alt = f"{title}: test accuracy over learning rate and {grid.other or 'nothing else'}"
+    alt = f"{title}: test accuracy over learning rate{f' and {grid.other}' if grid.other else ''}"
     return draw(name, alt, fill, height=1.15 + 0.27 * max(2, rows), legend=False)

@@ -44,7 +44,8 @@ def best_table(study: Study) -> Table:
         )
     caption = (
         "Best final test accuracy and best final training loss, each with its configuration. With several seeds: mean "
-        "(lowest … highest, number). A star marks a value at the edge of the grid: a better one may lie outside."
+        "(lowest … highest, number). A star marks the lowest or highest of three values or more: "
+        "a better one may lie outside."
     )
     columns = ["model", "batch", "optimizer", "test %", "at", "train loss", "at", "epochs"]
     return Table(columns, rows, caption, num_labels=3)
@@ -91,7 +92,8 @@ def time_table(study: Study, sgd: str) -> Table:
     caption = (
         f"Until the test accuracy is the final one of the best {sgd} (mean over its seeds), found at an evaluation: "
         "each optimizer's configuration with the best final accuracy (mean over the seeds that come there), and the "
-        f"one of its grid that needs the fewest epochs. In brackets: how many times {sgd}'s whole run that is."
+        f"one of its grid that needs the fewest epochs, with the grid's seed alone. In brackets: "
+        f"how many times {sgd}'s whole run that is."
     )
     columns = ["model", "batch", "optimizer", "level %", "epochs", "iterations", "seconds"]
     return Table([*columns, "fastest: epochs", "iterations", "seconds"], rows, caption, num_labels=3)

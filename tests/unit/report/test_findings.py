@@ -163,7 +163,7 @@ def test_two_batch_sizes_decide_nothing_on_regions(tmp_path):
     results = [one for one in regions((9, 7, 4, 2)) if one["batch_size"] <= 256]
     one = finding(tmp_path, EPOCHS, results)
     assert one.verdict == "undecided"
-    assert one.number == "No comparison is possible with these results."
+    assert one.number == "No comparison is possible with these results: see the rule for what it takes."
 
 
 def tilted(good):

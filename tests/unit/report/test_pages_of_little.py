@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from kfac_dist.report.card_page import report_run
 from kfac_dist.report.study_page import report_study
@@ -72,3 +73,20 @@ def test_a_run_that_diverged(tmp_path):
     text = report_run(folder)[0].read_text()
     assert "Curvature" not in text
     assert "87.50 %" in text
+
+
+@pytest.mark.parametrize(("fraction", "told"), [(None, False), (1.0, False), (0.0625, True)])
+def test_a_card_tells_of_a_part_of_the_samples(tmp_path, fraction, told):
+    run = write_run(tmp_path / "run")
+    if fraction is not None:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["kfac"]["sample_fraction"] = fraction
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = report_run(run)[0].with_suffix(".md").read_text()
+    assert "Refresh: interval 1, schedule every." in text
+    assert ("A and G: from the first 6.25 % of each slot's samples." in text) is told
+
+
+def test_on_a_phone_labels_wrap_so_that_numbers_are_seen(tmp_path):
+    page = report_run(write_run(tmp_path / "run"))[0].read_text()
+    assert "@media (max-width: 30rem) { td:not(.number) { white-space: normal; } }" in page

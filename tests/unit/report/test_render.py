@@ -1,3 +1,4 @@
+import errno
 import functools
 import re
 from pathlib import Path
@@ -91,10 +92,17 @@ def test_the_same_drawing_is_the_same_file():
     assert draw("first", "a line", line) == draw("first", "a line", line)
 
 
-def test_outputs_that_cannot_be(tmp_path):
+def test_outputs_that_cannot_be(tmp_path, monkeypatch):
+    def full_disk(path, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")  # which, as of a write, names no file
+
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         write_page(make_page(), tmp_path / "file" / "x.html")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full_disk)
+        with pytest.raises(InputError, match=r"cannot write \S+x.html \(No space left"):
+            write_page(make_page(), tmp_path / "x.html")
     with pytest.raises(InputError, match=r"--output must end in .html, got 'report.pdf'"):
         check_output("report.pdf")
     assert check_output("a/report.HTML") == Path("a/report.HTML")
@@ -120,14 +128,27 @@ def test_a_heat_map_shows_every_number():
     grid = Grid("damping", np.array([0.01, 0.1]), np.array([0.001, 0.3]), top1)
     svg = draw_heat_map("map", "title", grid, 0.81).svg
     texts = re.findall(r">([^<>]+)</text>", svg)
-    assert texts.count("81") == texts.count("50") == texts.count("×") == 1
+    assert texts.count("81.0") == texts.count("50.0") == texts.count("×") == 1
     assert "nan" not in svg.lower().replace("unan", "")
     assert {"0.01", "0.1", "1e-3", "0.001", "0.3", "damping", "learning rate"} >= set(texts) - {
-        "81",
-        "50",
+        "81.0",
+        "50.0",
         "×",
         "title",
     }
+
+
+def test_a_wide_heat_map_has_whole_numbers():
+    top1 = np.array([[0.814, 0.7, 0.6, 0.5, 0.4, 0.3]])
+    grid = Grid("", np.arange(1.0, 7.0), np.array([0.0]), top1)
+    texts = re.findall(r">([^<>]+)</text>", draw_heat_map("map", "title", grid, 0.814).svg)
+    assert {"81", "70", "60", "50", "40", "30"} <= set(texts)
+
+
+def test_a_heat_map_of_one_parameter_has_no_second_axis():
+    panel = draw_heat_map("map", "title", Grid("", np.array([0.01, 0.1]), np.array([0.0]), np.array([[0.8, 0.7]])), 0.8)
+    assert set(re.findall(r">([^<>]+)</text>", panel.svg)) == {"title", "learning rate", "0.01", "0.1", "80.0", "70.0"}
+    assert panel.alt == "title: test accuracy over learning rate"
 
 
 def test_a_logarithmic_axis_has_readable_ticks_within_a_decade():

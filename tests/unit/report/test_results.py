@@ -100,7 +100,8 @@ def test_the_table_has_a_line_for_each_result(study):
     [
         ("study.yaml", None, "give the folder of a study"),
         ("manifest.jsonl", None, "give the folder of a study"),
-        ("study.yaml", "- a list", "is not what a study writes"),
+        ("study.yaml", "- a list", "is not what a study writes.*; plan the study in another folder"),
+        ("manifest.jsonl", "garbage", "is not what a study writes.*; plan the study in another folder"),
         ("results/00000.json", "{", "delete it and run its trial again"),
         ("results/00000.json", '{"index": 0}', "KeyError"),
         ("results/00000.json", "[]", "is not what a study writes"),
