@@ -6,6 +6,7 @@ All problems of a configuration are reported at once, each as the dotted key, th
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -249,7 +250,8 @@ def check_resumable(saved: str, config: Config) -> None:
     Raises:
         InputError: Naming the keys that differ and may not, with both values.
     """
-    before = leaves(_with_defaults(strict_yaml.parse(saved, "the checkpoint's configuration")))
+    settings = strict_yaml.parse(saved, "the checkpoint's configuration")
+    before = leaves(with_defaults(settings) if isinstance(settings, dict) else settings)
     after = leaves(config.model_dump(mode="json"))
     differing = [
         f"{key}: {before.get(key, 'absent')} when it was saved, {after.get(key, 'absent')} now"
@@ -263,10 +265,13 @@ def check_resumable(saved: str, config: Config) -> None:
         )
 
 
-def _with_defaults(settings: object) -> object:
-    """Saved settings with the keys that they lack; as they are where they are no configuration of this version."""
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings with the keys that came later, by their defaults, which stand for what was done before.
+
+    What is no configuration of this version stays as it is.
+    """
     try:
-        return create_config(settings, "").model_dump(mode="json") if isinstance(settings, dict) else settings
+        return create_config(settings, "").model_dump(mode="json")
     except InputError:
         return settings
 

@@ -11,12 +11,15 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kfac_dist.config import strict_yaml
-from kfac_dist.config.load import leaves
+from kfac_dist.config.load import leaves, with_defaults
 from kfac_dist.errors import InputError
+from kfac_dist.runs.reader import METRICS_FILE
 from kfac_dist.study.definition import Study
 from kfac_dist.study.trials import Trial, plan_trials
 
@@ -75,9 +78,12 @@ class StudyFolder:
         """Plan the study, or find that it was planned before, as it is now; its trials.
 
         Raises:
-            InputError: If the folder holds another study, naming the keys that differ; or if it cannot be written.
+            InputError: If the folder holds another study, naming the keys that differ, or a training run; or if it
+                cannot be written.
         """
         trials = plan_trials(study)
+        if (self.path / METRICS_FILE).exists():
+            raise InputError(f"{self.path} holds a training run; choose another --folder")
         yaml_text = study.to_yaml()
         text = "".join(json.dumps(trial.to_dict(), allow_nan=False) + "\n" for trial in trials)
         try:
@@ -112,7 +118,11 @@ class StudyFolder:
     def _check_same_study(self, yaml_text: str) -> None:
         there = (self.path / STUDY_FILE).read_text(encoding="utf-8")
         if there != yaml_text:
-            self._refuse("study", _differences(strict_yaml.parse(there, STUDY_FILE), strict_yaml.parse(yaml_text, "")))
+            before, now = strict_yaml.parse(there, STUDY_FILE), strict_yaml.parse(yaml_text, "")
+            with suppress(ValueError):  # keys that came later count as their defaults
+                before = Study.model_validate(before).model_dump(mode="json")
+            if before != now:
+                self._refuse("study", _differences(before, now))
 
     def _check_same_trials(self, trials: Sequence[Trial]) -> None:
         """A study may be the same and its trials not: another version of this program has other defaults."""
@@ -120,7 +130,8 @@ class StudyFolder:
         if len(there) != len(trials):
             self._refuse("number of trials", [f"{len(there)} when it was planned, {len(trials)} now"])
         for before, now in zip(there, trials, strict=True):
-            if before != now:
+            config = with_defaults(before.config) if before.config is not None else None
+            if replace(before, config=config) != now:
                 self._refuse(f"trial {now.index}", _differences(before.to_dict(), now.to_dict()))
 
     def _refuse(self, what: str, differences: Sequence[str]) -> None:

@@ -245,3 +245,31 @@ def test_another_program_with_other_defaults_is_noticed(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(InputError, match=r"trial 2 differs.*\n  config.train.label_smoothing: 0.1 when .*, 0.0 now"):
         folder.write_plan(study)
+
+
+def test_a_study_that_was_planned_before_a_key_came_goes_on(tmp_path: Path) -> None:
+    """Defect: it was refused as another study, with a remedy that no one can follow."""
+    folder = StudyFolder(tmp_path / "study")
+    study = load_study(write_study(tmp_path, {"targets": None}))
+    trials = folder.write_plan(study)
+    plan, definition = folder.path / "manifest.jsonl", folder.path / "study.yaml"
+    lines = [json.loads(line) for line in plan.read_text().splitlines()]
+    for line in lines:
+        if line["config"] is not None and line["config"]["kfac"] is not None:
+            del line["config"]["kfac"]["sample_fraction"]
+    plan.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    definition.write_text(definition.read_text().replace("targets: []\n", ""))
+    assert "targets" not in definition.read_text()
+    assert folder.write_plan(study) == trials
+    lines[-1]["config"]["kfac"]["damping"]["initial"] = 7.0
+    plan.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=r"\n  config.kfac.damping.initial: 7.0 when it was planned"):
+        folder.write_plan(study)
+
+
+def test_a_training_runs_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").touch()
+    with pytest.raises(InputError, match="run holds a training run; choose another --folder"):
+        StudyFolder(tmp_path / "run").write_plan(load_study(write_study(tmp_path)))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
