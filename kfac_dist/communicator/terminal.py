@@ -22,9 +22,9 @@ def outliving_readers() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()  # now: at exit it would be too late to catch the error
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = outer
+        streams, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), outer
+        for stream in streams:
+            stream.flush()  # now: at exit it would be too late to catch the error
 
 
 class _Outliving:

@@ -55,6 +55,7 @@ def test_a_full_disk_is_an_error_for_results_but_not_for_messages(streams: Strea
     streams("stdout", results)
     with pytest.raises(OSError, match="No space left"), outliving_readers():
         print("a result")
+    assert sys.stdout is results
     os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())
     results.close()
 
