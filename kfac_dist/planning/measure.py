@@ -84,8 +84,7 @@ def _calibrations(config: Config, rates: Profile, clock: "Clock") -> dict[str, o
     }
     operations = [operation for of_matrix in slot.factors.values() for operation in of_matrix]
     if operations:
-        assert config.kfac is not None
-        if config.kfac.sample_fraction < 1:  # one ratio serves A, G and F, of which F takes all samples
+        if config.kfac is not None and config.kfac.sample_fraction < 1:  # one ratio serves A, G and F, which takes all
             source += f", sample_fraction {config.kfac.sample_fraction:g}"
         if factors > 0:
             ratio = factors / rates.seconds(operations, simulation.factor_bytes)

@@ -99,6 +99,14 @@ def test_a_profile_tells_which_part_of_the_samples_its_factors_were_measured_wit
     assert profile.factors.source == "measured: digits_cnn, 4 images, fp32, sample_fraction 0.25"
 
 
+def test_a_configuration_without_kfac_is_measured(monkeypatch):
+    """With its factors, so that the profile serves for K-FAC too."""
+    monkeypatch.setattr(Clock, "slot_seconds", lambda clock, config: (2.0, 1.0))
+    sgd = configuration(kfac=None, optimizer={"name": "sgd", "learning_rate": 0.1, "momentum": 0.9})
+    profile = measure_profile(sgd, LocalCommunicator(), CPU)
+    assert profile.factors.source == profile.training.source == "measured: digits_cnn, 4 images, fp32"
+
+
 def test_two_ranks_measure_the_network(monkeypatch):
     class Pair(LocalCommunicator):
         size = local_size = 2
