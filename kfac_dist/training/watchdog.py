@@ -81,8 +81,9 @@ class Watchdog:
                 seen, stalled = current, 0.0
             elif stalled >= limit:
                 self._tell(stalled)
-                # Others may have begun to wait later, by what one rank takes for an iteration.
-                if not self._over.wait(min(30.0, max(1.0, limit / 5))):
+                # Others may have begun to wait later, by what one rank takes for an iteration, and look later where
+                # programs share the cores.
+                if not self._over.wait(min(30.0, max(3.0, limit / 5))):
                     faulthandler.dump_traceback_later(_ABORT_SECONDS, exit=True, file=_STDERR)
                     self._end(EXIT_FAILED)
                 return
