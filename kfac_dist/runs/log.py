@@ -4,6 +4,7 @@ import faulthandler
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from collections import deque
 from contextlib import suppress
@@ -83,11 +84,18 @@ class RunLog(logging.Handler):
         time = datetime.now(UTC).isoformat(timespec="seconds")
         self._append(f"{time} rank {self._rank} {level} {text}\n")
 
-    def dump_stacks(self) -> None:
-        """Record the stacks of all threads; needs no thread but this one to run."""
-        file = self._opened()
-        if file is not None:
+    def write_with_stacks(self, level: str, text: str) -> None:
+        """`write`, followed by the stacks of all threads; needs no thread but this one to run.
+
+        They go through a file of their own, since they are written piece by piece, and those of several ranks that hang
+        together would be mixed.
+        """
+        stacks = ""
+        with suppress(OSError), tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read().decode(errors="replace").rstrip()
+        self.write(level, f"{text}\n{stacks}")
 
     def close(self) -> None:
         """Close the file; what comes later is held again."""

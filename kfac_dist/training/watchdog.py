@@ -100,5 +100,4 @@ class Watchdog:
         os.write(_STDERR, f"{text}\n".encode())
         faulthandler.dump_traceback(_STDERR, all_threads=True)
         if self._log is not None:
-            self._log.write("ERROR", text)
-            self._log.dump_stacks()
+            self._log.write_with_stacks("ERROR", text)

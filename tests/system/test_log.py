@@ -71,5 +71,17 @@ def test_a_folder_that_is_not_there_stops_nothing(rank: int, tmp_path: Path) -> 
     log = RunLog(rank)
     log.open(tmp_path / "nowhere")
     log.write("ERROR", "a text")
-    log.dump_stacks()
+    log.write_with_stacks("ERROR", "a text")
     log.close()
+
+
+def test_text_and_stacks_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect: the stacks of ranks that hung together stood in each other's lines."""
+    log = RunLog(0)
+    log.open(tmp_path)
+    written: list[bytes] = []
+    monkeypatch.setattr("os.write", lambda file, data: written.append(data))
+    log.write_with_stacks("ERROR", "a text")
+    (record,) = written
+    assert b" rank 0 ERROR a text\n" in record
+    assert b"in test_text_and_stacks_are_one_write\n" in record
