@@ -124,9 +124,8 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
     """
     rows, columns = grid.top1.shape
     good, best = grid.good(), grid.best
-    digits = (
-        1 if columns <= 5 else 0
-    )  # where there is room: in whole numbers the best of a good region would be like others
+    # Where there is room: in whole numbers the best of a good region would look like others.
+    digits = 1 if columns <= 5 else 0
 
     def fill(axes: Axes) -> None:
         axes.grid(visible=False)

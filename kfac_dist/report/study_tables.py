@@ -92,7 +92,7 @@ def time_table(study: Study, sgd: str) -> Table:
     caption = (
         f"Until the test accuracy is the final one of the best {sgd} (mean over its seeds), found at an evaluation: "
         "each optimizer's configuration with the best final accuracy (mean over the seeds that come there), and the "
-        f"one of its grid that needs the fewest epochs, with the grid's seed alone. In brackets: "
+        "one of its grid that needs the fewest epochs, with the grid's seed alone. In brackets: "
         f"how many times {sgd}'s whole run that is."
     )
     columns = ["model", "batch", "optimizer", "level %", "epochs", "iterations", "seconds"]

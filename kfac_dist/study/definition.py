@@ -85,8 +85,8 @@ class Axis(Section):
     def _check_one_form(cls, count: int | None, info: ValidationInfo) -> int | None:
         if not {"values", "lowest", "highest"} <= info.data.keys():
             return count  # one of them is wrong, and told
-        lowest, highest = info.data.get("lowest"), info.data.get("highest")
-        if info.data.get("values") is not None:
+        lowest, highest = info.data["lowest"], info.data["highest"]
+        if info.data["values"] is not None:
             if (lowest, highest, count) != (None, None, None):
                 raise ValueError("must be left out, with lowest and highest, where values are listed")
         elif lowest is None or highest is None or count is None or lowest >= highest or count < 2:

@@ -130,8 +130,9 @@ class StudyFolder:
         if len(there) != len(trials):
             self._refuse("number of trials", [f"{len(there)} when it was planned, {len(trials)} now"])
         for before, now in zip(there, trials, strict=True):
-            config = with_defaults(before.config) if before.config is not None else None
-            if replace(before, config=config) != now:
+            if before.config is not None:
+                before = replace(before, config=with_defaults(before.config))
+            if before != now:
                 self._refuse(f"trial {now.index}", _differences(before.to_dict(), now.to_dict()))
 
     def _refuse(self, what: str, differences: Sequence[str]) -> None:

@@ -261,10 +261,11 @@ def test_a_study_that_was_planned_before_a_key_came_goes_on(tmp_path: Path) -> N
     definition.write_text(definition.read_text().replace("targets: []\n", ""))
     assert "targets" not in definition.read_text()
     assert folder.write_plan(study) == trials
-    lines[-1]["config"]["kfac"]["damping"]["initial"] = 7.0
+    lines[-1]["config"]["optimizer"]["learning_rate"] = 7.0
     plan.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(InputError, match=r"\n  config.kfac.damping.initial: 7.0 when it was planned"):
+    with pytest.raises(InputError, match=r"\n  config.optimizer.learning_rate: 7.0 when it was planned") as caught:
         folder.write_plan(study)
+    assert "sample_fraction" not in str(caught.value), "only what can be set back"
 
 
 def test_a_training_runs_folder_is_refused(tmp_path: Path) -> None:
