@@ -11,7 +11,7 @@ from kfac_dist.communicator import Communicator
 from kfac_dist.optim.averaged import DEFAULT_AVERAGING, AveragedOptimizer, Averaging
 from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.optim.update import rescaled_weights
-from kfac_dist.optim.validation import check
+from kfac_dist.optim.validation import check_positive
 
 
 @refuse_as_attributes
@@ -84,7 +84,7 @@ class LARS(AveragedOptimizer, torch.optim.SGD):
             TypeError: As `SGD`.
             ValueError: As `SGD`.
         """
-        check("trust_coefficient", trust_coefficient > 0, trust_coefficient, "> 0")
+        check_positive("trust_coefficient", trust_coefficient)
         parameters = self._check(model, communicator, params, averaging)
         super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         self._trust_coefficient = trust_coefficient
@@ -159,8 +159,8 @@ class Muon(AveragedOptimizer):
             ValueError: As `SGD`.
         """
         given = list(self._check(model, communicator, params, averaging))
-        check("lr", lr > 0, lr, "> 0")
-        check("others_lr", others_lr > 0, others_lr, "> 0")
+        check_positive("lr", lr)
+        check_positive("others_lr", others_lr)
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov,
             "ns_steps": newton_schulz_steps, "lr_ratio": 1.0,

@@ -32,6 +32,7 @@ from kfac_dist.optim.validation import (
     check_parameters,
     check_sample_fraction,
     is_count,
+    is_number,
 )
 from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
@@ -147,7 +148,8 @@ class KFAC(DistributedOptimizer):
         """
         self.communicator = check_arguments("KFAC", model, communicator)
         check_choice("batchnorm", batchnorm, get_args(BatchNormForm))
-        check("ema_decay", ema_decay is None or 0 < ema_decay < 1, ema_decay, "in (0, 1) or None")
+        is_decay = ema_decay is None or (is_number(ema_decay) and 0 < ema_decay < 1)
+        check("ema_decay", is_decay, repr(ema_decay), "a number in (0, 1), or None")
         check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
         check_sample_fraction(sample_fraction, num_samples)
         check_max_norm(max_grad_norm)

@@ -1,9 +1,11 @@
 """Checks of the optimizers' settings: what is out of range is refused by name, on every rank alike."""
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, get_args
 
+from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_dist.curvature.blocks.base import Block
@@ -27,7 +29,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def is_count(value: object) -> bool:
     """Whether it is a positive integer."""
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and value is not True and value >= 1
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, be it a tensor's, as a learning rate may be."""
+    return type(value) is not bool and isinstance(value, Real | Tensor) and math.isfinite(value)
 
 
 def check_parameters(given: Sequence[Parameter], blocks: Sequence[Block]) -> None:
@@ -38,27 +45,31 @@ def check_parameters(given: Sequence[Parameter], blocks: Sequence[Block]) -> Non
     check("params", not foreign, f"others too, of shapes {foreign}", "parameters of the model")
 
 
-def check_max_norm(max_grad_norm: float | None) -> None:
+def check_positive(name: str, value: Any) -> None:
+    """Refuse what is no finite number above 0."""
+    check(name, is_number(value) and value > 0, repr(value), "a number > 0")  # '0.5' would read like a number
+
+
+def check_max_norm(max_grad_norm: Any) -> None:
     """Refuse a norm to clip to that is not positive."""
-    check("max_grad_norm", max_grad_norm is None or max_grad_norm > 0, max_grad_norm, "> 0, or None not to clip")
+    is_norm = isinstance(max_grad_norm, Real) and max_grad_norm is not True and float(max_grad_norm) > 0
+    check("max_grad_norm", max_grad_norm is None or is_norm, repr(max_grad_norm), "a number > 0, or None not to clip")
 
 
 def check_sample_fraction(sample_fraction: object, num_samples: int | None) -> None:
     """Refuse a share of the samples that is no number in (0, 1], or that would do nothing."""
     is_share = sample_fraction is not True and isinstance(sample_fraction, Real) and 0 < float(sample_fraction) <= 1
-    check("sample_fraction", is_share, repr(sample_fraction), "a number in (0, 1]")  # '0.5' would read like a number
+    check("sample_fraction", is_share, repr(sample_fraction), "a number in (0, 1]")
     rule = "1 where num_samples is given, as the samples may then lie in any dimension and all are taken"
     check("sample_fraction", num_samples is None or sample_fraction == 1, sample_fraction, rule)
 
 
 def check_kfac_group(group: Mapping[str, Any]) -> None:
     """Refuse a parameter group of K-FAC with a setting out of range."""
-    for name, allowed, rule in (
-        ("lr", group["lr"] >= 0, "≥ 0"),
-        ("momentum", 0 <= group["momentum"] < 1, "in [0, 1)"),
-        ("damping", group["damping"] > 0, "> 0"),
-        ("batchnorm_damping_ratio", group["batchnorm_damping_ratio"] > 0, "> 0"),
-        ("weight_decay", group["weight_decay"] >= 0, "≥ 0"),
-    ):
-        check(name, allowed, group[name], rule)
+    for name in ("lr", "weight_decay"):
+        check(name, is_number(group[name]) and group[name] >= 0, repr(group[name]), "a number ≥ 0")
+    for name in ("damping", "batchnorm_damping_ratio"):
+        check_positive(name, group[name])
+    momentum = group["momentum"]
+    check("momentum", is_number(momentum) and 0 <= momentum < 1, repr(momentum), "a number in [0, 1)")
     check_choice("weight_rescaling", group["weight_rescaling"], get_args(WeightRescaling))

@@ -116,9 +116,9 @@ def test_a_large_norm_clips_nothing(kind: type[KFAC | SGD]) -> None:
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("norm", [0.0, -1.0])
-def test_a_norm_to_clip_to_must_be_positive(kind: type[KFAC | SGD], norm: float) -> None:
-    with pytest.raises(ValueError, match=f"max_grad_norm must be > 0, or None not to clip, got {norm}"):
+@pytest.mark.parametrize("norm", [0.0, -1.0, "1", True, float("nan")])
+def test_a_norm_to_clip_to_must_be_positive(kind: type[KFAC | SGD], norm: Any) -> None:
+    with pytest.raises(ValueError, match=f"max_grad_norm must be a number > 0, or None not to clip, got {norm!r}"):
         make(kind, make_net(), max_grad_norm=norm)
 
 

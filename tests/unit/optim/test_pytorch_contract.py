@@ -1,8 +1,10 @@
 """What PyTorch users expect of an optimizer: closures, schedulers, groups, refusals. One process, float64."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,6 +143,21 @@ def test_batchnorm_ratio_multiplies_the_damping_of_batchnorm_only() -> None:
     assert not torch.equal(with_ratio[2], without[2])
 
 
+@pytest.mark.parametrize("name", ["lr", "momentum", "damping", "batchnorm_damping_ratio", "weight_decay", "ema_decay"])
+@pytest.mark.parametrize("value", ["0.1", True, float("nan"), float("inf"), [0.1]])
+def test_what_is_no_number_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be a number .*, got {re.escape(repr(value))}$"):
+        make_kfac(make_net(), **{name: value})
+
+
+@pytest.mark.parametrize("lr", [np.float32(0.25), torch.tensor(0.25)])
+def test_numbers_of_other_libraries_are_numbers(lr: Any) -> None:
+    nets = make_net(), make_net()
+    for net, value in zip(nets, (0.25, lr), strict=True):
+        train(net, make_kfac(net, lr=value), steps=2)
+    assert all(map(torch.equal, weights(nets[0]), weights(nets[1])))
+
+
 @pytest.mark.parametrize("optimizer_class", [KFAC, SGD])
 def test_named_parameters_and_groups_of_them_are_accepted(optimizer_class: type[KFAC | SGD]) -> None:
     results = []
@@ -185,24 +202,24 @@ def test_parameters_not_given_do_not_move() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "rule"),
     [
-        ("lr", -0.1, "≥ 0"),
-        ("lr", float("nan"), "≥ 0"),
-        ("momentum", 1.0, r"in \[0, 1\)"),
-        ("momentum", -0.1, r"in \[0, 1\)"),
-        ("damping", 0.0, "> 0"),
-        ("damping", -0.1, "> 0"),
-        ("batchnorm_damping_ratio", 0.0, "> 0"),
-        ("weight_decay", -1.0, "≥ 0"),
+        ("lr", -0.1, "a number ≥ 0"),
+        ("lr", float("nan"), "a number ≥ 0"),
+        ("momentum", 1.0, r"a number in \[0, 1\)"),
+        ("momentum", -0.1, r"a number in \[0, 1\)"),
+        ("damping", 0.0, "a number > 0"),
+        ("damping", -0.1, "a number > 0"),
+        ("batchnorm_damping_ratio", 0.0, "a number > 0"),
+        ("weight_decay", -1.0, "a number ≥ 0"),
         ("weight_rescaling", "sometimes", "one of always, cap, off"),
         ("batchnorm", "block", "one of full, unit, diagonal"),
-        ("ema_decay", 1.0, r"in \(0, 1\) or None"),
+        ("ema_decay", 1.0, r"a number in \(0, 1\), or None"),
         ("sample_fraction", 0.0, r"a number in \(0, 1\]"),
         ("sample_fraction", 1.5, r"a number in \(0, 1\]"),
         ("sample_fraction", float("nan"), r"a number in \(0, 1\]"),
         ("sample_fraction", "0.5", r"a number in \(0, 1\]"),
         ("sample_fraction", None, r"a number in \(0, 1\]"),
         ("sample_fraction", True, r"a number in \(0, 1\]"),
-        ("ema_decay", 0.0, r"in \(0, 1\) or None"),
+        ("ema_decay", 0.0, r"a number in \(0, 1\), or None"),
         ("refresh", 0, "an integer ≥ 1 or a RefreshSchedule"),
         ("refresh", 1.5, "an integer ≥ 1 or a RefreshSchedule"),
         ("accumulation_steps", 0, "an integer ≥ 1, or None"),
@@ -226,7 +243,7 @@ def test_a_part_of_the_samples_is_refused_where_all_would_be_taken() -> None:
 
 def test_a_bad_setting_of_a_group_is_refused() -> None:
     net = make_net()
-    with pytest.raises(ValueError, match="damping must be > 0, got -3"):
+    with pytest.raises(ValueError, match="damping must be a number > 0, got -3"):
         make_kfac(net, params=[{"params": net.parameters(), "damping": -3}])
     with pytest.raises(ValueError, match="weight_rescaling must be one of always, cap, off, got 'allways'"):
         SGD(net, create_communicator("reduce"), weight_rescaling="allways")  # type: ignore[arg-type]
