@@ -182,15 +182,26 @@ def read_study(folder: str | Path) -> Study:
     definition = _read(folder / "study.yaml", _load_mapping)
     lines = _read(folder / "manifest.jsonl", lambda text: [json.loads(line) for line in text.splitlines() if line])
     plan = {int(line["index"]): line for line in lines}
-    paths = sorted((folder / "results").glob("*.json"))
-    trials = [_read(path, lambda text: Trial.from_json(json.loads(text))) for path in paths]
+    trials = _read_trials(sorted((folder / "results").glob("*.json")))
     if not trials:
         raise InputError(f"{folder}: no trial has finished yet; report it when results/ holds a result")
-    trials.sort(key=lambda trial: trial.index)
     labels = list(dict.fromkeys([*(definition.get("optimizers") or {}), *(trial.cell.optimizer for trial in trials)]))
     kinds = {label: _kind(label, definition, plan) for label in labels}
     name = str(definition.get("name") or folder.resolve().name)
     return Study(name, definition, trials, plan, kinds)
+
+
+def _read_trials(paths: Sequence[Path]) -> list[Trial]:
+    """In the manifest's order; of damaged results all are named at once."""
+    trials, damaged = [], []
+    for path in paths:
+        try:
+            trials.append(_read(path, lambda text: Trial.from_json(json.loads(text))))
+        except InputError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise InputError("\n".join(damaged))
+    return sorted(trials, key=lambda trial: trial.index)
 
 
 def _read(path: Path, parse: Callable[[str], T]) -> T:

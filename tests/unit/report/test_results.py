@@ -118,6 +118,14 @@ def test_what_cannot_be_read_is_named(tmp_path, name, text, problem):
     assert name.split("/")[-1] in str(raised.value)
 
 
+def test_of_damaged_results_all_are_named(tmp_path):
+    folder = write_study(tmp_path / "study", [result(0), result(1), result(2)])
+    for number in (0, 2):
+        (folder / f"results/0000{number}.json").write_text("{")
+    with pytest.raises(InputError, match=r"00000\.json: is not .*\n.*00002\.json: is not [^\n]*$"):
+        read_study(folder)
+
+
 def test_a_study_without_results_says_so(tmp_path):
     folder = write_study(tmp_path / "study", [result(0)])
     (folder / "results" / "00000.json").unlink()
