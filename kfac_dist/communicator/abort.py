@@ -28,9 +28,11 @@ def abort_on_exception() -> None:
     previous = sys.excepthook
 
     def report_and_abort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        previous(kind, error, trace)
-        if _installed_in == os.getpid() and _has_other_ranks():
-            abort(EXIT_FAILED)
+        try:
+            previous(kind, error, trace)
+        finally:  # a user's own may fail, too
+            if _installed_in == os.getpid() and _has_other_ranks():
+                abort(EXIT_FAILED)
 
     sys.excepthook = report_and_abort
 
@@ -40,9 +42,11 @@ def abort(code: int) -> NoReturn:
 
     MPI ends its job itself. Else this process ends, and torchrun (or another launcher) ends the others.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    _write_held_back()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, full, or without a reader: the other ranks wait all the same
+            stream.flush()
+    with contextlib.suppress(Exception):
+        _write_held_back()
     mpi = _mpi_of_the_job()
     if mpi is not None and mpi.COMM_WORLD.Get_size() > 1:
         mpi.COMM_WORLD.Abort(code)

@@ -14,17 +14,23 @@ _LOST = (errno.EPIPE, errno.EIO)  # a pipe without a reader, as behind `| head`;
 def outliving_readers() -> Iterator[None]:
     """Within, what is printed where nobody reads it any more goes nowhere, and the program goes on.
 
-    A disk that is full is an error where results are printed, but not where messages are, which end nothing.
+    So does what is printed where there never was a reader, as after a shell's `>&-`. A disk that is full is an error
+    where results are printed, but not where messages are, which end nothing.
     """
     outer = sys.stdout, sys.stderr
-    sys.stdout = cast(TextIO, _Outliving(sys.stdout, _LOST))
-    sys.stderr = cast(TextIO, _Outliving(sys.stderr, tuple(errno.errorcode)))
+    sys.stdout = cast(TextIO, _Outliving(sys.stdout or _nowhere(), _LOST))
+    sys.stderr = cast(TextIO, _Outliving(sys.stderr or _nowhere(), tuple(errno.errorcode)))
     try:
         yield
     finally:
         streams, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), outer
         for stream in streams:
             stream.flush()  # now: at exit it would be too late to catch the error
+
+
+def _nowhere() -> TextIO:
+    """In place of a stream that is closed; it also takes the descriptor, into which libraries would print."""
+    return open(os.devnull, "w", encoding="utf-8")  # to the end of the process, as threads and loggers may keep it
 
 
 class _Outliving:
@@ -37,6 +43,8 @@ class _Outliving:
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError as error:  # of a terminal that is not UTF-8; as Python does for messages
+            return self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except OSError as error:
             self._lose(error)
             return len(text)

@@ -418,12 +418,14 @@ class KFAC(DistributedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As any optimizer's, and under "kfac" the iteration and what *this rank* owns of the Fisher."""
+        self._follow_freezing()  # or it could not be loaded into a model that is frozen as this one is now
         state = super().state_dict()
         state[STATE_KEY] = self._fisher.state_dict()
         return state
 
     def full_state_dict(self) -> dict[str, Any]:
         """`state_dict` with the Fisher of all blocks, which any rank of any number of ranks can load; collective."""
+        self._follow_freezing()
         state = super().state_dict()
         state[STATE_KEY] = self._fisher.full_state_dict()
         return state

@@ -130,7 +130,7 @@ class StudyFolder:
         if len(there) != len(trials):
             self._refuse("number of trials", [f"{len(there)} when it was planned, {len(trials)} now"])
         for before, now in zip(there, trials, strict=True):
-            if before.config is not None:
+            if isinstance(before.config, dict):
                 before = replace(before, config=with_defaults(before.config))
             if before != now:
                 self._refuse(f"trial {now.index}", _differences(before.to_dict(), now.to_dict()))
@@ -173,5 +173,5 @@ def _differences(before: object, now: object) -> list[str]:
     return [
         f"{key}: {old.get(key, 'absent')} when it was planned, {new.get(key, 'absent')} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if old.get(key, "absent") != new.get(key, "absent")
     ]

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 from kfac_dist.communicator.abort import EXIT_FAILED, abort
@@ -97,7 +98,8 @@ class Watchdog:
             f"{self.activity}, iteration {self._iteration()}, stage {self._timer.current or 'none'}; the job ends. "
             "A rank that does not say this is dead or stopped. The stacks of this rank's threads:"
         )
-        os.write(_STDERR, f"{text}\n".encode())
-        faulthandler.dump_traceback(_STDERR, all_threads=True)
+        with suppress(OSError, ValueError):  # closed, full, or without a reader: the job is to end all the same
+            os.write(_STDERR, f"{text}\n".encode(errors="backslashreplace"))
+            faulthandler.dump_traceback(_STDERR, all_threads=True)
         if self._log is not None:
             self._log.write_with_stacks("ERROR", text)

@@ -34,6 +34,15 @@ def test_one_rank_raises(case: str, run_program: Run) -> None:
     assert finished.stderr.count("Traceback (most recent call last)") == 1
 
 
+@pytest.mark.parametrize("case", ["no_stdout", "full_stdout", "own_hook"])
+def test_one_rank_raises_where_little_can_be_said(case: str, run_program: Run) -> None:
+    """Defect: an error while the failure was told kept the rank from ending the others, and the job hung."""
+    finished = run_program(2, "own_script.py", case, timeout=60)
+    assert seconds_since_failure(finished) < 10
+    assert finished.returncode == 3
+    assert case == "own_hook" or "RuntimeError: disk on fire" in finished.stderr
+
+
 def test_the_hook_can_be_left_out(run_program: Run) -> None:
     finished = run_program(2, "own_script.py", "opt_out")
     assert finished.returncode == 0, finished.stderr

@@ -1,6 +1,9 @@
 """Scripts of one's own, which import nothing but the library; the argument names the case.
 
 raise        the last rank raises while the others wait for it
+no_stdout    the same, after its standard output was closed
+full_stdout  the same, with text that does not fit on a full disk
+own_hook     the same, in a script whose own hook for uncaught exceptions fails itself
 thread_ignored  the same, after an exception in another thread, which ends that thread only
 opt_out      neither; looks at the hook with and without it
 group_after  raise, after the script has made a process group of its own: torch's hook then stands around ours
@@ -25,6 +28,8 @@ from kfac_dist import KFAC, create_communicator, local_device
 
 
 def fail(case: str) -> None:
+    if case == "own_hook":
+        sys.excepthook = lambda kind, error, trace: divmod(1, 0) and None
     communicator = create_communicator()
     assert communicator.size == 2
     if case == "thread_ignored":
@@ -37,6 +42,11 @@ def fail(case: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{where}/store", rank=communicator.rank, world_size=2)
     if communicator.rank == 1:
         print(f"failing at {time.time()}", flush=True)
+        if case == "no_stdout":
+            sys.stdout = None  # type: ignore[assignment]  # as Python has it after a shell's `>&-`
+        if case == "full_stdout":
+            sys.stdout = open("/dev/full", "w")  # noqa: SIM115
+            print("a result")
         raise RuntimeError("disk on fire")
     communicator.barrier()
 

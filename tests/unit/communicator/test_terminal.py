@@ -1,6 +1,8 @@
 """Programs outlive whoever reads their output."""
 
+import io
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +74,24 @@ def test_a_slow_reader_misses_text_and_gets_what_comes_later(streams: StreamOf) 
             sys.stderr.write("later\n")
             assert os.read(reader, 1 << 20).endswith(b"later\n")
     os.close(reader)
+
+
+def test_what_a_terminal_cannot_show_is_written_out(streams: StreamOf) -> None:
+    shown = io.BytesIO()
+    with io.TextIOWrapper(shown, encoding="latin-1") as terminal:
+        streams("stdout", terminal)
+        with outliving_readers():
+            print("ü …")
+        assert shown.getvalue() == b"\xfc \\u2026\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize(("words", "code"), [("--version", 0), ("no-such-command", 2)])
+def test_a_stream_that_was_closed_at_the_start_is_no_error(words: str, code: int, closed: str) -> None:
+    command = f'"{sys.executable}" -m kfac_dist {words} {closed}'
+    finished = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert finished.returncode == code
+    assert "Traceback" not in finished.stderr
 
 
 def test_an_error_of_another_pipe_stays_one() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from kfac_dist import SGD, create_communicator
+from kfac_dist import KFAC, SGD, create_communicator
 from tests.small_net import assert_equal, backward, make_batch, make_kfac, make_net, running, train, weights
 
 
@@ -283,3 +283,17 @@ def test_a_state_saved_while_frozen_goes_on_when_frozen_alike() -> None:
     other.requires_grad_(True)
     train(other, loading, steps=1)
     assert loading.state_dict()["kfac"]["blocks"]["4"]["solvers"]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_state_saved_between_unfreezing_and_a_step_fits_the_model_as_it_is(full: bool) -> None:
+    """Defect: the state was of the model as it had been frozen at the last step, and could not be loaded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    optimizer = KFAC(model, lr=0.1)
+    model(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    model.requires_grad_(True)
+    state = optimizer.full_state_dict() if full else optimizer.state_dict()
+    KFAC(model, lr=0.1).load_state_dict(state)

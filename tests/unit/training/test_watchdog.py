@@ -1,6 +1,7 @@
 """The watchdog ends what stands still, and only that."""
 
 import faulthandler
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -65,6 +66,31 @@ def test_none_ends_the_job_with_stacks(tmp_path: Path, capfd: pytest.CaptureFixt
         assert "training, iteration 3, stage backward" in text
         assert "in work" in text
     assert "rank 1 ERROR watchdog" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("lost", ["without a reader", "full", "closed"])
+def test_it_ends_the_job_where_nothing_can_be_said(lost: str, tmp_path: Path) -> None:
+    """Defect: the watchdog's thread died of the write to standard error, and the job hung on."""
+    log = RunLog(1)
+    log.open(tmp_path)
+    job = Job(log)
+    job.watchdog.activity = "reading \udcff"  # a file's name
+    kept = os.dup(2)
+    try:
+        if lost == "closed":
+            os.close(2)
+        else:
+            reader, writer = os.pipe() if lost == "without a reader" else (os.dup(2), os.open("/dev/full", os.O_WRONLY))
+            os.dup2(writer, 2)
+            os.close(reader)
+            os.close(writer)
+        job.work(20, "none")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    log.close()
+    assert job.ended == [3]
+    assert "reading \\udcff, iteration 3" in (tmp_path / "log.txt").read_text()
 
 
 def test_it_can_be_off() -> None:
