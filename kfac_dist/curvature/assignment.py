@@ -50,7 +50,7 @@ def assign_owners(
     Args:
         costs: The layers' costs.
         num_ranks: Ranks to share them, ≥ 1.
-        kept: Owners that layers, by number, have already and keep.
+        kept: Owners that layers, by number, have already and keep; no other joins them.
 
     Returns:
         For each layer the ranks that own it, ascending; one rank each unless there are more ranks than layers.
@@ -70,7 +70,8 @@ def assign_owners(
         heapq.heappush(loads, (flops + costs[index].flops, num_bytes + costs[index].num_bytes, rank))
     idle = sorted(set(range(num_ranks)) - {rank for ranks in owners for rank in ranks})
     budget = _LARGEST_REDUNDANCY * sum(cost.num_bytes for cost in costs)
-    shares = [(-costs[index].flops, position, index) for position, index in enumerate(order)]
+    new = [index for index in order if index not in (kept or {})]  # nobody else has the Fisher of those kept
+    shares = [(-costs[index].flops, position, index) for position, index in enumerate(new)]
     while idle and shares:
         _, position, index = heapq.heappop(shares)
         if costs[index].num_bytes > budget:

@@ -31,8 +31,11 @@ def one_rank(run_program: RunProgram, tmp_path_factory: pytest.TempPathFactory) 
     return train(run_program, 1, tmp_path_factory.mktemp("freezing") / "1")
 
 
-def test_ranks_equal_one_rank(one_rank: dict[str, Tensor], run_program: RunProgram, tmp_path: Path) -> None:
-    for case, weights in train(run_program, 2, tmp_path / "2").items():
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_equal_one_rank(
+    num_ranks: int, one_rank: dict[str, Tensor], run_program: RunProgram, tmp_path: Path
+) -> None:
+    for case, weights in train(run_program, num_ranks, tmp_path / "ranks").items():
         difference = float((weights - one_rank[case]).norm() / one_rank[case].norm())
         print(f"{case}: {difference:.1e}")
         assert difference < TOLERANCES[case], f"{case}: {difference:.1e}"

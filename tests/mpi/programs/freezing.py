@@ -1,4 +1,4 @@
-"""Freezes and unfreezes parameters in mid-training over two slots an iteration, shared out over the ranks.
+"""Freezes and unfreezes parameters in mid-training over six slots an iteration, shared out over the ranks.
 
 freezing.py FOLDER CASE…    → FOLDER/CASE.pt with rank 0's weights; a case is OPTIMIZER-PRECISION, of kfac, sgd and
 fp64, bf16
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from kfac_dist import KFAC, SGD, create_communicator
 from kfac_dist.communicator import Communicator, launch
 
-NUM_SLOTS = 2
+NUM_SLOTS = 6
 DTYPES = {"fp64": torch.float64, "bf16": torch.bfloat16}
-# By iteration, what is frozen from then on, as prefixes of parameters' names.
-PHASES: dict[int, tuple[str, ...]] = {0: ("0.", "5."), 3: (), 6: ("0.", "2.bias"), 9: ("2.", "7."), 12: ()}
+# By iteration, what is frozen from then on, as prefixes of parameters' names; the last is all that one of three owns.
+PHASES: dict[int, tuple[str, ...]] = {
+    0: ("0.", "5."), 3: (), 6: ("0.", "2.bias"), 9: ("2.", "7."), 12: ("0.", "7.")
+}  # fmt: skip
 
 
 def make_net() -> nn.Sequential:
@@ -30,8 +32,8 @@ def make_net() -> nn.Sequential:
 
 def make_slot(iteration: int, slot: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 * iteration + slot)
-    images = torch.randn(8, 2, 8, 8, generator=generator, dtype=torch.float64)
-    return images, torch.randint(3, (8,), generator=generator)
+    images = torch.randn(4, 2, 8, 8, generator=generator, dtype=torch.float64)
+    return images, torch.randint(3, (4,), generator=generator)
 
 
 def train(case: str, communicator: Communicator) -> dict[str, Tensor]:

@@ -105,3 +105,14 @@ def test_with_more_ranks_than_layers_the_costliest_get_help_as_far_as_bytes_allo
     for layer, ranks in zip(layers, owners, strict=True):
         if len(ranks) > 1 and shares:  # its last helper could not have been put to better use
             assert layer.flops / (len(ranks) - 1) >= max(shares)
+
+
+@given(layers=lists_of_costs, num_ranks=st.integers(1, 40), frozen=st.sets(st.integers(0, 29)))
+def test_what_has_owners_keeps_them_and_gets_no_others(
+    layers: list[LayerCost], num_ranks: int, frozen: set[int]
+) -> None:
+    """Defect: a rank whose layers were all frozen joined another's layer, of whose Fisher it had nothing."""
+    before = assign_owners(layers, num_ranks)
+    trained = [number for number in range(len(layers)) if number not in frozen]
+    kept = dict(enumerate(before[number] for number in trained))
+    assert assign_owners([layers[number] for number in trained], num_ranks, kept) == list(kept.values())
