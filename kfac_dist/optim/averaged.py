@@ -19,7 +19,7 @@ from kfac_dist.optim.guards import broadcast_model, check_arguments, placements,
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import rescale_weights_, rescaled_weights
-from kfac_dist.optim.validation import check, check_choice, check_max_norm
+from kfac_dist.optim.validation import check, check_choice, check_loss_scaler, check_max_norm
 from kfac_dist.tensors.foreach import copy_all_
 from kfac_dist.tensors.packing import FlatBuffer, Part
 from kfac_dist.timing import StageTimer
@@ -68,6 +68,7 @@ class AveragedOptimizer(DistributedOptimizer):
         self.communicator = check_arguments(type(self).__name__, model, communicator)
         check_choice("weight_rescaling", averaging.weight_rescaling, get_args(WeightRescaling))
         check_max_norm(averaging.max_grad_norm)
+        check_loss_scaler(averaging.loss_scaler)
         return model.parameters() if params is None else params
 
     def _start(self, model: nn.Module, averaging: Averaging) -> None:

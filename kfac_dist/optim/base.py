@@ -161,13 +161,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
             self._loss_scaler.release()
 
     def refuse_closed(self) -> None:
-        """Refuse a step after `close`.
+        """Refuse what needs the model after `close`.
 
         Raises:
             RuntimeError: If it was called.
         """
         if self._is_closed:
-            raise RuntimeError(f"step() of a {type(self).__name__} after its close(): make a new one for the model")
+            raise RuntimeError(f"this {type(self).__name__} was closed: make a new one for the model")
 
     def describe(self) -> list[str]:
         """What a run's log should say of it, a line each."""

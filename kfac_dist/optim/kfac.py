@@ -28,6 +28,7 @@ from kfac_dist.optim.validation import (
     check,
     check_choice,
     check_kfac_group,
+    check_loss_scaler,
     check_max_norm,
     check_parameters,
     check_sample_fraction,
@@ -153,6 +154,7 @@ class KFAC(DistributedOptimizer):
         check("skip", not isinstance(skip, str), repr(skip), "a list of patterns")
         check_sample_fraction(sample_fraction, num_samples)
         check_max_norm(max_grad_norm)
+        check_loss_scaler(loss_scaler)
         for name, value in (("accumulation_steps", accumulation_steps), ("num_samples", num_samples)):
             check(name, value is None or is_count(value), value, "an integer ≥ 1, or None")
         defaults = {
@@ -205,8 +207,8 @@ class KFAC(DistributedOptimizer):
         self._hook_gradients(self._shared.buffers.messages, self._comm_dtypes.gradients, self._names)
 
     def _follow_freezing(self) -> None:
-        """Share the blocks anew if parameters were frozen or unfrozen since."""
-        if self._trainable != [parameter.requires_grad for parameter in self._parameters()]:
+        """Share the blocks anew if parameters were frozen or unfrozen since; a closed optimizer hooks nothing more."""
+        if not self._is_closed and self._trainable != [parameter.requires_grad for parameter in self._parameters()]:
             self._share_blocks()
 
     # One step -----------------------------------------------------------------------------------------
@@ -439,7 +441,9 @@ class KFAC(DistributedOptimizer):
         Raises:
             ValueError: If the state is of another model, or of one frozen otherwise, or lacks the Fisher of a block
                 that this rank owns; then nothing has been changed.
+            RuntimeError: After `close`.
         """
+        self.refuse_closed()
         self._follow_freezing()
         state = dict(state_dict)
         curvature_state = state.pop(STATE_KEY, None)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kfac_dist.curvature.blocks.base import Block
+from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.vocabulary import WeightRescaling
 
 
@@ -54,6 +55,12 @@ def check_max_norm(max_grad_norm: Any) -> None:
     """Refuse a norm to clip to that is not positive."""
     is_norm = isinstance(max_grad_norm, Real) and max_grad_norm is not True and float(max_grad_norm) > 0
     check("max_grad_norm", max_grad_norm is None or is_norm, repr(max_grad_norm), "a number > 0, or None not to clip")
+
+
+def check_loss_scaler(loss_scaler: object) -> None:
+    """Refuse another thing than our own loss scaler, such as torch's."""
+    rule = "a kfac_dist.LossScaler, or None for losses that are not scaled"
+    check("loss_scaler", loss_scaler is None or isinstance(loss_scaler, LossScaler), repr(loss_scaler), rule)
 
 
 def check_sample_fraction(sample_fraction: object, num_samples: int | None) -> None:

@@ -377,7 +377,7 @@ def test_hooks_go_with_the_optimizer_and_not_with_copies(kind):
         loss_of(twin, 0).backward()
     optimizer.close()
     assert not any(parameter._post_accumulate_grad_hooks for parameter in net.parameters())
-    with pytest.raises(RuntimeError, match="after its close"):
+    with pytest.raises(RuntimeError, match="was closed"):
         optimizer.overlap_backward()
     optimizer = optimizer_of(kind, net, Background())
     assert all(parameter._post_accumulate_grad_hooks for parameter in net.parameters())

@@ -122,6 +122,13 @@ def test_a_norm_to_clip_to_must_be_positive(kind: type[KFAC | SGD], norm: Any) -
         make(kind, make_net(), max_grad_norm=norm)
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("scaler", [False, 1024.0, torch.amp.GradScaler("cpu", enabled=False)])
+def test_another_loss_scaler_is_refused(kind: type[KFAC | SGD], scaler: Any) -> None:
+    with pytest.raises(ValueError, match=r"^loss_scaler must be a kfac_dist\.LossScaler, or None"):
+        make(kind, make_net(), loss_scaler=scaler)
+
+
 def test_a_weight_of_two_layers_is_rescaled_once() -> None:
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight

@@ -283,8 +283,24 @@ def test_a_step_after_close_is_refused(kind: type[KFAC | SGD]) -> None:
     optimizer = make(kind, net)
     optimizer.close()
     backward(net)
-    with pytest.raises(RuntimeError, match=rf"step\(\) of a {kind.__name__} after its close\(\)"):
+    with pytest.raises(RuntimeError, match=f"this {kind.__name__} was closed: make a new one"):
         optimizer.step()
+
+
+def test_a_closed_optimizer_does_not_come_back() -> None:
+    """Defect: a model that was frozen after the training, to be deployed, got the hooks again."""
+    net = make_net()
+    optimizer = make_kfac(net)
+    train(net, optimizer)
+    before = optimizer.state_dict()
+    optimizer.close()
+    net.requires_grad_(False)
+    optimizer.zero_grad()
+    assert optimizer.state_dict()["kfac"]["layers"] == before["kfac"]["layers"]
+    with pytest.raises(RuntimeError, match="this KFAC was closed"):
+        optimizer.load_state_dict(before)
+    assert not any(module._forward_hooks for module in net.modules())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in net.parameters())
 
 
 def test_blocks_that_keep_their_inverse_for_good_are_warned_of_once(

@@ -1,6 +1,7 @@
 """Studies: what is accepted and refused, budget rules, grids, links, and that a planned study stays as it was."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,28 @@ def test_a_study_that_was_planned_before_a_key_came_goes_on(tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"\n  config.optimizer.learning_rate: 7.0 when it was planned") as caught:
         folder.write_plan(study)
     assert "sample_fraction" not in str(caught.value), "only what can be set back"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda trial: trial["config"]["train"].update(later=None), "config.train.later: None when .*, absent now"),
+        (lambda trial: trial.update(config=5), "trial 2 differs.*\n  config: 5 when it was planned, absent now"),
+    ],
+)
+def test_a_plan_of_a_later_version_names_what_is_unknown(
+    change: Callable[[dict[str, Any]], None], told: str, tmp_path: Path
+) -> None:
+    """Defect: an empty list of differences, or a traceback."""
+    folder = StudyFolder(tmp_path / "study")
+    study = load_study(write_study(tmp_path))
+    folder.write_plan(study)
+    path = folder.path / "manifest.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(lines[2])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match=told):
+        folder.write_plan(study)
 
 
 def test_a_training_runs_folder_is_refused(tmp_path: Path) -> None:
