@@ -26,7 +26,7 @@ def one_rank(run_program: RunProgram, tmp_path_factory: pytest.TempPathFactory) 
     return weights_of(run_program, 1, tmp_path_factory.mktemp("sequences") / "1.pt")
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_equal_one_rank(num_ranks: int, one_rank: Tensor, run_program: RunProgram, tmp_path: Path) -> None:
     """Defect: on three ranks, one that owned only what was frozen took part in another's layer with nothing in hand."""
     differences = (weights_of(run_program, num_ranks, tmp_path / "weights.pt") - one_rank).abs().amax(dim=1)

@@ -16,7 +16,7 @@ from kfac_dist import KFAC, LossScaler, create_communicator
 from kfac_dist.communicator import Communicator, launch
 from kfac_dist.curvature.refresh_schedule import AdaptiveRefresh
 
-NUM_SEQUENCES = 40
+NUM_SEQUENCES = 20
 LENGTH = 14
 NUM_SAMPLES = 24
 LAYERS = [0, 2, 4, 5, 7]  # those with parameters
