@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Writes the lock files of the images anew from setup.py, with the newest versions that fit. Needs uv.
 #
-#   docker/lock.sh [option of "uv pip compile" ...]     such as --find-links FOLDER
+#   docker/lock.sh [option of "uv pip compile" ...]
 #
 # The CPU image needs torch's CPU wheels, which PyPI does not have: name PyTorch's index of them, or a folder. Python
 # 3.11 is Debian 12's; what is chosen for it also holds for Ubuntu 24.04's 3.12.
