@@ -122,7 +122,7 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
         grid: What it shows.
         highest: The accuracy, a fraction, that has the lightest colour.
     """
-    top1, best, good = grid.top1, grid.best, grid.good().any(axis=0)
+    top1, best, good = grid.top1, grid.best, np.logical_or.reduce(grid.good())
     rows, columns = top1.shape
     # Where there is room: in whole numbers the best of a good region would look like others.
     digits = 1 if columns <= 5 else 0
