@@ -100,15 +100,18 @@ class Reached:
 
 
 def time_to(trials: Iterable[Trial], level: float) -> Reached:
-    """When these runs were first found at a test accuracy, a fraction; means over those that were."""
+    """When these runs were first found at a test accuracy, a fraction; means over those that were.
+
+    A run that diverged afterwards reached nothing.
+    """
     trials = list(trials)
-    places = [(trial.curve, trial.curve.reaches("test_top1", level)) for trial in trials]
+    places = [(trial.curve, trial.curve.reaches("test_top1", level)) for trial in trials if trial.is_done]
     found = [(curve.epoch[i], curve.iteration[i], curve.seconds[i]) for curve, i in places if i is not None]
     epochs, iterations, seconds = np.mean(found, axis=0).tolist() if found else (math.nan, math.nan, math.nan)
     return Reached(epochs, iterations, seconds, len(found), len(trials))
 
 
 def fastest_to(trials: Iterable[Trial], level: float) -> Reached:
-    """The same for that one of these runs which needs the fewest epochs."""
-    reached = [time_to([trial], level) for trial in trials]
-    return min((one for one in reached if one.num_reached), key=lambda one: one.epochs, default=time_to([], level))
+    """The same for that one of these runs which needs the fewest epochs, of equals the fewest seconds."""
+    reached = [one for one in (time_to([trial], level) for trial in trials) if one.num_reached]
+    return min(reached, key=lambda one: (one.epochs, one.seconds), default=time_to([], level))

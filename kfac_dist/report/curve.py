@@ -11,6 +11,9 @@ Array = NDArray[np.float64]
 Axis = Literal["iteration", "epoch", "seconds"]
 Metric = Literal["train_loss", "test_loss", "test_top1"]
 
+MOST_UNEVEN = 1.25
+"""Runs of one configuration that differ by more in seconds an iteration did not have the machine alike."""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -68,8 +71,18 @@ class Curve:
         An accuracy is reached from below, a loss from above.
         """
         values = getattr(self, metric)
-        good = values >= level if metric == "test_top1" else values <= level
+        rounding = 1e-12  # of a level that is a mean
+        good = values >= level - rounding if metric == "test_top1" else values <= level + rounding
         return int(np.argmax(good)) if good.any() else None
+
+
+def uneven_pace(curves: Iterable[Curve]) -> tuple[float, float] | None:
+    """Fewest and most seconds an iteration of runs of one configuration, if they differ more than such runs do."""
+    paces = [curve.seconds[-1] / curve.iteration[-1] for curve in curves if curve.iteration.size]
+    known = [float(pace) for pace in paces if np.isfinite(pace)]
+    if not known or max(known) <= MOST_UNEVEN * min(known):
+        return None
+    return min(known), max(known)
 
 
 def number(value: object) -> float:

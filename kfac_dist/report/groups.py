@@ -29,6 +29,8 @@ class Group:
         seeds: Of the runs.
         settings: Dotted key → value, where all its runs agree.
         tuning: How its settings were chosen; empty where that is not known.
+        unfinished: Names of runs that have not come to their end.
+        differing: Keys in which its runs differ besides their seed.
     """
 
     label: str
@@ -37,6 +39,8 @@ class Group:
     seeds: Sequence[int]
     settings: Mapping[str, str] = field(default_factory=dict)
     tuning: str = ""
+    unfinished: Sequence[str] = ()
+    differing: Sequence[str] = ()
 
 
 def read_groups(texts: Sequence[str], model: str | None, batch_size: int | None) -> list[Group]:
@@ -80,13 +84,16 @@ def _from_folders(pattern: str, label: str) -> Group:
     if empty:
         raise InputError(f"{empty[0]}: no evaluation is recorded yet; leave it out until there is one")
     settings = [{key: str(value) for key, value in leaves(run.config).items()} for run in runs]
-    shared = {
-        key: value
-        for key, value in settings[0].items()
-        if key not in _OWN_KEYS and all(other.get(key) == value for other in settings)
-    }
-    seeds = [int(run.setting("run.seed") or 0) for run in runs]
-    return Group(label or pattern, runs[0].optimizer, [run.curve for run in runs], seeds, shared)
+    values = {key: {one.get(key) for one in settings} for one in settings for key in one if key not in _OWN_KEYS}
+    return Group(
+        label or pattern,
+        runs[0].optimizer,
+        [run.curve for run in runs],
+        [int(run.setting("run.seed") or 0) for run in runs],
+        {key: settings[0][key] for key, found in values.items() if len(found) == 1},
+        unfinished=[run.name for run in runs if not run.is_finished],
+        differing=[key for key, found in values.items() if len(found) > 1],
+    )
 
 
 def _from_study(study: Study, optimizer: str, label: str, model: str | None, batch_size: int | None) -> Group:
@@ -100,6 +107,11 @@ def _from_study(study: Study, optimizer: str, label: str, model: str | None, bat
         raise InputError(
             f"{study.name}: must have a finished trial of optimizer {optimizer} on {model} at batch {batch_size}; "
             f"it has {', '.join(study.kinds)} on {', '.join(study.models)} at {', '.join(map(str, study.batch_sizes))}"
+        )
+    if diverged := [str(trial.seed) for trial in best.trials if not trial.is_done]:
+        raise InputError(
+            f"{study.name}: the best configuration of {optimizer} at batch {batch_size} diverged with seed "
+            f"{', '.join(diverged)}, and a mean over its curves would hide that: see the study's own page"
         )
     return Group(
         label,

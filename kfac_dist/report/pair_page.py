@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 
 from kfac_dist.report.bands import AXIS_NAMES, METRIC_NAMES, draw_band, finish_axes, mean_and_range
 from kfac_dist.report.best import Spread
-from kfac_dist.report.curve import Axis, Curve, Metric
+from kfac_dist.report.curve import Axis, Curve, Metric, uneven_pace
 from kfac_dist.report.document import Block, Figure, Page, Panel, Paragraph, Section, Table
 from kfac_dist.report.findings import half_interval
 from kfac_dist.report.groups import Group
 from kfac_dist.report.pictures import Look, draw, looks_of
 from kfac_dist.report.render import check_output, write_page
-from kfac_dist.report.words import NONE, decimal, spread
+from kfac_dist.report.words import NONE, UNEVEN, decimal, spread
 
 _AXES: tuple[Axis, ...] = ("epoch", "iteration", "seconds")
 _MOST_ROWS = 12
@@ -44,7 +44,7 @@ def pair_page(groups: Sequence[Group]) -> Page:
         Section("Epoch by epoch", [_epoch_table(groups)]),
         Section("Settings", list(_settings(groups))),
     ]
-    return Page(f"{labels} against {baseline.label}", _lead(groups), list(_notices(groups)), sections)
+    return Page(f"{labels} against {baseline.label}", _lead(groups), list(notices(groups)), sections)
 
 
 def _lead(groups: Sequence[Group]) -> str:
@@ -52,13 +52,26 @@ def _lead(groups: Sequence[Group]) -> str:
     return "; ".join(parts) + "."
 
 
-def _notices(groups: Sequence[Group]) -> Iterator[Block]:
+def notices(groups: Sequence[Group]) -> Iterator[Paragraph]:
+    """What a reader should know before comparing."""
     if any(len(group.curves) < 2 for group in groups):
         yield Paragraph("A group of one run has no interval: nothing tells its result from chance.", is_notice=True)
+    for group in groups:
+        yield from (Paragraph(f"{group.label}: {text}", is_notice=True) for text in _doubts(group))
     tunings = {group.tuning for group in groups}
     if len(tunings) > 1:
         text = "; ".join(f"{g.label}: {g.tuning or 'not known'}" for g in groups)
         yield Paragraph(f"The groups were not tuned alike: {text}.", is_notice=True)
+
+
+def _doubts(group: Group) -> Iterator[str]:
+    """What keeps a group from being finished runs that differ by their seed and had the machine alike."""
+    if group.unfinished:
+        yield f"not finished: {', '.join(group.unfinished)}. The last evaluation so far is taken for the end."
+    if group.differing:
+        yield f"its runs differ not only by their seed, but in {', '.join(group.differing)}."
+    if (pace := uneven_pace(group.curves)) is not None:
+        yield f"its runs took {pace[0]:.3g} to {pace[1]:.3g} s an iteration. {UNEVEN}"
 
 
 def _caption(groups: Sequence[Group]) -> str:

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -42,11 +42,11 @@ class Trial:
         epochs: Length of the run.
         iterations: Likewise, in updates.
         seconds: Of training.
-        cpu_seconds: Of all the trial's processes, evaluations and start included.
+        cpu_seconds: Likewise, of the processor: of all threads.
         curve: Its evaluations.
         train_loss: Of the last part of the run; not a number where unknown.
         test_top1: At the end, a fraction; 0 for a diverged trial.
-        iterations_to: Updates to each target; None where it was not reached.
+        iterations_to: Updates to each target; None where it was not reached, and for a diverged trial.
         error: What went wrong.
         environment: Versions and machine.
     """
@@ -92,7 +92,10 @@ class Trial:
             train_loss=float("nan") if diverged else number(final.get("train_loss")),
             test_top1=0.0 if diverged else top1,
             best_test_top1=number(record.get("best_test_top1")),
-            iterations_to=dict(record.get("iterations_to") or {}),
+            iterations_to={
+                str(name): None if diverged else iterations
+                for name, iterations in (record.get("iterations_to") or {}).items()
+            },
             error=record.get("error"),
             environment=dict(record.get("environment") or {}),
         )
@@ -138,8 +141,14 @@ class Study:
 
     @cached_property
     def grid_seed(self) -> int:
-        """The seed that whole grids were run with: the one of most trials, the smaller of equals."""
+        """The seed that whole grids were run with, and that the best are chosen by: the study's first.
+
+        Where that is not told or has no result, the one of most trials, the smaller of equals.
+        """
+        seeds = self.definition.get("seeds")
         counts = Counter(trial.seed for trial in self.trials)
+        if isinstance(seeds, list) and seeds and seeds[0] in counts:
+            return int(seeds[0])
         return min(counts, key=lambda seed: (-counts[seed], seed))
 
     @cached_property
@@ -196,12 +205,19 @@ def _read_trials(paths: Sequence[Path]) -> list[Trial]:
     trials, damaged = [], []
     for path in paths:
         try:
-            trials.append(_read(path, lambda text: Trial.from_json(json.loads(text))))
+            trials.append(_read(path, partial(_parse_trial, path)))
         except InputError as error:
             damaged.append(str(error))
     if damaged:
         raise InputError("\n".join(damaged))
     return sorted(trials, key=lambda trial: trial.index)
+
+
+def _parse_trial(path: Path, text: str) -> Trial:
+    trial = Trial.from_json(json.loads(text))
+    if path.stem != f"{trial.index:05}":
+        raise ValueError(f"it is the result of trial {trial.index}")
+    return trial
 
 
 def _read(path: Path, parse: Callable[[str], T]) -> T:

@@ -25,10 +25,12 @@ class Scaling:
     Attributes:
         batch_sizes: Ascending, (n,).
         iterations: (n,); infinite where no run reached the target.
+        searched: (n,), the iterations of the longest run: a target that was not reached takes more than these.
     """
 
     batch_sizes: Array
     iterations: Array
+    searched: Array
 
     @property
     def anchor(self) -> int | None:
@@ -46,6 +48,11 @@ class Scaling:
     def excess(self, anchor: int | None = None) -> Array:
         """Iterations divided by the ideal, (n,)."""
         return self.iterations / self.ideal(anchor)
+
+    def least_excess(self, anchor: int | None = None) -> Array:
+        """The excess where the target was reached, elsewhere what it exceeds for certain, (n,)."""
+        least = np.where(np.isfinite(self.iterations), self.iterations, self.searched)
+        return np.asarray(least / self.ideal(anchor))
 
 
 @dataclass(frozen=True)
@@ -76,20 +83,24 @@ def critical_batch(scaling: Scaling, tolerance: float = TOLERANCE) -> CriticalBa
     """The batch size at which iterations exceed the ideal by `tolerance`.
 
     The logarithm of the excess is interpolated linearly in the logarithm of the batch size, between the last batch
-    size within the tolerance and the next. If that one never reached the target there are only bounds.
+    size known to be within the tolerance and the next known not to be. If that one never reached the target there are
+    only bounds. One that did not reach it within the tolerance, for its runs were no longer, is on neither side.
     """
     anchor = scaling.anchor
-    if anchor is None or anchor == scaling.batch_sizes.size - 1:
-        return CriticalBatch(None, None, None)  # one point is no line
+    if anchor is None:
+        return CriticalBatch(None, None, None)
     sizes, excess = scaling.batch_sizes, scaling.excess()
-    left = [index for index in range(anchor + 1, sizes.size) if excess[index] > 1 + tolerance]
-    if not left:
-        return CriticalBatch(None, float(sizes[-1]), None)
-    end = left[0]
-    low, high = float(sizes[end - 1]), float(sizes[end])
+    left = np.flatnonzero(scaling.least_excess() > 1 + tolerance)
+    left = left[left > anchor]
+    end = int(left[0]) if left.size else sizes.size
+    last = int(np.flatnonzero(np.isfinite(excess[:end]))[-1])
+    low = float(sizes[last])
+    if not left.size:
+        return CriticalBatch(None, low if last > anchor else None, None)  # one point is no line
+    high = float(sizes[end])
     if not math.isfinite(excess[end]):
         return CriticalBatch(None, low, high)
-    share = math.log((1 + tolerance) / excess[end - 1]) / math.log(excess[end] / excess[end - 1])
+    share = math.log((1 + tolerance) / excess[last]) / math.log(excess[end] / excess[last])
     return CriticalBatch(low * (high / low) ** share, low, high)
 
 
@@ -110,14 +121,15 @@ def spread_to(study: Study, cell: Cell, target: str) -> Spread | None:
 
 def scaling_of(study: Study, model: str, optimizer: str, target: str) -> Scaling:
     """Fewest iterations of a grid to the target, at each batch size that has results."""
-    sizes, iterations = [], []
+    sizes, iterations, searched = [], [], []
     for size in study.batch_sizes:
         grid = study.grid(Cell(model, size, optimizer))
         if grid:
             trial = fastest(grid, target)
             sizes.append(float(size))
             iterations.append(math.inf if trial is None else float(trial.iterations_to[target] or 0))
-    return Scaling(np.array(sizes), np.array(iterations))
+            searched.append(max((float(trial.iterations) for trial in grid if trial.is_done), default=0.0))
+    return Scaling(np.array(sizes), np.array(iterations), np.array(searched))
 
 
 def readable_target(target: str) -> str:

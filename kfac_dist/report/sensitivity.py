@@ -25,29 +25,35 @@ class Grid:
         other: Name of the other parameter; empty if there is none.
         rates: Ascending, (n,).
         others: Ascending, (m,).
-        top1: Fractions, (m, n); 0 where training diverged, not a number where there is no result. With more
-            parameters than two, the best over the rest.
+        all_top1: Fractions, (k, m, n), with parameters beyond these two in k combinations of their values; 0 where
+            training diverged, not a number where there is no result.
     """
 
     other: str
     rates: Array
     others: Array
-    top1: Array
+    all_top1: Array
+
+    @property
+    def top1(self) -> Array:
+        """The best over parameters beyond these two, (m, n)."""
+        best: Array = np.fmax.reduce(self.all_top1)
+        return best
 
     @property
     def best(self) -> float:
         """The highest accuracy; not a number without results."""
-        return float(np.nanmax(self.top1)) if np.isfinite(self.top1).any() else math.nan
+        return float(np.nanmax(self.all_top1)) if np.isfinite(self.all_top1).any() else math.nan
 
     def good(self, best: float | None = None) -> NDArray[np.bool_]:
-        """Which configurations are within `WITHIN` of the best: of this grid, or of the given one. (m, n)."""
+        """Which configurations are within `WITHIN` of the best: of this grid, or of the given one. (k, m, n)."""
         level = (1 - WITHIN) * (self.best if best is None else best) - 1e-9  # for rounding
-        good: NDArray[np.bool_] = (self.top1 >= level) & (level > 0)
+        good: NDArray[np.bool_] = (self.all_top1 >= level) & (level > 0)
         return good
 
     def share(self, best: float | None = None) -> float:
         """The share of the configurations with a result that is good."""
-        known = int(np.isfinite(self.top1).sum())
+        known = int(np.isfinite(self.all_top1).sum())
         return int(self.good(best).sum()) / known if known else math.nan
 
 
@@ -58,9 +64,13 @@ def make_grid(values: Iterable[tuple[Mapping[str, float], float]]) -> Grid:
     other = next((name for name in ("damping", "momentum") if name in names), names[0] if names else "")
     rates = sorted({parameters[RATE] for parameters, _ in points})
     others = sorted({parameters.get(other, 0.0) for parameters, _ in points})
-    top1 = np.full((len(others), len(rates)), np.nan)
-    for parameters, value in points:
-        place = others.index(parameters.get(other, 0.0)), rates.index(parameters[RATE])
+    rest = [
+        tuple(sorted(item for item in parameters.items() if item[0] not in (RATE, other))) for parameters, _ in points
+    ]
+    layers = sorted(set(rest)) or [()]
+    top1 = np.full((len(layers), len(others), len(rates)), np.nan)
+    for (parameters, value), layer in zip(points, rest, strict=True):
+        place = layers.index(layer), others.index(parameters.get(other, 0.0)), rates.index(parameters[RATE])
         top1[place] = np.fmax(top1[place], value)
     return Grid(other, np.array(rates), np.array(others), top1)
 
@@ -128,7 +138,7 @@ def good_points(grid: Grid) -> tuple[Array, Array]:
     """
     if not grid.others.size or grid.others[0] <= 0 or grid.rates[0] <= 0:
         return np.empty(0), np.empty(0)
-    rows, columns = np.nonzero(grid.good())
+    _, rows, columns = np.nonzero(grid.good())
     return np.log10(grid.rates[columns]), np.log10(grid.others[rows])
 
 

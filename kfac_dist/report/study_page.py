@@ -7,7 +7,7 @@ from typing import Any
 from kfac_dist.config import strict_yaml
 from kfac_dist.errors import InputError
 from kfac_dist.report.best import best_of
-from kfac_dist.report.curve import Axis
+from kfac_dist.report.curve import Axis, uneven_pace
 from kfac_dist.report.document import Block, Figure, Findings, Listing, Page, Panel, Paragraph, Section, Table, Tiles
 from kfac_dist.report.findings import judge
 from kfac_dist.report.pictures import looks_of
@@ -24,6 +24,7 @@ from kfac_dist.report.study_pictures import (
 )
 from kfac_dist.report.study_tables import (
     best_table,
+    cells,
     cost_table,
     environment_table,
     scaling_table,
@@ -31,7 +32,7 @@ from kfac_dist.report.study_tables import (
     time_table,
     to_csv,
 )
-from kfac_dist.report.words import duration
+from kfac_dist.report.words import UNEVEN, duration
 
 _LEGEND = (
     "test accuracy in %. Bold: good; framed: the best; ×: diverged; empty: no result. Colours mean the same in all "
@@ -78,7 +79,7 @@ def study_page(study: Study) -> Page:
         Section("Cost", [cost_table(study)]),
         Section("Settings and versions", list(_settings(study))),
     ]
-    return Page(f"Study {study.name}", _lead(study), [*_notices(study), _tiles(study)], sections)
+    return Page(f"Study {study.name}", _lead(study), [*notices(study), _tiles(study)], sections)
 
 
 def _lead(study: Study) -> str:
@@ -88,7 +89,8 @@ def _lead(study: Study) -> str:
     return f"{', '.join(study.kinds)} on {', '.join(study.models)} at batch {sizes}; budget: {rule}."
 
 
-def _notices(study: Study) -> Iterator[Paragraph]:
+def notices(study: Study) -> Iterator[Paragraph]:
+    """What a reader should know before the results."""
     missing = len(study.missing)
     if missing:
         yield Paragraph(
@@ -104,6 +106,21 @@ def _notices(study: Study) -> Iterator[Paragraph]:
         )
     if sizes := _differing_grids(study):
         yield Paragraph(f"The optimizers' grids differ in size: {sizes}. The larger has more chances.", is_notice=True)
+    if uneven := _uneven_cells(study):
+        yield Paragraph(
+            f"The best configuration's runs took, in s an iteration, {uneven}. {UNEVEN}",
+            is_notice=True,
+        )
+
+
+def _uneven_cells(study: Study) -> str:
+    texts = []
+    for cell in cells(study):
+        best = best_of(study, cell)
+        pace = uneven_pace(trial.curve for trial in best.trials) if best is not None else None
+        if pace is not None:
+            texts.append(f"{pace[0]:.3g} to {pace[1]:.3g} ({cell.model}, batch {cell.batch_size:,}, {cell.optimizer})")
+    return ", ".join(texts)
 
 
 def _differing_grids(study: Study) -> str:
@@ -239,7 +256,9 @@ def _settings(study: Study) -> Iterator[Block]:
     )
     yield Paragraph(
         f"Whole grids were run with seed {study.grid_seed}; configurations are chosen on it by the test images, as in "
-        "the poster, and the values told of them are means over all their seeds."
+        "the poster, and the values told of them are means over all their seeds. The chosen seed is one of these, and "
+        "the luckiest of its grid: the means are a little too good, the more so the larger the grid, the fewer the "
+        "other seeds and the more an optimizer depends on the seed."
     )
     yield environment_table(study)
     text = strict_yaml.dump(study.definition)

@@ -122,17 +122,17 @@ def draw_heat_map(name: str, title: str, grid: Grid, highest: float) -> Panel:
         grid: What it shows.
         highest: The accuracy, a fraction, that has the lightest colour.
     """
-    rows, columns = grid.top1.shape
-    good, best = grid.good(), grid.best
+    top1, best, good = grid.top1, grid.best, np.logical_or.reduce(grid.good())
+    rows, columns = top1.shape
     # Where there is room: in whole numbers the best of a good region would look like others.
     digits = 1 if columns <= 5 else 0
 
     def fill(axes: Axes) -> None:
         axes.grid(visible=False)
-        shown = np.ma.masked_where(~np.isfinite(grid.top1) | (grid.top1 == 0), grid.top1)
+        shown = np.ma.masked_where(~np.isfinite(top1) | (top1 == 0), top1)
         edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
         axes.pcolormesh(*edges, shown, cmap=_MAP, vmin=0, vmax=highest, edgecolors=INK, linewidth=0.3)
-        for (row, column), value in np.ndenumerate(grid.top1):
+        for (row, column), value in np.ndenumerate(top1):
             if math.isfinite(value):
                 light = value / highest > 0.55 if highest else True
                 colour = INK if value == 0 else "black" if light else "white"

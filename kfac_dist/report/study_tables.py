@@ -63,6 +63,8 @@ def scaling_table(study: Study, model: str, target: str) -> Table:
         f"{model}, {readable_target(target)}: fewest iterations of the grid, and how many times the ideal that is. "
         f"Critical batch size: where iterations exceed the ideal by {100 * TOLERANCE:.0f} %."
     )
+    if target.startswith("test_top1"):
+        caption += " An accuracy is found at evaluations, so iterations may be too many by those between two of them."
     return Table(["optimizer", *(f"{size:,}" for size in study.batch_sizes), "critical batch"], rows, caption)
 
 
@@ -151,7 +153,7 @@ def cost_table(study: Study) -> Table:
                 duration(_sum(trials, "cpu_seconds")),
             ]
         )
-    caption = "Seconds are of training, without evaluations; processor time is of the whole trial."
+    caption = "Seconds are of training, without evaluations and start; processor time likewise, of all threads."
     columns = ["model", "batch", "optimizer", "best run", "ms an iteration", "trials", "diverged", "all trials"]
     return Table([*columns, "processor time"], rows, caption, num_labels=3)
 

@@ -7,6 +7,7 @@ from kfac_dist.report.pictures import plain
 from kfac_dist.report.results import Trial
 
 NONE = "–"
+UNEVEN = "Something else used the machine, or machines differed: do not compare seconds."
 
 
 def decimal(value: float, digits: int) -> str:
@@ -15,11 +16,13 @@ def decimal(value: float, digits: int) -> str:
 
 
 def spread(values: Spread, digits: int) -> str:
-    """The mean; with several seeds also the lowest, the highest and how many."""
+    """The mean; with several seeds also the lowest, the highest, and of how many: those that have a value."""
     text = decimal(values.mean, digits)
     if len(values.values) == 1 or text == NONE:
         return text
-    return f"{text} ({values.lowest:.{digits}f} … {values.highest:.{digits}f}, n = {len(values.values)})"
+    known = sum(map(math.isfinite, values.values))
+    number = f"{known} of {len(values.values)}" if known < len(values.values) else f"{known}"
+    return f"{text} ({values.lowest:.{digits}f} … {values.highest:.{digits}f}, n = {number})"
 
 
 def parameters(best: Best) -> str:

@@ -94,9 +94,10 @@ class Axis(Section):
         return count
 
     def points(self) -> tuple[int | float, ...]:
-        """The values, to 6 significant digits where they are computed."""
+        """The values, to 6 significant digits where they are computed; integers where all that are listed are."""
         if self.values is not None:
-            return self.values
+            whole = all(isinstance(value, int) for value in self.values)
+            return self.values if whole else tuple(map(float, self.values))
         assert self.lowest is not None
         assert self.highest is not None
         assert self.count is not None

@@ -24,7 +24,7 @@ def select(trials: Sequence[Trial], only: str | None) -> list[Trial]:
             range of numbers is written ``3-17``. None lets all pass.
 
     Raises:
-        InputError: If it is no such filter, or no trial passes.
+        InputError: If it is no such filter, a value means no trial, or none passes.
     """
     chosen = list(trials)
     for condition in only.split(",") if only else ():
@@ -33,6 +33,9 @@ def select(trials: Sequence[Trial], only: str | None) -> list[Trial]:
             raise InputError(
                 f"--only must be key=value, with a key of {', '.join(FILTER_KEYS)}, joined by commas, got {only!r}"
             )
+        for text in wanted.split("|"):
+            if not any(_matches(getattr(trial, key), text) for trial in trials):
+                raise InputError(f"--only {only}: {key}={text} means no trial of the study's {len(trials)}")
         chosen = [trial for trial in chosen if any(_matches(getattr(trial, key), text) for text in wanted.split("|"))]
     if not chosen:
         raise InputError(f"--only {only}: no trial of the study's {len(trials)} is meant")

@@ -72,6 +72,11 @@ class TrialTrainer(Trainer):
         self.divergence = EarlyDivergence(self.dataset.num_classes, per_epoch, is_lost)
         self.evaluation_cpu_seconds = 0.0
 
+    @property
+    def is_told_to_stop(self) -> bool:
+        """Whether a signal came, however late."""
+        return bool(self._stops.received)
+
     def evaluate(self, beat: Callable[[], None] = lambda: None) -> tuple[float, float, float]:
         start = time.process_time()
         try:
@@ -88,6 +93,7 @@ def run_trial(
     folder: Path,
     worker: int,
     is_lost: Callable[[], bool],
+    on_told_late: Callable[[], None],
 ) -> dict[str, Any]:
     """Train a trial, or go on with it where it was last saved.
 
@@ -99,6 +105,8 @@ def run_trial(
         folder: The trial's.
         worker: This worker's number on the machine, by which GPUs are dealt out.
         is_lost: Whether another worker has taken the trial.
+        on_told_late: Called if a signal asked to stop when the trial was at its end: it is done, and the worker is to
+            end.
 
     Returns:
         Its result, of status ``done`` or ``diverged``.
@@ -124,6 +132,8 @@ def run_trial(
         trainer.train()
     except TrainingDiverged as problem:
         status, error = "diverged", str(problem)
+    if trainer.is_told_to_stop:
+        on_told_late()
     cpu_seconds = time.process_time() - cpu_start - trainer.evaluation_cpu_seconds
     summary = summarise(read_metrics(run), trial.batch_size, study.targets)
     share = 1 - seconds_before / trainer.seconds()  # that this process trained

@@ -18,6 +18,14 @@ from kfac_dist.study.definition import SMALLEST_BATCH, AdjustedEpochs, FixedEpoc
 ITERATIONS = "iterations"
 """What a link may follow besides keys: the length of the trial's run."""
 
+_OWN_KEYS = {
+    "run.name": "the program",
+    "run.seed": "seeds",
+    "model.name": "models",
+    "batch.global_size": "batch_sizes",
+    "train.epochs": "budget",
+}
+
 _DEFAULTS = {
     # A trial that diverged is a result, nothing to be repaired; and one checkpoint is enough to go on from.
     "train.max_restores": 0,
@@ -58,12 +66,14 @@ def plan_trials(study: Study) -> list[Trial]:
     """All trials of a study.
 
     Raises:
-        InputError: If there is no such model, or naming each problem of the trials' configurations once, with the first
-            trial that has it, and how many have any.
+        InputError: If there is no such model, a key is set twice, or naming each problem of the trials' configurations
+            once, with the first trial that has it, and how many have any.
     """
     trials: list[Trial] = []
     problems: dict[str, list[str]] = {}
     _check_same_data(study)
+    for label in study.optimizers:
+        _check_keys(study, label)
     data = describe_dataset(create_config(_minimal(study.recipe), "the study's recipe").data)
     for name in study.models:
         create_model(name, data.num_classes, data.image_shape, seed=0)
@@ -194,6 +204,29 @@ def _check_same_data(study: Study) -> None:
         for key in keys:
             if key.partition(".")[0] == "data":
                 raise InputError(f"optimizers.{label} must leave the data as they are in recipe.data, got {key}")
+
+
+def _check_keys(study: Study, label: str) -> None:
+    """No key may be set in vain: by the grid or a link and then by another, or by a link to one that comes later."""
+    optimizer = study.optimizers[label]
+    links = {**study.linked, **optimizer.linked}
+    names: dict[str, str] = {}
+    for name, axis in optimizer.grid.items():
+        if axis.key in names:
+            raise InputError(
+                f"optimizers.{label}.grid: {names[axis.key]} and {name} must have different keys, both have {axis.key}"
+            )
+        if axis.key in links:
+            raise InputError(f"optimizers.{label}.grid.{name} must not be linked too, got {axis.key}")
+        names[axis.key] = name
+    for key in [*optimizer.settings, *links, *names]:
+        if key in _OWN_KEYS:
+            raise InputError(f"optimizers.{label} must leave {key} to {_OWN_KEYS[key]} of the study, which sets it")
+    later = list(links)
+    for key, link in links.items():
+        later.remove(key)
+        if link.of in later:
+            raise InputError(f"linked: {key} must come after {link.of}, which it follows and which is linked too")
 
 
 def _minimal(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def _take(settings: WorkerSettings, number: int, folder: StudyFolder, study: Stu
             return False
         if trial.index not in folder.finished():  # by the one who had it until now, perhaps
             _run_claimed(settings, number, folder, study, trial, claim)
+        claim.release()  # whoever deletes its result wants it run again, by this worker perhaps
         return True
     except (Stopped, RunStopped):
         if claim is not None:
@@ -143,13 +144,23 @@ def _run_claimed(
     """Train a trial that this worker has taken, and write its result."""
     place = folder.trial(trial.index)
     parameters = trial.parameters
+    told_late: list[bool] = []
     logger.info("trial %d (%s, %s, batch %d)", trial.index, trial.model, trial.optimizer, trial.batch_size)
     try:
         if count_deaths(place) > MOST_DEATHS:
             raise InputError(f"its worker died {MOST_DEATHS} times; see {folder.workers}")
         parameters, config = _chosen(folder, study, trial)
         with Heartbeat(claim, settings.lease_seconds, settings.parent, _stop_self) as heartbeat:
-            result = run_trial(study, trial, parameters, config, place, number, lambda: heartbeat.is_lost)
+            result = run_trial(
+                study,
+                trial,
+                parameters,
+                config,
+                place,
+                number,
+                lambda: heartbeat.is_lost,
+                lambda: told_late.append(True),
+            )
     except RunStopped:
         raise
     except TrainingDiverged as error:
@@ -165,6 +176,8 @@ def _run_claimed(
         folder.write_result(trial.index, result)
         if not settings.keeps_runs and result["status"] != "failed":
             shutil.rmtree(place / RUN_FOLDER, ignore_errors=True)
+    if told_late:
+        raise Stopped
 
 
 def _chosen(folder: StudyFolder, study: Study, trial: Trial) -> tuple[dict[str, float], dict[str, object]]:

@@ -74,11 +74,11 @@ def test_the_interval_is_welchs():
     assert half_interval((0.1, 0.1), (0.2, 0.2)) == 0
 
 
-def speeds(kfac, sgd, target=LOSS):
+def speeds(kfac, sgd, target=LOSS, lengths=(2000, 2000, 2000, 2000)):
     results = []
     for optimizer, iterations in (("kfac", kfac), ("sgd", sgd)):
-        for size, found in zip(SIZES, iterations, strict=False):
-            results.append(result(len(results), optimizer, size, iterations_to={target: found}))
+        for size, found, length in zip(SIZES, iterations, lengths, strict=False):
+            results.append(result(len(results), optimizer, size, iterations_to={target: found}, iterations=length))
     return results
 
 
@@ -111,6 +111,40 @@ def test_a_target_that_one_does_not_reach_is_told_in_words(tmp_path):
     slow, fast = (800, 600, 500, None), (800, 600, 500, 400)
     assert "K-FAC does not reach the target" in finding(tmp_path / "a", SPEEDUP, speeds(slow, fast)).number
     assert "SGD does not reach the target" in finding(tmp_path / "b", SPEEDUP, speeds(fast, slow)).number
+
+
+@pytest.mark.parametrize(
+    ("kfac", "sgd", "verdict", "told"),
+    [
+        # Ten epochs: at 1,024 runs end at 125 iterations, 1.05 times K-FAC's ideal, so its excess may be below SGD's.
+        (
+            (950, 475, None, None),
+            (500, 250, 140, 80),
+            "undecided",
+            "K-FAC does not reach it within 1.05 × ideal, SGD 1.28",
+        ),
+        ((500, 250, 140, 80), (950, 475, None, None), "undecided", "SGD does not reach it within 1.05 × ideal"),
+        ((500, 250, 140, None), (500, 250, 140, 80), "confirmed", "K-FAC does not reach it within 2.00 × ideal"),
+        ((500, 250, 140, 80), (500, 250, 140, None), "contradicted", "SGD does not reach it within 2.00 × ideal"),
+        ((500, 250, 140, 70), (950, 475, None, None), "contradicted", "K-FAC 1.12 × ideal"),  # it stays on the line
+    ],
+)
+def test_a_target_is_missed_only_as_far_as_runs_went(tmp_path, kfac, sgd, verdict, told):
+    """Defect: with a budget of epochs, a run that ended on the ideal line was taken for one infinitely far from it."""
+    one = finding(tmp_path, SPEEDUP, speeds(kfac, sgd, lengths=(1000, 500, 250, 125)))
+    assert one.verdict == verdict
+    assert told in one.votes[0].number
+
+
+def test_the_median_is_of_ratios_that_are_known(tmp_path):
+    """Defect: the mean of 1.60 and 0, for a target that SGD does not reach, was told as the median."""
+    results = speeds((800, 600, 500, 400), (800, 500, 350, 250))
+    for one, other in zip(results, speeds((800, 600, 500, 400), (800, 600, 500, None)), strict=True):
+        one["iterations_to"]["train_loss<=0.1"] = other["iterations_to"][LOSS]
+    one = finding(tmp_path, SPEEDUP, results)
+    assert one.number.startswith(
+        "Median of K-FAC's excess ÷ SGD's: 1.60. SGD does not reach the target at the largest batch size in 1 of 2 "
+    )
 
 
 def test_accuracy_targets_decide_only_where_there_is_no_loss_target(tmp_path):

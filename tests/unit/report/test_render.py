@@ -125,7 +125,7 @@ def test_optimizers_differ_in_colour_and_marker():
 
 def test_a_heat_map_shows_every_number():
     top1 = np.array([[0.81, 0.0], [0.5, np.nan]])
-    grid = Grid("damping", np.array([0.01, 0.1]), np.array([0.001, 0.3]), top1)
+    grid = Grid("damping", np.array([0.01, 0.1]), np.array([0.001, 0.3]), top1[None])
     svg = draw_heat_map("map", "title", grid, 0.81).svg
     texts = re.findall(r">([^<>]+)</text>", svg)
     assert texts.count("81.0") == texts.count("50.0") == texts.count("×") == 1
@@ -140,13 +140,15 @@ def test_a_heat_map_shows_every_number():
 
 def test_a_wide_heat_map_has_whole_numbers():
     top1 = np.array([[0.814, 0.7, 0.6, 0.5, 0.4, 0.3]])
-    grid = Grid("", np.arange(1.0, 7.0), np.array([0.0]), top1)
+    grid = Grid("", np.arange(1.0, 7.0), np.array([0.0]), top1[None])
     texts = re.findall(r">([^<>]+)</text>", draw_heat_map("map", "title", grid, 0.814).svg)
     assert {"81", "70", "60", "50", "40", "30"} <= set(texts)
 
 
 def test_a_heat_map_of_one_parameter_has_no_second_axis():
-    panel = draw_heat_map("map", "title", Grid("", np.array([0.01, 0.1]), np.array([0.0]), np.array([[0.8, 0.7]])), 0.8)
+    panel = draw_heat_map(
+        "map", "title", Grid("", np.array([0.01, 0.1]), np.array([0.0]), np.array([[[0.8, 0.7]]])), 0.8
+    )
     assert set(re.findall(r">([^<>]+)</text>", panel.svg)) == {"title", "learning rate", "0.01", "0.1", "80.0", "70.0"}
     assert panel.alt == "title: test accuracy over learning rate"
 

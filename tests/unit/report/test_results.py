@@ -5,7 +5,7 @@ import pytest
 from kfac_dist.errors import InputError
 from kfac_dist.report.best import best_of, fastest_to, time_to
 from kfac_dist.report.results import Cell, read_study
-from kfac_dist.report.study_tables import time_table, to_csv
+from kfac_dist.report.study_tables import best_table, time_table, to_csv
 from tests.unit.report.synthetic_study import curve_of, result, write_study
 
 CELL = Cell("net", 128, "kfac")
@@ -126,6 +126,41 @@ def test_of_damaged_results_all_are_named(tmp_path):
         read_study(folder)
 
 
+def test_a_result_of_another_trial_is_named(tmp_path):
+    """Defect: a copy counted as one more trial."""
+    folder = write_study(tmp_path / "study", [result(0), result(1)])
+    (folder / "results/00002.json").write_text((folder / "results/00000.json").read_text())
+    with pytest.raises(InputError, match=r"00002\.json: .* it is the result of trial 0"):
+        read_study(folder)
+
+
+def test_the_grids_seed_is_the_first_of_the_study(tmp_path):
+    """Defect: the smallest was, so that another configuration was told than the one that got more seeds."""
+    results = []
+    for seed, accuracies in {1: (0.6, 0.8), 0: (0.8, 0.6)}.items():
+        for rate, top1 in zip((0.1, 0.2), accuracies, strict=True):
+            results.append(result(len(results), parameters=parameters(rate), top1=top1, seed=seed))
+    results.append(result(4, parameters=parameters(0.2), top1=0.81, seed=7))
+    study = read_study(write_study(tmp_path / "study", results, definition={"seeds": [1, 0]}))
+    assert [trial.seed for trial in best_of(study, CELL).trials] == [1, 0, 7]
+    other = read_study(write_study(tmp_path / "other", results, definition={"seeds": [5]}))
+    assert other.grid_seed == 0
+
+
+def test_of_seeds_without_a_value_the_table_tells(tmp_path):
+    """Defect: a mean over two was told as n = 3 where the third had diverged."""
+    losses = {0: 0.2, 1: None, 2: 0.3}
+    results = [
+        result(
+            seed, top1=None if loss is None else 0.7, loss=loss, seed=seed, status="diverged" if not loss else "done"
+        )
+        for seed, loss in losses.items()
+    ]
+    (row,) = best_table(read_study(write_study(tmp_path / "study", results))).rows
+    assert row[3] == "46.67 (0.00 … 70.00, n = 3)"
+    assert row[5] == "0.2500 (0.2000 … 0.3000, n = 2 of 3)"
+
+
 def test_a_study_without_results_says_so(tmp_path):
     folder = write_study(tmp_path / "study", [result(0)])
     (folder / "results" / "00000.json").unlink()
@@ -147,3 +182,22 @@ def test_the_time_to_sgds_accuracy_is_told_beside_sgds_whole_run(tmp_path):
     assert rows["kfac"] == ["70.00", *times, *times]
     assert rows["sgd"][1:4] == ["8.0 (1.00 ×)", "80", "16.0 (1.00 ×)"]
     assert rows["muon"][1:4] == ["not reached", "–", "–"]
+
+
+def test_three_equal_runs_reach_their_mean(tmp_path):
+    """Defect: the mean of three times 0.1 is a little more than 0.1."""
+    results = [result(seed, "sgd", top1=0.1, seed=seed) for seed in range(3)]
+    (row,) = time_table(read_study(write_study(tmp_path / "study", results)), "sgd").rows
+    assert row[4] == "4.0 (1.00 ×)"
+
+
+def test_of_configurations_that_need_equal_epochs_the_quicker_is_the_fastest(tmp_path):
+    """Defect: the first of the grid was, and its seconds were told."""
+    results = [result(0, "sgd", top1=0.5)]
+    for index, seconds in ((1, 5.0), (2, 1.0), (3, 3.0)):
+        curve = curve_of(0.8, 4, 10, seconds)
+        results.append(result(index, parameters=parameters(0.1 * index), top1=0.8, curve=curve))
+    diverged = {"status": "diverged", "curve": curve_of(0.9, 8, 1, 0.1)}
+    results.append(result(4, parameters=parameters(0.9), top1=None, **diverged))
+    study = read_study(write_study(tmp_path / "study", results))
+    assert fastest_to(study.grid(CELL), 0.5).seconds == 2

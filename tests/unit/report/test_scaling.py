@@ -12,7 +12,8 @@ NEVER = math.inf
 
 
 def scaling(*iterations):
-    return Scaling(SIZES[: len(iterations)], np.array(iterations, dtype=float))
+    """With runs that are long enough for any target that is not out of reach."""
+    return Scaling(SIZES[: len(iterations)], np.array(iterations, dtype=float), np.full(len(iterations), math.inf))
 
 
 def test_the_ideal_line_halves_from_the_smallest_batch():
@@ -28,7 +29,7 @@ def test_the_ideal_line_is_anchored_where_the_target_is_reached_first():
 
 def test_a_power_law_leaves_the_line_where_it_must():
     # Iterations ∝ B^-1/2 exceed the ideal by (B/128)^1/2, which is 1.2 at 128 · 1.44, between two batch sizes.
-    power = Scaling(SIZES, 1000 * (SIZES / 128) ** -0.5)
+    power = scaling(*1000 * (SIZES / 128) ** -0.5)
     assert critical_batch(power).value == pytest.approx(128 * 1.44)
     assert critical_batch(power, tolerance=1.0).value == pytest.approx(128 * 4)
 
@@ -53,6 +54,35 @@ def test_what_is_not_known_is_not_made_up(iterations, text):
     found = critical_batch(scaling(*iterations))
     assert found.value is None
     assert str(found) == text
+
+
+@pytest.mark.parametrize(
+    ("iterations", "text"),
+    [
+        ((950, 475, NEVER), "> 256"),  # at 512 runs end at 1.05 times the ideal: nothing is known
+        ((950, NEVER, NEVER), "unknown"),
+        ((500, 250, NEVER), "256 … 512"),  # twice the ideal
+        ((950, NEVER, 238), "> 512"),
+        ((700, NEVER, 240), "285"),  # between 128 and 512, 1.37 times the ideal
+    ],
+)
+def test_runs_that_end_on_the_line_have_not_left_it(iterations, text):
+    """Defect: a target that was not reached was a bound of the critical batch size, however short the runs."""
+    lengths = np.array([1000.0, 500.0, 250.0])
+    if text == "285":
+        lengths[1] = 400.0  # 1.14 times
+    assert str(critical_batch(Scaling(SIZES[:3], np.array(iterations), lengths))) == text
+
+
+def test_a_trial_that_diverged_reached_nothing(tmp_path):
+    """Defect: it could be the fastest of its grid, to a target that it then left."""
+    target = "train_loss<=0.5"
+    results = [
+        result(0, "sgd", 128, {"learning_rate": 0.1}, iterations_to={target: 900}),
+        result(1, "sgd", 128, {"learning_rate": 3.0}, None, status="diverged", iterations_to={target: 20}),
+    ]
+    study = read_study(write_study(tmp_path / "study", results))
+    assert scaling_of(study, "net", "sgd", target).iterations == [900]
 
 
 def test_the_fewest_iterations_of_the_grid_are_taken(tmp_path):

@@ -28,7 +28,7 @@ def grid_of(top1):
 def test_the_share_within_five_percent_of_the_best():
     # 5 % of 0.80 is 0.04: 0.80, 0.77 and 0.76 are good, 0.75 is not.
     grid = grid_of([[0.80, 0.77, 0.75], [0.76, 0.0, 0.5]])
-    np.testing.assert_array_equal(grid.good(), [[True, True, False], [True, False, False]])
+    np.testing.assert_array_equal(grid.good(), [[[True, True, False], [True, False, False]]])
     assert grid.share() == 0.5
     assert grid.share(best=0.84) == pytest.approx(1 / 6)  # of another grid's best: 0.798
 
@@ -50,6 +50,18 @@ def test_a_grid_knows_its_axes():
 def test_the_best_over_parameters_beyond_two():
     values = [({"learning_rate": 0.1, "damping": 0.01, "decay": decay}, 0.5 + decay) for decay in (0.1, 0.3, 0.2)]
     np.testing.assert_allclose(make_grid(values).top1, [[0.8]])
+
+
+def test_every_configuration_counts_in_the_share_with_parameters_beyond_two():
+    """Defect: a pair of learning rate and damping that is good with one decay counted as good with all of them."""
+    values = [
+        ({"learning_rate": rate, "damping": damping, "decay": decay}, 0.8 if decay == 0.3 else 0.1)
+        for rate in (0.1, 0.2) for damping in (0.01, 0.1) for decay in (0.1, 0.3, 0.2)
+    ]  # fmt: skip
+    grid = make_grid(values)
+    assert grid.share() == pytest.approx(4 / 12)
+    assert grid.top1.shape == (2, 2)
+    assert good_points(make_grid([*values, (values[0][0] | {"decay": 0.4}, 0.8)]))[0].size == 5
 
 
 def test_a_diagonal_region_is_fully_correlated():

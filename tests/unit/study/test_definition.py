@@ -85,9 +85,48 @@ def test_trials_that_are_no_configurations(tmp_path: Path, changes: dict[str, An
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"grid/passes": {"key": "train.epochs", "values": [5, 9]}}, r"leave train\.epochs to budget of the study"),
+        ({"grid/size": {"key": "batch.global_size", "values": [128, 512]}}, r"leave batch\.global_size to batch_sizes"),
+        ({"settings/run.seed": 5}, r"optimizers\.sgd must leave run\.seed to seeds of the study"),
+        ({"linked": {"train.epochs": {"of": "train.epochs", "times": 3}}}, r"leave train\.epochs to budget"),
+        (
+            {"grid/rate": {"key": "optimizer.learning_rate", "values": [5, 9]}},
+            r"grid: learning_rate and rate must have different keys, both have optimizer\.learning_rate",
+        ),
+        (
+            {"linked": {"optimizer.learning_rate": {"of": "batch.global_size"}}},
+            r"grid\.learning_rate must not be linked too, got optimizer\.learning_rate",
+        ),
+        (
+            {
+                "linked": {
+                    "optimizer.weight_decay": {"of": "optimizer.momentum"},
+                    "optimizer.momentum": {"of": "optimizer.learning_rate"},
+                }
+            },
+            r"linked: optimizer\.weight_decay must come after optimizer\.momentum, which it follows",
+        ),
+    ],
+)
+def test_no_key_is_set_in_vain(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    """Defect: a grid over epochs trained all its configurations alike, and told them as different."""
+    path = write_study(tmp_path, {f"optimizers/sgd/{key}": value for key, value in changes.items()})
+    with pytest.raises(InputError, match=problem):
+        plan_trials(load_study(path))
+
+
+def test_a_grid_of_some_integers_is_one_of_numbers() -> None:
+    """Defect: a key linked to the learning rates 0.5 and 1, 0.6 times each, became 0.3 and 1."""
+    values = Axis(key="optimizer.learning_rate", values=(0.5, 1)).points()
+    assert [type(value) for value in values] == [float, float]
+
+
 def test_each_problem_is_told_once(tmp_path: Path) -> None:
     """Defect: only the first trial's was, and the next one after that had been mended."""
-    changes = {"optimizers/sgd/settings": {"optimizer": {"name": "sgd"}}, "optimizers/kfac/settings/train.epochs": 1}
+    changes: dict[str, Any] = {"optimizers/sgd/settings": {"optimizer": {"name": "sgd"}}}
     changes |= {"optimizers/kfac/settings/kfac.damping.batchnorm_ratio": -1}
     with pytest.raises(InputError, match=r"^8 of 8 trials cannot be run; the first:\nmodel digits_cnn") as caught:
         plan_trials(load_study(write_study(tmp_path, changes)))

@@ -79,7 +79,7 @@ def test_filters() -> None:
     assert [t.index for t in select(trials, "optimizer=kfac")] == [2, 3]
     assert [t.index for t in select(trials, "batch_size=256, optimizer=kfac|sgd")] == [1, 3]
     assert [t.index for t in select(trials, "index=1-2")] == [1, 2]
-    for wrong in ("optimizer", "size=3", "optimizer=adam"):
+    for wrong in ("optimizer", "size=3", "optimizer=adam", "optimizer=kfac|adam", "index=1-2|7"):
         with pytest.raises(InputError, match="--only"):
             select(trials, wrong)
 

@@ -14,6 +14,8 @@ from kfac_dist.study import worker
 from kfac_dist.study.claims import claim_trial, count_deaths
 from kfac_dist.study.definition import load_study
 from kfac_dist.study.manifest import StudyFolder
+from kfac_dist.study.trial_run import TrialTrainer
+from kfac_dist.study.trials import Trial
 from tests.unit.study.studies import write_study
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -71,6 +73,47 @@ def test_a_worker_that_is_told_to_stop_gives_its_trial_back(
     assert count_deaths(folder.trial(0)) == 0
     assert claim_trial(folder.trial(0), 60.0) is not None
     assert folder.finished() == ({0} if name == "write_result" and after else set())
+
+
+def settings_for(folder: StudyFolder, selected: list[int], waits: bool) -> worker.WorkerSettings:
+    return worker.WorkerSettings(folder.path, os.getpid(), selected, 1, 60.0, waits=waits, keeps_runs=False)
+
+
+def test_a_result_that_is_deleted_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect: the worker held the trial, waited for whoever held it, and never ended."""
+    folder = StudyFolder(tmp_path / "study")
+    folder.write_plan(load_study(write_study(tmp_path)))
+    ran: list[int] = []
+
+    def run_trial(study: object, trial: Trial, *more: object) -> dict[str, Any]:
+        ran.append(trial.index)
+        if ran == [0, 1]:
+            folder.result(0).unlink()
+        return {"index": trial.index, "status": "done"}
+
+    def wait(seconds: float) -> None:
+        if folder.finished() == {1} and len(ran) < 3:
+            waited.append(seconds)
+            assert len(waited) < 3, "it waits for itself"
+
+    waited: list[float] = []
+    monkeypatch.setattr(worker, "run_trial", run_trial)
+    monkeypatch.setattr(worker.time, "sleep", wait)
+    worker.work(settings_for(folder, [0, 1], waits=True), 0)
+    assert ran == [0, 1, 0]
+    assert folder.finished() == {0, 1}
+
+
+def test_a_signal_at_the_end_of_a_trial_ends_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect: it was lost, and the worker took the next trial."""
+    folder = StudyFolder(tmp_path / "study")
+    folder.write_plan(load_study(write_study(tmp_path, {"budget": {"rule": "fixed_iterations", "iterations": 2}})))
+    monkeypatch.setattr(TrialTrainer, "evaluate", and_a_signal(TrialTrainer.evaluate, after=True))
+    with pytest.raises(SystemExit) as ended:
+        worker.work(settings_for(folder, [0, 1], waits=False), 0)
+    assert ended.value.code == 75
+    assert folder.finished() == {0}
+    assert folder.read_result(0)["status"] == "done"
 
 
 def test_a_signal_while_a_trial_is_claimed_is_heeded_when_the_claim_is_whole(
