@@ -1,6 +1,6 @@
 """Several runs that differ by their seed, as one line with a band."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,6 +14,9 @@ METRIC_NAMES = {
     "test_loss": "test loss (nats)",
     "test_top1": "test accuracy (%)",
 }
+
+UNEVEN = 1.25
+"""Runs of the same settings whose seconds an iteration differ by more were disturbed."""
 
 
 def mean_and_range(curves: Sequence[Curve], axis: Axis, metric: Metric) -> tuple[Array, Array, Array, Array]:
@@ -41,6 +44,22 @@ def mean_and_range(curves: Sequence[Curve], axis: Axis, metric: Metric) -> tuple
         places = np.unique(np.clip(places, start, end)) if start <= end else np.empty(0)
     values = np.array([curve.at(axis, places, metric) for curve in known])
     return places, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def uneven_seconds(groups: Mapping[str, Sequence[Curve]]) -> str:
+    """What makes the seconds of runs of the same settings unfit to be compared; empty if nothing does."""
+    worst = ("", 0.0)
+    for name, curves in groups.items():
+        paces = [float(curve.seconds[-1] / curve.iteration[-1]) for curve in curves if curve.seconds.size]
+        paces = [pace for pace in paces if np.isfinite(pace) and pace > 0]
+        if len(paces) > 1:
+            worst = max(worst, (name, max(paces) / min(paces)), key=lambda found: found[1])
+    if worst[1] <= UNEVEN:
+        return ""
+    return (
+        f"Seconds do not compare here: of {worst[0]}, runs that differ by their seed alone took up to {worst[1]:.2f} "
+        "times as long an iteration as others. Something else had the machine."
+    )
 
 
 def draw_band(axes: Axes, curves: Sequence[Curve], axis: Axis, metric: Metric, look: Look, label: str) -> None:

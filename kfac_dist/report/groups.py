@@ -29,6 +29,8 @@ class Group:
         seeds: Of the runs.
         settings: Dotted key → value, where all its runs agree.
         tuning: How its settings were chosen; empty where that is not known.
+        mixed: Keys in which its runs differ, besides their seeds.
+        num_unfinished: How many of its runs have not come to their end.
     """
 
     label: str
@@ -37,6 +39,8 @@ class Group:
     seeds: Sequence[int]
     settings: Mapping[str, str] = field(default_factory=dict)
     tuning: str = ""
+    mixed: Sequence[str] = ()
+    num_unfinished: int = 0
 
 
 def read_groups(texts: Sequence[str], model: str | None, batch_size: int | None) -> list[Group]:
@@ -80,13 +84,13 @@ def _from_folders(pattern: str, label: str) -> Group:
     if empty:
         raise InputError(f"{empty[0]}: no evaluation is recorded yet; leave it out until there is one")
     settings = [{key: str(value) for key, value in leaves(run.config).items()} for run in runs]
-    shared = {
-        key: value
-        for key, value in settings[0].items()
-        if key not in _OWN_KEYS and all(other.get(key) == value for other in settings)
-    }
+    keys = [key for key in dict.fromkeys(key for one in settings for key in one) if key not in _OWN_KEYS]
+    mixed = [key for key in keys if len({one.get(key) for one in settings}) > 1]
+    shared = {key: settings[0][key] for key in keys if key not in mixed}
     seeds = [int(run.setting("run.seed") or 0) for run in runs]
-    return Group(label or pattern, runs[0].optimizer, [run.curve for run in runs], seeds, shared)
+    curves = [run.curve for run in runs]
+    num_unfinished = sum(not run.is_finished for run in runs)
+    return Group(label or pattern, runs[0].optimizer, curves, seeds, shared, mixed=mixed, num_unfinished=num_unfinished)
 
 
 def _from_study(study: Study, optimizer: str, label: str, model: str | None, batch_size: int | None) -> Group:
@@ -106,7 +110,12 @@ def _from_study(study: Study, optimizer: str, label: str, model: str | None, bat
         study.kinds[optimizer],
         [trial.curve for trial in best.trials],
         [trial.seed for trial in best.trials],
-        {name: f"{value:g}" for name, value in best.chosen.parameters.items()},
+        {
+            **({"data.name": study.data} if study.data else {}),
+            "model.name": model,
+            "batch.global_size": str(batch_size),
+            **{name: f"{value:g}" for name, value in best.chosen.parameters.items()},
+        },
         f"best of {len(study.grid(cell))} configurations by final test accuracy",
     )
 

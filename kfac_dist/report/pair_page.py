@@ -8,7 +8,7 @@ import numpy as np
 import scipy.stats
 from matplotlib.axes import Axes
 
-from kfac_dist.report.bands import AXIS_NAMES, METRIC_NAMES, draw_band, finish_axes, mean_and_range
+from kfac_dist.report.bands import AXIS_NAMES, METRIC_NAMES, draw_band, finish_axes, mean_and_range, uneven_seconds
 from kfac_dist.report.best import Spread
 from kfac_dist.report.curve import Axis, Curve, Metric
 from kfac_dist.report.document import Block, Figure, Page, Panel, Paragraph, Section, Table
@@ -20,6 +20,8 @@ from kfac_dist.report.words import NONE, decimal, spread
 
 _AXES: tuple[Axis, ...] = ("epoch", "iteration", "seconds")
 _MOST_ROWS = 12
+_SHARED = ("data.name", "model.name", "batch.global_size", "train.epochs")
+"""What a page names of the settings that all groups have alike."""
 
 
 def report_pair(groups: Sequence[Group], output: str | Path) -> list[Path]:
@@ -49,12 +51,30 @@ def pair_page(groups: Sequence[Group]) -> Page:
 
 def _lead(groups: Sequence[Group]) -> str:
     parts = [f"{g.label}: {len(g.curves)} run{'s' if len(g.curves) > 1 else ''}" for g in groups]
-    return "; ".join(parts) + "."
+    known = {key: {group.settings.get(key) for group in groups} for key in _SHARED}
+    shared = [f"{key} {value}" for key, (value, *others) in known.items() if value is not None and not others]
+    alike = f" All with {', '.join(shared)}." if shared else ""
+    return "; ".join(parts) + "." + alike
 
 
 def _notices(groups: Sequence[Group]) -> Iterator[Block]:
     if any(len(group.curves) < 2 for group in groups):
         yield Paragraph("A group of one run has no interval: nothing tells its result from chance.", is_notice=True)
+    for group in groups:
+        if group.num_unfinished:
+            yield Paragraph(
+                f"{group.num_unfinished} of the {len(group.curves)} runs of {group.label} are unfinished: their last "
+                "evaluation counts as the end.",
+                is_notice=True,
+            )
+        if group.mixed:
+            yield Paragraph(
+                f"Runs of {group.label} differ in more than their seed: {', '.join(group.mixed)}. Means and intervals "
+                "are of unlike runs.",
+                is_notice=True,
+            )
+    if uneven := uneven_seconds({group.label: group.curves for group in groups if not group.mixed}):
+        yield Paragraph(uneven, is_notice=True)
     tunings = {group.tuning for group in groups}
     if len(tunings) > 1:
         text = "; ".join(f"{g.label}: {g.tuning or 'not known'}" for g in groups)

@@ -6,6 +6,7 @@ from typing import Any
 
 from kfac_dist.config import strict_yaml
 from kfac_dist.errors import InputError
+from kfac_dist.report.bands import uneven_seconds
 from kfac_dist.report.best import best_of
 from kfac_dist.report.curve import Axis
 from kfac_dist.report.document import Block, Figure, Findings, Listing, Page, Panel, Paragraph, Section, Table, Tiles
@@ -24,6 +25,7 @@ from kfac_dist.report.study_pictures import (
 )
 from kfac_dist.report.study_tables import (
     best_table,
+    cells,
     cost_table,
     environment_table,
     scaling_table,
@@ -85,7 +87,8 @@ def _lead(study: Study) -> str:
     budget = study.definition.get("budget")
     rule = ", ".join(f"{key} {value}" for key, value in budget.items()) if isinstance(budget, dict) else "not told"
     sizes = ", ".join(f"{size:,}" for size in study.batch_sizes)
-    return f"{', '.join(study.kinds)} on {', '.join(study.models)} at batch {sizes}; budget: {rule}."
+    data = f"{study.data}, " if study.data else ""
+    return f"{', '.join(study.kinds)} on {data}{', '.join(study.models)} at batch {sizes}; budget: {rule}."
 
 
 def _notices(study: Study) -> Iterator[Paragraph]:
@@ -104,6 +107,12 @@ def _notices(study: Study) -> Iterator[Paragraph]:
         )
     if sizes := _differing_grids(study):
         yield Paragraph(f"The optimizers' grids differ in size: {sizes}. The larger has more chances.", is_notice=True)
+    best = {cell: best_of(study, cell) for cell in cells(study)}
+    paces = {
+        f"{c.optimizer} on {c.model} at batch {c.batch_size:,}": b.curves for c, b in best.items() if b is not None
+    }
+    if uneven := uneven_seconds(paces):
+        yield Paragraph(uneven, is_notice=True)
 
 
 def _differing_grids(study: Study) -> str:
@@ -167,7 +176,9 @@ def _scaling(study: Study, looks: Looks) -> Iterator[Block]:
         yield Figure(
             panels,
             "Fewest iterations of the grid to each target; a bar goes from the lowest to the highest seed of that "
-            "configuration. Dotted: ideal scaling, half for twice the batch.",
+            "configuration. Dotted: ideal scaling, half for twice the batch. An accuracy is known at evaluations only, "
+            "a training loss five times an epoch: with few of these before the target, what looks like scaling is "
+            "their spacing.",
         )
     for model in study.models:
         for target in study.targets:

@@ -66,8 +66,8 @@ def plan_trials(study: Study) -> list[Trial]:
     """All trials of a study.
 
     Raises:
-        InputError: If there is no such model, or if columns give a key that is not theirs; or naming each problem of the trials'
-            configurations once an optimizer, with the first trial that has it, and how many have any.
+        InputError: If there is no such model, or columns give keys that are not theirs; or naming each problem of the
+            trials' configurations once an optimizer, with the first trial that has it, and how many have any.
     """
     trials: list[Trial] = []
     problems: dict[tuple[str, str], list[str]] = {}
