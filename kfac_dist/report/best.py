@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kfac_dist.report.curve import Curve
 from kfac_dist.report.results import Cell, Study, Trial
 from kfac_dist.vocabulary import FinalMetric
 
@@ -57,6 +58,11 @@ class Best:
     def chosen(self) -> Trial:
         """The run that it was chosen by."""
         return self.trials[0]
+
+    @property
+    def curves(self) -> list[Curve]:
+        """Of its runs."""
+        return [trial.curve for trial in self.trials]
 
     def spread(self, final: FinalMetric) -> Spread:
         """The final value over its seeds."""

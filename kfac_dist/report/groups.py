@@ -116,9 +116,14 @@ def _from_study(study: Study, optimizer: str, label: str, model: str | None, bat
     return Group(
         label,
         study.kinds[optimizer],
-        [trial.curve for trial in best.trials],
+        best.curves,
         [trial.seed for trial in best.trials],
-        {name: f"{value:g}" for name, value in best.chosen.parameters.items()},
+        {
+            **({"data.name": study.data} if study.data else {}),
+            "model.name": model,
+            "batch.global_size": str(batch_size),
+            **{name: f"{value:g}" for name, value in best.chosen.parameters.items()},
+        },
         f"best of {len(study.grid(cell))} configurations by final test accuracy",
     )
 

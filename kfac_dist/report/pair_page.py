@@ -20,6 +20,8 @@ from kfac_dist.report.words import NONE, UNEVEN, decimal, spread
 
 _AXES: tuple[Axis, ...] = ("epoch", "iteration", "seconds")
 _MOST_ROWS = 12
+_SHARED = ("data.name", "model.name", "batch.global_size", "train.epochs")
+"""What a page names of the settings that all groups have alike."""
 
 
 def report_pair(groups: Sequence[Group], output: str | Path) -> list[Path]:
@@ -49,7 +51,10 @@ def pair_page(groups: Sequence[Group]) -> Page:
 
 def _lead(groups: Sequence[Group]) -> str:
     parts = [f"{g.label}: {len(g.curves)} run{'s' if len(g.curves) > 1 else ''}" for g in groups]
-    return "; ".join(parts) + "."
+    known = {key: {group.settings.get(key) for group in groups} for key in _SHARED}
+    shared = [f"{key} {value}" for key, (value, *others) in known.items() if value is not None and not others]
+    alike = f" All with {', '.join(shared)}." if shared else ""
+    return "; ".join(parts) + "." + alike
 
 
 def notices(groups: Sequence[Group]) -> Iterator[Paragraph]:
@@ -70,7 +75,7 @@ def _doubts(group: Group) -> Iterator[str]:
         yield f"not finished: {', '.join(group.unfinished)}. The last evaluation so far is taken for the end."
     if group.differing:
         yield f"its runs differ not only by their seed, but in {', '.join(group.differing)}."
-    if (pace := uneven_pace(group.curves)) is not None:
+    elif (pace := uneven_pace(group.curves)) is not None:
         yield f"its runs took {pace[0]:.3g} to {pace[1]:.3g} s an iteration. {UNEVEN}"
 
 

@@ -125,6 +125,13 @@ class Study:
     kinds: Mapping[str, str]
 
     @property
+    def data(self) -> str:
+        """Name of the data set; empty where the definition does not tell."""
+        recipe = self.definition.get("recipe")
+        data = recipe.get("data") if isinstance(recipe, dict) else None
+        return str(data.get("name", "")) if isinstance(data, dict) else ""
+
+    @property
     def models(self) -> list[str]:
         """Those that have results, in the plan's order."""
         return list(dict.fromkeys(trial.cell.model for trial in self.trials))

@@ -86,7 +86,8 @@ def _lead(study: Study) -> str:
     budget = study.definition.get("budget")
     rule = ", ".join(f"{key} {value}" for key, value in budget.items()) if isinstance(budget, dict) else "not told"
     sizes = ", ".join(f"{size:,}" for size in study.batch_sizes)
-    return f"{', '.join(study.kinds)} on {', '.join(study.models)} at batch {sizes}; budget: {rule}."
+    data = f"{study.data}, " if study.data else ""
+    return f"{', '.join(study.kinds)} on {data}{', '.join(study.models)} at batch {sizes}; budget: {rule}."
 
 
 def notices(study: Study) -> Iterator[Paragraph]:
@@ -117,7 +118,7 @@ def _uneven_cells(study: Study) -> str:
     texts = []
     for cell in cells(study):
         best = best_of(study, cell)
-        pace = uneven_pace(trial.curve for trial in best.trials) if best is not None else None
+        pace = uneven_pace(best.curves) if best is not None else None
         if pace is not None:
             texts.append(f"{pace[0]:.3g} to {pace[1]:.3g} ({cell.model}, batch {cell.batch_size:,}, {cell.optimizer})")
     return ", ".join(texts)
@@ -184,7 +185,9 @@ def _scaling(study: Study, looks: Looks) -> Iterator[Block]:
         yield Figure(
             panels,
             "Fewest iterations of the grid to each target; a bar goes from the lowest to the highest seed of that "
-            "configuration. Dotted: ideal scaling, half for twice the batch.",
+            "configuration. Dotted: ideal scaling, half for twice the batch. An accuracy is known at evaluations only, "
+            "a training loss five times an epoch: with few of these before the target, what looks like scaling is "
+            "their spacing.",
         )
     for model in study.models:
         for target in study.targets:

@@ -87,15 +87,15 @@ def time_table(study: Study, sgd: str) -> Table:
                 f"{cell.batch_size:,}",
                 cell.optimizer,
                 f"{100 * level:.2f}",
-                *reached(time_to(ours.trials, level), rival.chosen),
-                *reached(fastest_to(study.grid(cell), level), rival.chosen),
+                *reached(time_to(ours.trials, level), rival),
+                *reached(fastest_to(study.grid(cell), level), rival),
             ]
         )
     caption = (
         f"Until the test accuracy is the final one of the best {sgd} (mean over its seeds), found at an evaluation: "
         "each optimizer's configuration with the best final accuracy (mean over the seeds that come there), and the "
         "one of its grid that needs the fewest epochs, with the grid's seed alone. In brackets: "
-        f"how many times {sgd}'s whole run that is."
+        f"how many times {sgd}'s whole runs that is, by the mean of their seconds."
     )
     columns = ["model", "batch", "optimizer", "level %", "epochs", "iterations", "seconds"]
     return Table([*columns, "fastest: epochs", "iterations", "seconds"], rows, caption, num_labels=3)

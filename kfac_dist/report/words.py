@@ -4,7 +4,6 @@ import math
 
 from kfac_dist.report.best import Best, Reached, Spread
 from kfac_dist.report.pictures import plain
-from kfac_dist.report.results import Trial
 
 NONE = "–"
 UNEVEN = "Something else used the machine, or machines differed: do not compare seconds."
@@ -43,13 +42,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def reached(times: Reached, whole: Trial) -> list[str]:
+def reached(times: Reached, whole: Best) -> list[str]:
     """Epochs, iterations and seconds; how many runs came there if not all did.
 
-    In brackets: how many times the length of a whole run, in epochs and in seconds, that is.
+    In brackets: how many times the length of whole runs, in epochs and in seconds (mean over seeds), that is.
     """
     if not times.num_reached:
         return ["not reached", NONE, NONE]
     some = f", {times.num_reached} of {times.num_runs} runs" if times.num_reached < times.num_runs else ""
-    epochs = f"{times.epochs:.1f} ({times.epochs / whole.epochs:.2f} ×){some}"
-    return [epochs, decimal(times.iterations, 0), f"{times.seconds:,.1f} ({times.seconds / whole.seconds:.2f} ×)"]
+    epochs = f"{times.epochs:.1f} ({times.epochs / whole.chosen.epochs:.2f} ×){some}"
+    seconds = times.seconds / Spread(tuple(trial.seconds for trial in whole.trials)).mean
+    return [epochs, decimal(times.iterations, 0), f"{times.seconds:,.1f} ({seconds:.2f} ×)"]

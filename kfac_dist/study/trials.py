@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kfac_dist.config.load import create_config
+from kfac_dist.config.load import create_config, leaves
 from kfac_dist.config.schema import Config
 from kfac_dist.data.create import describe_dataset
 from kfac_dist.data.sampling import SlotSampler
@@ -18,19 +18,19 @@ from kfac_dist.study.definition import SMALLEST_BATCH, AdjustedEpochs, FixedEpoc
 ITERATIONS = "iterations"
 """What a link may follow besides keys: the length of the trial's run."""
 
-_OWN_KEYS = {
-    "run.name": "the program",
-    "run.seed": "seeds",
-    "model.name": "models",
-    "batch.global_size": "batch_sizes",
-    "train.epochs": "budget",
-}
-
 _DEFAULTS = {
     # A trial that diverged is a result, nothing to be repaired; and one checkpoint is enough to go on from.
     "train.max_restores": 0,
     "checkpoint": {"every_minutes": 2.0, "keep": 1, "keep_best": False},
 }
+
+_OWN_KEYS = {
+    "run.seed": "seeds and best.seeds",
+    "model.name": "models",
+    "batch.global_size": "batch_sizes",
+    "train.epochs": "budget",
+}
+"""What the study itself sets in every trial, and by which of its keys."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,12 @@ def plan_trials(study: Study) -> list[Trial]:
     """All trials of a study.
 
     Raises:
-        InputError: If there is no such model, a key is set twice, or naming each problem of the trials' configurations
-            once, with the first trial that has it, and how many have any.
+        InputError: If there is no such model, or columns give keys that are not theirs; or naming each problem of the
+            trials' configurations once an optimizer, with the first trial that has it, and how many have any.
     """
     trials: list[Trial] = []
-    problems: dict[str, list[str]] = {}
-    _check_same_data(study)
-    for label in study.optimizers:
-        _check_keys(study, label)
+    problems: dict[tuple[str, str], list[str]] = {}
+    _check_keys(study)
     data = describe_dataset(create_config(_minimal(study.recipe), "the study's recipe").data)
     for name in study.models:
         create_model(name, data.num_classes, data.image_shape, seed=0)
@@ -89,7 +87,7 @@ def plan_trials(study: Study) -> list[Trial]:
                 config = valid.model_dump(mode="json")
             except InputError as error:
                 trial = f"model {model}, batch {batch_size}, {label}, {parameters}, seed {seed}"
-                problems.setdefault(str(error), []).append(trial)
+                problems.setdefault((label, str(error)), []).append(trial)
             if seed == study.seeds[0]:
                 first_seed.append(index)
             trials.append(Trial(index, model, label, batch_size, seed, parameters, config, None))
@@ -100,7 +98,7 @@ def plan_trials(study: Study) -> list[Trial]:
                 trials.append(Trial(len(trials), model, label, batch_size, seed, None, None, first_seed))
     if problems:
         count = sum(map(len, problems.values()))
-        each = "\n".join(f"{affected[0]}: {problem}" for problem, affected in problems.items())
+        each = "\n".join(f"{affected[0]}: {problem}" for (_, problem), affected in problems.items())
         raise InputError(f"{count} of {len(trials)} trials cannot be run; the first:\n{each}")
     return trials
 
@@ -197,36 +195,28 @@ def _get(settings: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _check_same_data(study: Study) -> None:
-    """All columns of a study must train on the same images."""
+def _check_keys(study: Study) -> None:
+    """All columns train on the same images, and each key of a column has one source: no value is silently lost."""
+    problems = []
     for label, optimizer in study.optimizers.items():
-        keys = [*optimizer.settings, *optimizer.linked, *(axis.key for axis in optimizer.grid.values())]
-        for key in keys:
+        links = {**study.linked, **optimizer.linked}
+        settings, grid = list(leaves(optimizer.settings)), [axis.key for axis in optimizer.grid.values()]
+        for key in dict.fromkeys([*settings, *grid, *links]):
             if key.partition(".")[0] == "data":
-                raise InputError(f"optimizers.{label} must leave the data as they are in recipe.data, got {key}")
-
-
-def _check_keys(study: Study, label: str) -> None:
-    """No key may be set in vain: by the grid or a link and then by another, or by a link to one that comes later."""
-    optimizer = study.optimizers[label]
-    links = {**study.linked, **optimizer.linked}
-    names: dict[str, str] = {}
-    for name, axis in optimizer.grid.items():
-        if axis.key in names:
-            raise InputError(
-                f"optimizers.{label}.grid: {names[axis.key]} and {name} must have different keys, both have {axis.key}"
-            )
-        if axis.key in links:
-            raise InputError(f"optimizers.{label}.grid.{name} must not be linked too, got {axis.key}")
-        names[axis.key] = name
-    for key in [*optimizer.settings, *links, *names]:
-        if key in _OWN_KEYS:
-            raise InputError(f"optimizers.{label} must leave {key} to {_OWN_KEYS[key]} of the study, which sets it")
-    later = list(links)
-    for key, link in links.items():
-        later.remove(key)
-        if link.of in later:
-            raise InputError(f"linked: {key} must come after {link.of}, which it follows and which is linked too")
+                problems.append(f"optimizers.{label} must leave the data as they are in recipe.data, got {key}")
+            elif key in _OWN_KEYS:
+                problems.append(f"optimizers.{label} must leave {key} to {_OWN_KEYS[key]} of the study, which sets it")
+            elif key in links and (key in settings or key in grid):
+                problems.append(f"optimizers.{label} must have {key} in settings, in grid or in linked, not in two")
+            elif grid.count(key) > 1:
+                problems.append(f"optimizers.{label}.grid must not have {key} twice")
+        later = list(links)
+        for key, link in links.items():
+            later.remove(key)
+            if link.of in later:
+                problems.append(f"linked: {key} must come after {link.of}, which it follows and which is linked too")
+    if problems:
+        raise InputError("\n".join(dict.fromkeys(problems)))
 
 
 def _minimal(settings: Mapping[str, Any]) -> dict[str, Any]:

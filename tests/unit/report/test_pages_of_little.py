@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from kfac_dist.report.card_page import report_run
+from kfac_dist.report.groups import read_groups
+from kfac_dist.report.pair_page import report_pair
 from kfac_dist.report.study_page import report_study
 from tests.unit.report.synthetic_run import write_run
 from tests.unit.report.synthetic_study import result, write_study
@@ -90,3 +92,63 @@ def test_a_card_tells_of_a_part_of_the_samples(tmp_path, fraction, told):
 def test_on_a_phone_labels_wrap_so_that_numbers_are_seen(tmp_path):
     page = report_run(write_run(tmp_path / "run"))[0].read_text()
     assert "@media (max-width: 30rem) { td:not(.number) { white-space: normal; } }" in page
+
+
+def pair_of(tmp_path, groups):
+    """The text of a comparison of groups of runs, given as a command line has them."""
+    report_pair(
+        read_groups([f"{label}={tmp_path / glob}" for label, glob in groups.items()], None, None),
+        tmp_path / "pair.html",
+    )
+    return (tmp_path / "pair.md").read_text()
+
+
+def test_a_pair_says_what_all_runs_have_alike(tmp_path):
+    """Defect: neither the data nor the model nor the batch size stood on the page."""
+    write_run(tmp_path / "kfac")
+    write_run(tmp_path / "sgd", "sgd")
+    text = pair_of(tmp_path, {"A": "kfac", "B": "sgd"})
+    assert "All with data.name digits, model.name digits_cnn, batch.global_size 64.\n" in text
+    assert "not finished" not in text
+
+
+def test_a_pair_says_which_runs_are_unlike_and_unfinished(tmp_path):
+    """Defect: means and intervals over runs of two batch sizes, one of which was stopped, without a word."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"kfac{seed}", seed=seed)
+        write_run(tmp_path / f"sgd{seed}", "sgd", seed=seed)
+    (tmp_path / "kfac1" / "DONE").unlink()
+    metrics = tmp_path / "kfac1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"images_per_second": 1000.0', '"images_per_second": 500.0'))
+    config = tmp_path / "kfac1" / "config.yaml"
+    config.write_text(config.read_text().replace("global_size: 64", "global_size: 128"))
+    text = pair_of(tmp_path, {"A": "kfac*", "B": "sgd*"})
+    assert "A: not finished: kfac1. The last evaluation so far is taken for the end." in text
+    assert "A: its runs differ not only by their seed, but in batch.global_size." in text
+    assert "batch.global_size 64" not in text
+    assert "s an iteration" not in text, "unlike runs may differ in speed"
+
+
+def test_disturbed_seconds_are_told(tmp_path):
+    """Defect: seconds of a run that had half a core were compared as any others, in pairs and in studies."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"kfac{seed}", seed=seed)
+        write_run(tmp_path / f"sgd{seed}", "sgd", seed=seed)
+    groups = {"A": "kfac*", "B": "sgd*"}
+    assert "do not compare seconds" not in pair_of(tmp_path, groups)
+    metrics = tmp_path / "sgd1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"images_per_second": 1000.0', '"images_per_second": 500.0'))
+    assert "do not compare seconds" in pair_of(tmp_path, groups)
+
+
+def test_whole_runs_are_the_baseline_s_mean_over_seeds(tmp_path):
+    """Defect: means over seeds were divided by the first seed's: 1.00 times the epochs, 1.50 the seconds."""
+    points = [{"iteration": 10, "epoch": 1.0, "train_loss": 0.1, "test_loss": 0.1, "test_top1": 0.7}]
+    runs = [
+        result(seed, "sgd", seed=seed, seconds=seconds, curve=[{**points[0], "seconds": seconds}], epochs=1.0)
+        for seed, seconds in ((0, 1.0), (1, 2.0))
+    ]
+    report_study(write_study(tmp_path / "study", runs))
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert "| 1.0 (1.00 ×) | 10 | 1.5 (1.00 ×) |" in text
+    assert "s an iteration, 0.1 to 0.2 (net, batch 128, sgd). Something else used the machine" in text
