@@ -19,7 +19,7 @@ from kfac_dist.study.launch import run_workers, threads_for
 from kfac_dist.study.manifest import StudyFolder
 from kfac_dist.study.status import describe_status, retry, select
 from kfac_dist.study.trial_run import check_data
-from kfac_dist.study.trials import Trial
+from kfac_dist.study.trials import Trial, plan_trials
 from kfac_dist.study.worker import WorkerSettings
 
 _LEASE_SECONDS = 120.0
@@ -112,6 +112,8 @@ def _trials(options: argparse.Namespace, folder: StudyFolder) -> list[Trial]:
     study = load_study(Path(options.study), options.overrides)
     if options.command in ("status", "retry"):
         folder.read_plan()  # these write nothing where nothing is planned
+    if options.command == "run" and not folder.is_planned:
+        check_data(plan_trials(study))  # or the folder would keep a study that cannot be run
     return folder.write_plan(study)
 
 

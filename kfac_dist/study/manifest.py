@@ -74,6 +74,11 @@ class StudyFolder:
         """Write what came of a trial, whole or not at all."""
         write_atomically(self.result(index), json.dumps(result, allow_nan=False) + "\n")
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether it has a study's manifest."""
+        return (self.path / MANIFEST_FILE).exists()
+
     def write_plan(self, study: Study) -> list[Trial]:
         """Plan the study, or find that it was planned before, as it is now; its trials.
 

@@ -270,6 +270,17 @@ def test_diverged_trials_end_early_and_count_as_such(tmp_path: Path) -> None:
         assert "training diverged" in result["error"]
 
 
+def test_a_study_whose_data_are_missing_is_not_planned_by_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defect: the folder kept the study without the data's place, and refused the corrected command."""
+    data = {"name": "cifar10", "root": str(tmp_path / "nowhere")}
+    path = write_study(tmp_path, {"recipe/data": data, "recipe/model/name": "resnet8", "models": ["resnet8"]})
+    assert main(["run", str(path), "--folder", str(tmp_path / "study")]) == 2
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
