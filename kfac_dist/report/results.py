@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from kfac_dist.config import strict_yaml
 from kfac_dist.errors import InputError
-from kfac_dist.report.curve import Curve, number
+from kfac_dist.report.curve import Axis, Curve, number
 
 T = TypeVar("T")
 
@@ -130,6 +130,16 @@ class Study:
         recipe = self.definition.get("recipe")
         data = recipe.get("data") if isinstance(recipe, dict) else None
         return str(data.get("name", "")) if isinstance(data, dict) else ""
+
+    @property
+    def fixed_budget(self) -> tuple[Axis, float] | None:
+        """The epochs or iterations that all trials have alike; None where the budget's rule is another."""
+        budget = self.definition.get("budget")
+        budget = budget if isinstance(budget, dict) else {}
+        axes: tuple[Axis, Axis] = ("epoch", "iteration")
+        return next(
+            ((axis, number(budget.get(f"{axis}s"))) for axis in axes if budget.get("rule") == f"fixed_{axis}s"), None
+        )
 
     @property
     def models(self) -> list[str]:

@@ -99,9 +99,12 @@ def fixed_budget(study: Study, model: str, optimizer: str, axis: Axis) -> Fixed:
     """The grids of all batch sizes after the same number of epochs or iterations, from the runs' curves.
 
     Of the lengths that runs have, that one is taken at which most batch sizes can be compared, the longest of equals.
-    A run's learning rate and damping follow the schedule of its own whole budget, not of this part.
+    A run's learning rate and damping follow the schedule of its own whole budget, not of this part. Where all have that
+    length by the study's budget, the values are those at the end.
     """
     trials = {size: study.grid(Cell(model, size, optimizer)) for size in study.batch_sizes}
+    if study.fixed_budget is not None and study.fixed_budget[0] == axis:
+        return Fixed(axis, study.fixed_budget[1], {size: final_grid(runs) for size, runs in trials.items() if runs})
     spans = {size: span for size, runs in trials.items() if (span := _span(runs, axis)) is not None}
     if not spans:
         return Fixed(axis, math.nan, {})

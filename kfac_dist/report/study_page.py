@@ -213,7 +213,7 @@ def _sensitivity(study: Study, looks: Looks) -> Iterator[Block]:
     yield Paragraph(
         f"A configuration is good if its test accuracy is within {100 * WITHIN:.0f} % of the best. After the "
         "same epochs and iterations, values are read from the runs' curves; each run follows the schedule of its own "
-        "whole budget."
+        "whole budget. Where a study's budget is so many epochs or iterations for all, those are the end."
     )
     for model in study.models:
         yield Figure(list(_share_panels(study, model, looks)), f"{model}: how robust each optimizer is.")
@@ -232,11 +232,13 @@ def _sensitivity(study: Study, looks: Looks) -> Iterator[Block]:
 
 
 def _grids(study: Study, model: str, label: str) -> Iterator[tuple[str, str, dict[int, Grid]]]:
-    """Name, title and grids by batch size: at the end, at fixed epochs, at fixed iterations."""
+    """Name, title and grids by batch size: at the end, at fixed epochs, at fixed iterations, unless that is the end."""
     trials = {size: study.grid(Cell(model, size, label)) for size in study.batch_sizes}
     yield "end", "at the end", {size: final_grid(runs) for size, runs in trials.items() if runs}
     axes: tuple[Axis, Axis] = ("epoch", "iteration")
     for axis in axes:
+        if study.fixed_budget is not None and study.fixed_budget[0] == axis:
+            continue
         fixed = fixed_budget(study, model, label, axis)
         place = f"{fixed.place:.3g}" if axis == "epoch" else f"{fixed.place:,.0f}"
         yield axis, f"after {place} {axis}s", dict(fixed.grids)
@@ -248,6 +250,8 @@ def _share_panels(study: Study, model: str, looks: Looks) -> Iterator[Panel]:
         for name, _, grids in _grids(study, model, label):
             shares[name][label] = {size: grid.share() for size, grid in grids.items()}
     for name, title in (("end", "at the end"), ("epoch", "after the same epochs"), ("iteration", "same iterations")):
+        if not shares[name]:  # the budget is that, so it is the end
+            continue
         yield draw_shares(f"share {model} {name}", f"{model}, {title}", shares[name], looks)
 
 

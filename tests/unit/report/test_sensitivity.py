@@ -13,6 +13,7 @@ from kfac_dist.report.sensitivity import (
     pooled_correlation,
     trend,
 )
+from kfac_dist.report.study_page import report_study
 from tests.unit.report.synthetic_study import curve_of, result, write_study
 
 
@@ -137,6 +138,24 @@ def test_fixed_iterations_are_those_at_which_most_batch_sizes_compare(tmp_path):
     assert fixed.place == 24  # the lengths are 32, 32 and 24
     assert list(fixed.grids) == [128, 256, 512]
     np.testing.assert_allclose(fixed.grids[128].top1[0, 0], study.trials[0].curve.test_top1[2])
+
+
+def test_where_the_budget_is_fixed_epochs_these_are_the_end(tmp_path):
+    """Defect: 10.01 epochs of runs that end at 10.24 were read between the last two evaluations, and shown again."""
+    results = []
+    for size, end in ((128, 10.01), (256, 10.24)):
+        points = [*curve_of(0.5, 9, 8, 1.0), curve_of(0.6, 9, 8, 1.0)[-1] | {"epoch": end, "iteration": 80}]
+        for damping in (0.1, 0.2):
+            parameters = {"learning_rate": 0.1, "damping": damping}
+            results.append(result(len(results), "kfac", size, parameters, 0.6, curve=points, epochs=end))
+    budget = {"budget": {"rule": "fixed_epochs", "epochs": 10}}
+    folder = write_study(tmp_path / "study", results, definition=budget)
+    fixed = fixed_budget(read_study(folder), "net", "kfac", "epoch")
+    assert fixed.place == 10
+    assert {size: float(grid.top1[0, 0]) for size, grid in fixed.grids.items()} == {128: 0.6, 256: 0.6}
+    report_study(folder)
+    text = (folder / "report.md").read_text()
+    assert ("after 80 iterations" in text, "after 10 epochs" in text) == (True, False)
 
 
 def test_batch_sizes_whose_first_evaluation_comes_later_are_left_out(tmp_path):
