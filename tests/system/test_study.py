@@ -81,7 +81,7 @@ def reference(folder: Path, index: int, place: Path) -> dict[str, Any]:
     trial = trials[index]
     assert trial.parameters is not None
     assert trial.config is not None
-    return run_trial(plan, trial, trial.parameters, trial.config, place / str(index), 0, lambda: False)
+    return run_trial(plan, trial, trial.parameters, trial.config, place / str(index), 0, lambda: False, lambda: None)
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
@@ -238,7 +238,7 @@ def test_a_run_that_cannot_be_removed_is_not_taken_for_the_trials(
     assert trial.parameters is not None
     assert trial.config is not None
     with pytest.raises(InputError, match=r"00000/run: cannot be removed; delete it, then retry"):
-        run_trial(study, trial, trial.parameters, trial.config, folder.trial(0), 0, lambda: False)
+        run_trial(study, trial, trial.parameters, trial.config, folder.trial(0), 0, lambda: False, lambda: None)
 
 
 def test_finished_trials_are_known_by_their_whole_number(tmp_path: Path) -> None:
