@@ -3,7 +3,7 @@
 Four of them are decided by votes: each comparison that the data allow (a model and batch size, a model and target, …)
 speaks for the finding, against it, or for neither. At least `MAJORITY` of all votes must agree; otherwise, and without
 a vote, a finding is undecided. The fifth is decided by an interval. Only batch sizes whose planned trials have all
-finished take part.
+finished, and none failed, take part.
 """
 
 import math

@@ -190,8 +190,12 @@ class Study:
         return [trial for trial in self.seeds_of(cell) if trial.seed == self.grid_seed]
 
     def is_complete(self, cell: Cell) -> bool:
-        """Whether every planned trial of the cell has a result; a line that does not tell its cell may be of any."""
-        return not any(_may_be_of(self.plan[index], cell) for index in self.missing)
+        """Whether every planned trial of the cell has a result and none failed, which a retry could make the best.
+
+        A line of the plan that does not tell its cell may be of any.
+        """
+        failed = any(trial.cell == cell and trial.status not in _COUNTED for trial in self.trials)
+        return not failed and not any(_may_be_of(self.plan[index], cell) for index in self.missing)
 
     def first_of_kind(self, kind: str) -> str | None:
         """The first optimizer of this name; None if there is none."""

@@ -102,7 +102,8 @@ def notices(study: Study) -> Iterator[Paragraph]:
     failed = [trial for trial in study.trials if trial.status == "failed"]
     if failed:
         yield Paragraph(
-            f"{len(failed)} trials failed and count nowhere; the first, trial {failed[0].index}: {failed[0].error}",
+            f"{len(failed)} trials failed and count nowhere, and findings leave out their batch sizes; retry them. The "
+            f"first, trial {failed[0].index}: {failed[0].error}",
             is_notice=True,
         )
     if sizes := _differing_grids(study):

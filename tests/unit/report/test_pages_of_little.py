@@ -28,7 +28,7 @@ def diverged(index, size):
         ([result(0)], "70.00"),
         ([diverged(0, 128), diverged(1, 128)], "not reached"),
         ([diverged(0, 128), diverged(1, 128), result(2, "kfac", 256, top1=0.5)], "50.00"),
-        ([result(0, status="failed", error="no memory", **NOTHING)], "1 trials failed and count nowhere; the first"),
+        ([result(0, status="failed", error="no memory", **NOTHING)], "1 trials failed and count nowhere, and"),
         ([result(0, parameters={"width": 2.0}), result(1, "sgd", top1=None, loss=None, seconds=None)], "width 2"),
     ],
 )

@@ -51,8 +51,15 @@ def test_failed_trials_count_nowhere_and_diverged_ones_as_bad(study):
 
 def test_an_unfinished_cell_is_known(study):
     assert study.missing == {7}
-    assert study.is_complete(CELL)
     assert not study.is_complete(Cell("net", 128, "sgd"))
+
+
+@pytest.mark.parametrize("status", ["done", "diverged", "failed"])
+def test_a_failed_trial_leaves_its_cell_unfinished(tmp_path, status):
+    """Defect: findings were decided by grids of which a part had failed, and perhaps the best."""
+    study = read_study(write_study(tmp_path / "study", [result(0), result(1, status=status), result(2, "sgd")]))
+    assert study.is_complete(CELL) is (status != "failed")
+    assert study.is_complete(Cell("net", 128, "sgd"))
 
 
 def test_a_manifest_that_does_not_tell_leaves_every_cell_unfinished(tmp_path):
