@@ -129,6 +129,19 @@ def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
     assert batches.factorise()[1].tolist() == [False, True, False]
 
 
+def test_a_nan_is_reported_where_the_routine_says_that_all_went_well(monkeypatch):
+    """Defect: CUDA's does (pytorch/pytorch#64818), and a solver of nan replaced the previous one."""
+    cholesky_ex = torch.linalg.cholesky_ex
+
+    def as_on_cuda(batch):
+        factor, info = cholesky_ex(batch.nan_to_num(1.0))
+        is_spoilt = batch.isnan().any(dim=-1).any(dim=-1)
+        return factor.where(~is_spoilt[:, None, None], torch.full_like(factor, math.nan).tril()), torch.zeros_like(info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", as_on_cuda)
+    test_only_the_stack_with_a_bad_matrix_is_reported(math.nan)
+
+
 # Preconditioning
 
 
