@@ -1,5 +1,6 @@
 """What only a GPU can show: real half-precision products, and a host that never waits."""
 
+import math
 import warnings
 from functools import cache
 from typing import Any
@@ -95,6 +96,12 @@ def test_the_loss_falls_and_stays_finite(precision: str) -> None:
     losses = [float(step()) for _ in range(30)]
     assert losses[-1] < 0.7 * losses[0]
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_a_step_where_the_gpu_is_torchs_default_device() -> None:
+    step, _ = make_step(KFAC, Precision("bf16"))
+    with CUDA:
+        assert math.isfinite(float(step()))
 
 
 LAYERS = {

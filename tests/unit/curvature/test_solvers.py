@@ -370,6 +370,14 @@ def test_as_a_last_resort_the_previous_inverse_is_kept(hopeless):
     assert_close(good.solvers["A"].matrix, torch.linalg.cholesky(A_damped))
 
 
+def test_dampings_are_made_on_the_host_whatever_the_default_device_is():
+    """Defect: under `torch.set_default_device("cuda")` they were made there, where memory cannot be pinned."""
+    curvature = kronecker_curvature()
+    with torch.device("meta"):
+        InverseRefresh().refresh(tasks_for(curvature))
+    assert {solver.matrix.device.type for solver in curvature.solvers.values()} == {"cpu"}
+
+
 @pytest.mark.parametrize("serves_long", [False, True])
 def test_a_singular_matrix_is_retried_rather_than_inverted(serves_long):
     """Its Cholesky factor has a zero on the diagonal, of which `torch.cholesky_inverse` makes an error."""
