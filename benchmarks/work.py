@@ -103,8 +103,13 @@ def _cholesky_inverse(factor: Any, *arguments: Any, out_shape: Any = None, **key
     return int(torch.Size(count).numel() * 2 * size**3 // 3)
 
 
-# Torch counts products and convolutions by itself.
+def _batched_product(first: Any, second: Any, *arguments: Any, out_shape: Any = None, **keywords: Any) -> int:
+    return int(torch.Size(first).numel() * 2 * second[-1])
+
+
+# Torch counts products and convolutions by itself; older ones fail at a bmm with out_dtype (pytorch/pytorch#189736).
 _FORMULAS = {
+    torch.ops.aten.bmm: _batched_product,
     torch.ops.aten.linalg_cholesky_ex: _cholesky,
     torch.ops.aten.cholesky_solve: _cholesky_solve,
     torch.ops.aten.linalg_solve_triangular: _solve_triangular,

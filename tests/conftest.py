@@ -103,7 +103,8 @@ def python() -> Iterator[Interpreter]:
             if not is_program or any(name.startswith(READ_AT_START) for name in changed):
                 return [sys.executable, *args]
             if server is None:
-                environment = {name: value for name, value in (os.environ | BASE).items() if name != "PYTHONPATH"}
+                # What is forked from a process that has asked CUDA itself for GPUs cannot use any.
+                environment = os.environ | BASE | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
                 program = [sys.executable, ROOT / "tests/warm_start/server.py", path]
                 server = subprocess.Popen(program, env=environment, stdin=subprocess.PIPE)
                 while not path.exists():

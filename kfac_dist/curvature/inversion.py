@@ -220,7 +220,9 @@ def _shifts(
             means[matrix] = torch.cat(parts)
         like = next(iter(means.values()))
         dampings = [tasks[number].damping * 10.0 ** tasks[number].num_failures for number in numbers]
-        damping = torch.tensor(dampings, dtype=like.dtype).repeat_interleave(torch.tensor(counts))
+        # On the host whatever torch's default device is: what is there already cannot be pinned.
+        repeats = torch.tensor(counts, device="cpu")
+        damping = torch.tensor(dampings, dtype=like.dtype, device="cpu").repeat_interleave(repeats)
         for matrix, values in shifts_of(means, to_device(damping, like.device)).items():
             shifts |= zip([(number, matrix) for number in numbers], values.split(counts), strict=True)
     return shifts

@@ -79,13 +79,17 @@ class StackBatches:
             A solver for each stack; and (stacks,) bool, true where a matrix of the stack was not positive definite,
             in which case its solver means nothing.
         """
-        factors, infos = [], []
+        factors, infos, lasts = [], [], []
         for batch in self._batches:
             factor, info = torch.linalg.cholesky_ex(batch)
             infos.append(info)
+            lasts.append(factor[:, -1, -1])
             factors.append(Solver(factor).inverted() if batch.shape[-1] <= _TINY else Solver(factor))
         order = [index for group in self._groups for index in group]
-        by_stack = torch.cat(infos).float().split([self._lengths[index] for index in order])
+        # CUDA reports no failure for a matrix with a nan (pytorch/pytorch#64818). It reaches the factor's last diagonal
+        # entry, and 0 times nan is not 0.
+        failures = torch.cat(infos) + 0 * torch.cat(lasts)
+        by_stack = failures.split([self._lengths[index] for index in order])
         norms = dict(zip(order, torch._foreach_norm(list(by_stack)), strict=True))
         failed = torch.stack([norms[index] for index in range(len(norms))]) != 0
         matrices = self._split([solver.matrix for solver in factors])

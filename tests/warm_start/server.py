@@ -100,7 +100,8 @@ def serve(path: str) -> list[str]:
 
 if __name__ == "__main__":
     for module in MODULES:
-        importlib.import_module(module)
+        with contextlib.suppress(ImportError):  # which the program may do without
+            importlib.import_module(module)
     program = serve(sys.argv[1])
     if program[0] == "-m":
         sys.argv = program[1:]

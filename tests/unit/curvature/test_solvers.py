@@ -129,6 +129,19 @@ def test_only_the_stack_with_a_bad_matrix_is_reported(bad):
     assert batches.factorise()[1].tolist() == [False, True, False]
 
 
+def test_a_nan_is_reported_where_the_routine_says_that_all_went_well(monkeypatch):
+    """Defect: CUDA's does (pytorch/pytorch#64818), and a solver of nan replaced the previous one."""
+    cholesky_ex = torch.linalg.cholesky_ex
+
+    def as_on_cuda(batch):
+        factor, info = cholesky_ex(batch.nan_to_num(1.0))
+        is_spoilt = batch.isnan().any(dim=-1).any(dim=-1)
+        return factor.where(~is_spoilt[:, None, None], torch.full_like(factor, math.nan).tril()), torch.zeros_like(info)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", as_on_cuda)
+    test_only_the_stack_with_a_bad_matrix_is_reported(math.nan)
+
+
 # Preconditioning
 
 
@@ -355,6 +368,14 @@ def test_as_a_last_resort_the_previous_inverse_is_kept(hopeless):
         assert torch.equal(bad.solvers[matrix].matrix, previous[matrix])
     A_damped, _ = damp_factors(good.running["A"], good.running["G"], 0.2)
     assert_close(good.solvers["A"].matrix, torch.linalg.cholesky(A_damped))
+
+
+def test_dampings_are_made_on_the_host_whatever_the_default_device_is():
+    """Defect: under `torch.set_default_device("cuda")` they were made there, where memory cannot be pinned."""
+    curvature = kronecker_curvature()
+    with torch.device("meta"):
+        InverseRefresh().refresh(tasks_for(curvature))
+    assert {solver.matrix.device.type for solver in curvature.solvers.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("serves_long", [False, True])
