@@ -1,5 +1,6 @@
 """scripts/gpu_check.py on the CPU with a tiny network, on a machine that lacks what a GPU machine may lack."""
 
+import argparse
 import importlib.util
 import json
 import shutil
@@ -89,6 +90,14 @@ def test_a_part_out_of_time_is_reported_and_the_rest_goes_on(run_python: Callabl
     assert finished.returncode == 1
     parts = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["parts"]
     assert parts["errors"]["status"].startswith(("not run: no time left", "stopped after"))
+
+
+@pytest.mark.parametrize(("parts", "limit"), [(["tests"], 590.0), (["tests", "steps"], 140.0)])
+def test_a_part_that_is_asked_for_alone_has_all_the_time(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, parts: list[str], limit: float
+) -> None:
+    monkeypatch.setattr(gpu_check, "run_tests", lambda environment, limit: limit)
+    assert gpu_check.run_part("tests", argparse.Namespace(parts=parts), {}, 590.0) == limit
 
 
 def test_what_a_stopped_benchmark_had_written_is_kept(gpu_check: ModuleType, tmp_path: Path) -> None:
