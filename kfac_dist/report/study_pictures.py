@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from kfac_dist.report.bands import draw_band, finish_axes
+from kfac_dist.report.bands import AXIS_NAMES, METRIC_NAMES, draw_band, finish_axes
 from kfac_dist.report.best import best_of
 from kfac_dist.report.curve import Axis, Metric
 from kfac_dist.report.document import Panel
@@ -85,7 +85,8 @@ def draw_curves(study: Study, model: str, size: int, axis: Axis, metric: Metric,
         axes.set_title(f"{model}, batch {size:,}")
         axes.set_xlim(left=0)
 
-    alt = f"{model}, batch {size:,}: {metric} against {axis} of the best configuration of each optimizer"
+    against = f"{METRIC_NAMES[metric]} against {AXIS_NAMES[axis]}"
+    alt = f"{model}, batch {size:,}: {against}, of the best configuration of each optimizer"
     return draw(f"curve {model} {size} {metric} {axis}", alt, fill)
 
 
