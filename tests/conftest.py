@@ -17,6 +17,9 @@ DATA_VARIABLE = "KFAC_DIST_DATA"
 Completed = subprocess.CompletedProcess[str]
 Interpreter = Callable[[Sequence[str | os.PathLike[str]], dict[str, str]], list[str | os.PathLike[str]]]
 
+CHECKOUT_PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+"""For programs in other folders: a program's own folder leads its sys.path, not the checkout."""
+
 BASE = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 """What all programs find in their environment."""
 READ_AT_START = ("CUDA", "LD_", "MKL", "OMP_NUM", "PYTHON", "TORCH")
@@ -98,7 +101,7 @@ def python() -> Iterator[Interpreter]:
             changed = {name for name, value in env.items() if (os.environ | BASE).get(name) != value}
             first = os.fspath(args[0])
             is_program = first.endswith(".py") or first == "-m"
-            if env.get("PYTHONPATH") == str(ROOT):  # other folders may hold packages in place of installed ones
+            if env.get("PYTHONPATH") == CHECKOUT_PATH:  # other folders may hold packages in place of installed ones
                 changed -= {"PYTHONPATH"}
             if not is_program or any(name.startswith(READ_AT_START) for name in changed):
                 return [sys.executable, *args]

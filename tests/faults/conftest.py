@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import CHECKOUT_PATH
 from tests.paths import QUICKSTART, ROOT
 
 EVERYTHING = (
@@ -44,7 +45,7 @@ def start(
 ) -> CompletedProcess[str]:
     program = ROOT / "tests/faults/programs/train_with_fault.py"
     overrides = without([f"run.output_dir={folder}", f"run.name={name}", *EVERYTHING], arguments)
-    env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off", "FAULT": fault}
+    env = {"PYTHONPATH": CHECKOUT_PATH, "KFAC_DIST_PROGRESS": "off", "FAULT": fault}
     return mpirun(num_ranks, [program, QUICKSTART, *overrides, *arguments], env=env, timeout=timeout)
 
 

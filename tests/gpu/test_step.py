@@ -35,9 +35,9 @@ def make_step(
     optimizer_class: type[KFAC | SGD], precision: Precision, backend: BackendChoice = "auto", **settings: Any
 ) -> tuple[Any, nn.Module]:
     """A function that trains one step on the same images, and its network."""
-    model = create_model("resnet20", 10, (3, 32, 32), seed=0).to(CUDA, memory_format=torch.channels_last).train()
-    images = torch.randn(32, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (32,), device=CUDA)
+    model = create_model("resnet20", 10, (3, 16, 16), seed=0).to(CUDA, memory_format=torch.channels_last).train()
+    images = torch.randn(16, 3, 16, 16, device=CUDA).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (16,), device=CUDA)
     scaler = LossScaler() if precision.needs_loss_scale else None
     optimizer = optimizer_class(model, communicator(backend), lr=1e-3, loss_scaler=scaler, **settings)
 
@@ -98,6 +98,23 @@ def test_in_fp16_the_host_waits_once_a_step_for_the_overflow_flag() -> None:
     for optimizer_class in (KFAC, SGD):
         step, _ = make_step(optimizer_class, Precision("fp16"))
         assert count_synchronisations(step, 4) == 4
+
+
+def test_training_equals_the_cpus() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 8, 3, 16, 16, generator=generator, dtype=torch.float64)
+    labels = torch.randint(10, (6, 8), generator=generator)
+    trained = []
+    for device in (torch.device("cpu"), CUDA):
+        model = create_model("resnet20", 10, (3, 16, 16), seed=0).to(device, torch.float64).train()
+        optimizer = KFAC(model, lr=0.01, damping=0.03, momentum=0.9, refresh=2, ema_decay=0.9)
+        for inputs, expected in zip(images.to(device), labels.to(device), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), expected).backward()
+            optimizer.step()
+        trained.append(nn.utils.parameters_to_vector(model.parameters()).detach().cpu())
+    on_cpu, on_gpu = trained
+    assert float((on_gpu - on_cpu).norm() / on_cpu.norm()) < 1e-8
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -7,10 +7,9 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from tests.conftest import run_limited
+from tests.conftest import CHECKOUT_PATH, run_limited
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +17,7 @@ def run_program(mpirun: Callable[..., CompletedProcess[str]]) -> Callable[..., C
     """``run_program(n, name, *args, timeout=120)`` runs a program of ``programs/`` on n ranks."""
 
     def run(num_ranks: int, name: str, *args: str | Path, timeout: float = 120) -> CompletedProcess[str]:
-        # A program's own folder leads its sys.path, not the checkout.
-        env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off"}
+        env = {"PYTHONPATH": CHECKOUT_PATH, "KFAC_DIST_PROGRESS": "off"}
         return mpirun(num_ranks, [HERE / "programs" / name, *args], env=env, timeout=timeout)
 
     return run
@@ -31,7 +29,7 @@ def torchrun() -> Callable[..., CompletedProcess[str]]:
 
     def run(num_ranks: int, script: Path, *args: str | Path, timeout: float = 120) -> CompletedProcess[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-        env = {"PYTHONPATH": str(ROOT), "KFAC_DIST_PROGRESS": "off"}
+        env = {"PYTHONPATH": CHECKOUT_PATH, "KFAC_DIST_PROGRESS": "off"}
         return run_limited([sys.executable, *launcher, script, *args], env, timeout)
 
     return run

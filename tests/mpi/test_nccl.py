@@ -25,7 +25,8 @@ def check_backend(run_program: Run, num_ranks: int, backend: str) -> str:
     finished = run_program(num_ranks, "backend_checks.py", str(num_ranks), backend)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert f"14 checks passed on {num_ranks} ranks" in finished.stdout
-    assert finished.stderr == "", "neither warnings nor complaints at exit"
+    # Neither warnings nor complaints at exit; but of a machine with fewer GPUs than ranks they are told.
+    assert [line for line in finished.stderr.splitlines() if " share GPU " not in line] == []
     return finished.stdout
 
 

@@ -1,0 +1,80 @@
+"""A GPU for tests, on machines that have none: torch's own CUDA code, its operations carried out by the CPU.
+
+    python -m tests.emulated_gpu [--gpus N] COMMAND [ARGUMENTS]
+
+runs a command where torch finds N GPUs (1), all of whose memory is the host's. Torch's CUDA allocator, autograd engine,
+autocast, streams and events are real, and so is its NCCL backend, over an NCCL that joins the processes of this host.
+Operations on tensors of both the CPU and a GPU are refused as a GPU refuses them, those that would hold up the host are
+reported (`torch.cuda.set_sync_debug_mode`), and asynchronous copies are late: what is read before it was waited for is
+not there yet. New memory holds nan.
+
+It knows nothing of a GPU's speed and of its kernels' rounding, and all that is asynchronous but copies to and from the
+host is done at once.
+
+    runtime.cpp     the CUDA runtime and driver
+    nccl.cpp        NCCL
+    operations.py   what becomes of each operation, within the process
+    site/           how it gets there
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIBRARY = "libcuda.so.1"  # the driver's name, which torch loads
+
+
+def why_not() -> str:
+    """What is missing here for an emulated GPU; empty where nothing is."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    if shutil.which("g++") is None:
+        return "there is no g++"
+    if _headers() is None:
+        return "the headers of CUDA and NCCL did not come with torch"
+    return ""
+
+
+def environment(num_gpus: int = 1) -> dict[str, str]:
+    """Variables for processes that are to have GPUs."""
+    paths = [str(HERE / "site"), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        "LD_PRELOAD": str(_library()),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "KFAC_DIST_EMULATED_GPUS": str(num_gpus),
+    }
+
+
+def _headers() -> list[Path] | None:
+    """Folders of headers: Triton's wheel has all of CUDA's, those of CUDA's own lack some."""
+    found = []
+    for package, folder in (("triton", "backends/nvidia/include"), ("nvidia.nccl", "include")):
+        spec = importlib.util.find_spec(package)
+        places = [Path(place) / folder for place in (spec.submodule_search_locations or [])] if spec else []
+        found += [place for place in places if place.is_dir()][:1]
+    return found if len(found) == 2 else None
+
+
+def _library() -> Path:
+    """The compiled library, from the user's cache where it is there already."""
+    headers = _headers()
+    assert headers is not None, why_not()
+    sources = [HERE / "runtime.cpp", HERE / "nccl.cpp"]
+    command = ["g++", "-std=c++17", "-shared", "-fPIC", "-O2", *(f"-I{folder}" for folder in headers)]
+    key = hashlib.sha256(b"".join([*(source.read_bytes() for source in sources), repr(command).encode()])).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    library = cache / "kfac_dist" / "emulated-gpu" / key[:16] / LIBRARY
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / LIBRARY
+            subprocess.run([*command, f"-Wl,-soname,{LIBRARY}", "-o", made, *sources, "-lrt"], check=True)
+            made.rename(library)
+    return library
