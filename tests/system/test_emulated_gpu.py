@@ -1,4 +1,4 @@
-"""The tests that need a GPU, on an emulated one, and that it refuses what a GPU refuses."""
+"""The tests that need a GPU, on an emulated one."""
 
 import sys
 from pathlib import Path
@@ -8,27 +8,30 @@ import torch
 
 from scripts.gpu_check import files_of_gpu_tests
 from tests import emulated_gpu
-from tests.conftest import DATA_VARIABLE, Completed, run_limited
+from tests.conftest import DATA_VARIABLE, run_limited
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which these tests run themselves"),
     pytest.mark.skipif(bool(emulated_gpu.why_not()), reason=emulated_gpu.why_not()),
 ]
 
-# On several GPUs, over NCCL, where a test takes as many as there are.
-NUM_GPUS = {"test_nccl.py": (1, 3)}
-FILES = {Path(file).name: file for file in files_of_gpu_tests()}
+FILES = files_of_gpu_tests()
+LONG = {"test_step.py": (1,), "test_half_precision.py": (1,), "test_nccl.py": (1, 3)}  # the last over NCCL's ranks
+OTHERS = [file for file in FILES if Path(file).name not in LONG]
 
 
-def run(*command: str | Path, num_gpus: int = 1, timeout: float = 60) -> Completed:
-    return run_limited([sys.executable, *command], emulated_gpu.environment(num_gpus), timeout)
+def run_gpu_tests(files: list[str], num_gpus: int) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    finished = run_limited(command, emulated_gpu.environment(num_gpus), timeout=280)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "num_gpus"), [(name, n) for name in FILES for n in NUM_GPUS.get(name, (1,))])
-def test_gpu_tests(name: str, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "num_gpus"), [(name, number) for name in LONG for number in LONG[name]])
+def test_long_files(name: str, num_gpus: int) -> None:
+    run_gpu_tests([file for file in FILES if Path(file).name == name], num_gpus)
+
+
+def test_other_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(DATA_VARIABLE, raising=False)  # a CPU would take hours for a training on real data
-    finished = run(
-        "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", FILES[name], num_gpus=num_gpus, timeout=280
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    run_gpu_tests(OTHERS, 1)
