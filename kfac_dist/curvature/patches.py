@@ -105,7 +105,8 @@ def _moment_of_chunk(x: Tensor, patches: Patches, ones: bool) -> Tensor:
     moment = x.new_empty(groups, kernel_height, width, kernel_height, width, dtype=sum_dtype(x))
     for upper, lower, block in _kernel_row_blocks(classes, starts, out_height):
         moment[:, upper, :, lower] = block
-        moment[:, lower, :, upper] = block.mT
+        if lower != upper:
+            moment[:, lower, :, upper] = block.mT
     size = kernel_height * width
     order = (0, 3, 1, 2, 6, 4, 5)  # (kernel row, kernel column, channel) → the weight's (channel, row, column)
     parts = (groups, kernel_height, kernel_width, x.shape[1] // groups)

@@ -51,8 +51,8 @@ def rescale_weights_(weights: list[Tensor], mode: WeightRescaling, velocities: S
     if mode == "cap":
         torch._foreach_clamp_max_(scales, 1.0)
     if velocities is not None:  # s·w − (w − v) = v + (s − 1)·w
-        for weight, velocity, scale in zip(weights, velocities, scales, strict=True):
-            velocity.addcmul_(weight, scale - 1)
+        for weight, velocity, offset in zip(weights, velocities, torch._foreach_sub(scales, 1.0), strict=True):
+            velocity.addcmul_(weight, offset)
     torch._foreach_mul_(weights, list(scales))
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tests.emulated_gpu.late_copies import LateCopies
 
 CPU = torch.device("cpu")
-
-launches: Counter[str] = Counter()
-"""How often each operation was called that would run a kernel, or a copy, on a GPU."""
 
 # What torch itself does without a kernel: it allocates, describes or communicates.
 _NEW = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like"}
@@ -68,7 +64,6 @@ class EmulatedGpu(TorchDispatchMode):
             return func(*args, **kwargs)
         if name in _NEW:
             return _with_garbage(func(*args, **kwargs))
-        launches[name] += 1
         _check_devices(func, name, tensors, on_gpu)
         if name in _COPIES and _copy(name, args, kwargs, tensors, device):
             return None if name == "_foreach_copy_" else args[0]
@@ -196,6 +191,10 @@ def _emulated(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if name in ("mm", "bmm") and func._overloadname == "dtype":  # out_dtype
         left, right, dtype = args
         return getattr(torch, name)(left.to(dtype), right.to(dtype))
+    if name == "batch_norm_stats":
+        x, eps = args
+        values = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(0, 1).flatten(1)
+        return values.mean(dim=1), (values.var(dim=1, correction=0) + eps).rsqrt()
     if name in ("native_batch_norm", "cudnn_batch_norm"):  # the CPU wants one precision for fp16
         output, *saved = torch.ops.aten.native_batch_norm(_without_half(args[0]), *args[1:])
         reserve = (torch.empty(0, dtype=torch.uint8),) if name == "cudnn_batch_norm" else ()
