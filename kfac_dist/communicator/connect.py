@@ -4,8 +4,9 @@ Over MPI the user sets no environment variable and no address: rank 0 opens a TC
 travel over MPI. The store listens on all of rank 0's network interfaces for as long as the job runs and, like MPI and
 NCCL themselves, lets in whoever reaches it.
 
-A default process group that the user's program has made is left alone: ours is then a new group beside it, so that its
-collectives and the program's (DistributedDataParallel's run in the background) need not come in one order on all ranks.
+A default process group that the user's program has made is left alone: over gloo ours is then a new group beside it, so
+that its collectives and the program's (DistributedDataParallel's run in the background) need not come in one order on
+all ranks. NCCL's own connection is shared with the program, whose ranks must call both in one order, as NCCL asks for.
 Else ours becomes the default, since that is the only public way to make one. Those that were made here are destroyed
 when Python exits.
 """

@@ -145,7 +145,11 @@ class Capture:
         _remove(self._handles)
 
     def on_forward(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        """Called by the layer's hook: keep the input, and wait for the output's gradient."""
+        """Called by the layer's hook: keep the input, and wait for the output's gradient.
+
+        Raises:
+            ValueError: If the model was moved since.
+        """
         if (
             name in self.captured and torch._C._current_graph_task_id() == NO_GRAPH_TASK
         ):  # no recomputation amid a backward
@@ -154,6 +158,12 @@ class Capture:
         wanted = [matrix for matrix in block.factor_shapes if (name, matrix) in self._destinations]
         weight = block.parameters[0]
         if wanted and module.training and output.requires_grad and output.numel() and weight.requires_grad:
+            place = self._destinations[name, wanted[0]].device
+            if output.device != place:
+                raise ValueError(
+                    f"{name} computes on {output.device}, but the optimizer was made for a model on {place}: move the "
+                    "model first, then make the optimizer (its state_dict can be loaded into the new one)"
+                )
             output.register_hook(
                 GradientHook(
                     self,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from kfac_dist.communicator import Communicator, is_cuda_aware, launch, library_version
+from kfac_dist.communicator.abort import running_mpi
 from kfac_dist.communicator.devices import RankDevice, choose_device, describe_device
 from kfac_dist.doctor import machine, ranks, software
 from kfac_dist.doctor.findings import Finding, HangGuard, attempt, merge
@@ -96,6 +97,7 @@ def _gpus(facts: RankFacts, local_rank: int) -> list[Finding]:
         findings += [
             machine.check_gpu(facts.device.model, capability, machine.try_gpu(device)),
             machine.check_nccl(machine.nccl_version(), os.environ, interfaces, os.path.exists("/.dockerenv")),
-            machine.check_cuda_aware(is_cuda_aware()),
         ]
+        if running_mpi() is not None:  # torchrun's ranks need none
+            findings.append(machine.check_cuda_aware(is_cuda_aware()))
     return findings

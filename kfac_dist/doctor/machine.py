@@ -105,7 +105,10 @@ def check_gpu_per_rank(all_devices: Sequence[RankDevice]) -> list[Finding]:
         return [from_error("GPU per rank", error, without)]
     findings = []
     for uuid, ranks in devices.find_shared([device.uuid for device in all_devices]).items():
-        remedy = "one rank per GPU (mpirun --map-by ppr:<GPUs>:node); only communication.backend=mpi allows sharing"
+        remedy = (
+            "one rank per GPU (mpirun --map-by ppr:<GPUs>:node, torchrun --nproc-per-node=<GPUs>); "
+            "ranks that share one communicate over MPI, or gloo under torchrun"
+        )
         found = f"{len(ranks)} ranks share GPU {uuid}: they take turns, and NCCL refuses"
         findings.append(Finding("GPU per rank", "warning", found, remedy, tuple(ranks)))
     for host in dict.fromkeys(device.host for device in all_devices):
@@ -113,7 +116,7 @@ def check_gpu_per_rank(all_devices: Sequence[RankDevice]) -> list[Finding]:
         num_gpus = max(all_devices[rank].num_visible for rank in ranks)
         if len(ranks) < num_gpus:
             found = f"{len({all_devices[rank].uuid for rank in ranks})} of {num_gpus} GPUs of {host} used"
-            remedy = f"mpirun --map-by ppr:{num_gpus}:node"
+            remedy = f"mpirun --map-by ppr:{num_gpus}:node, torchrun --nproc-per-node={num_gpus}"
             findings.append(Finding("GPU per rank", "note", found, remedy, tuple(ranks)))
     return findings or [Finding("GPU per rank", "ok", "each rank has one of its own")]
 

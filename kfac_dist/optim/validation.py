@@ -39,11 +39,14 @@ def is_number(value: object) -> bool:
 
 
 def check_parameters(given: Sequence[Parameter], blocks: Sequence[Block]) -> None:
-    """Refuse parameters that are not the model's, or none that are trained."""
+    """Refuse parameters that are not the model's, that lie on several devices, or none that are trained."""
     check("params", bool(blocks), f"{len(given)} parameters", "trainable parameters of the model")
     covered = {id(parameter) for block in blocks for parameter in block.parameters}
     foreign = [tuple(p.shape) for p in given if p.requires_grad and id(p) not in covered]
     check("params", not foreign, f"others too, of shapes {foreign}", "parameters of the model")
+    devices = dict.fromkeys(str(parameter.device) for block in blocks for parameter in block.parameters)
+    rule = "on one device (give what lies on another to an optimizer of its own)"
+    check("params", len(devices) <= 1, " and ".join(devices), rule)
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -135,7 +136,8 @@ class Learner:
         if step.skipped:  # what was not finite in the forward pass has spoilt these, too
             self.batchnorm.restore(running)
         moved = self.communicator.payload_bytes - bytes_before
-        return IterationResult(iteration, settings, loss_scale, totals, self.timer.snapshot(), moved, step)
+        stages = self.timer.snapshot()
+        return IterationResult(iteration, settings, loss_scale, totals, stages, moved, step, time.perf_counter())
 
     def _total(self, sums: Tensor, wishes: Wishes) -> HostCopy:
         """Loss, share of correct answers, retries of the update before, and what is wanted, over all ranks."""

@@ -38,6 +38,7 @@ class IterationResult:
         stages: Seconds of each stage.
         communication_bytes: Payload of the V-collectives.
         step: What the optimizer reports.
+        launched_at: When the host was through with it, by `time.perf_counter`.
     """
 
     iteration: int
@@ -47,6 +48,7 @@ class IterationResult:
     stages: StageSeconds
     communication_bytes: int
     step: StepReport
+    launched_at: float
 
 
 @dataclass(frozen=True)
@@ -148,20 +150,26 @@ class Reporter:
             log.open(self.directory)
         if resumed is not None:
             self.event(resumed.iteration, "resumed", ranks=communicator.size)
-        self._reported_at = time.perf_counter()  # the last iteration, for images per second
+        self._ended_at = time.perf_counter()  # the last iteration, for images per second
 
-    def iteration(self, result: IterationResult) -> Told:
-        """Report an iteration; waits for it."""
+    def iteration(self, result: IterationResult, is_newest: bool) -> Told:
+        """Report an iteration; waits for it.
+
+        Args:
+            result: What came of it.
+            is_newest: Whether none has been launched since: it took until it is done.
+        """
         loss, correct, retries, kept, save, stop = result.averages.read().tolist()
         iteration, top1 = result.iteration, 100 * correct
         epoch = self._schedules.epoch_at(iteration + 1)
         self.retries(iteration - 1, int(retries), int(kept))
-        now = time.perf_counter()
-        images_per_second, self._reported_at = self._batch_size / (now - self._reported_at), now
+        stage_seconds = result.stages.read()
+        ended_at = time.perf_counter() if is_newest else result.launched_at
+        images_per_second, self._ended_at = self._batch_size / (ended_at - self._ended_at), ended_at
         scale = {} if result.loss_scale is None else {"loss_scale": result.loss_scale}
         self._writer.write(
             "train", iteration=iteration, epoch=epoch, loss=loss, top1=top1, **vars(result.settings), **scale,
-            images_per_second=images_per_second, stage_seconds=result.stages.read(),
+            images_per_second=images_per_second, stage_seconds=stage_seconds,
             communication_bytes=result.communication_bytes,
         )  # fmt: skip
         if self._wants_changes:
@@ -190,7 +198,7 @@ class Reporter:
         epoch = self._schedules.epoch_at(iteration + 1)
         self._writer.write("eval", iteration=iteration, epoch=epoch, loss=loss, top1=top1, top5=top5)
         self._progress.say(f"epoch {epoch:.2f}: test loss {loss:.4f}, top-1 {top1:.2f} %")
-        self._reported_at = time.perf_counter()
+        self._ended_at = time.perf_counter()
 
     def spectra(self, iteration: int, spectra: dict[FactorKey, tuple[float, float, float]]) -> None:
         """Report smallest and largest eigenvalue and effective rank of each running matrix."""

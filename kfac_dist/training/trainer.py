@@ -103,14 +103,16 @@ class Trainer(Learner):
                 # A GPU goes on while the host looks at the iteration before.
                 told = self._report(launched, 0 if evaluates or saves or self.device.type == "cpu" else 1, reporter)
                 if self.recovery.wants_restore:
+                    self.iteration -= len(launched)
                     launched.clear()
                     batches = self._fall_back(batches, saver, reporter)
                     continue
                 is_best = evaluates and self._evaluate(iteration, reporter)
                 saves |= told.wants_save or (is_best and self.config.checkpoint.keep_best)
+                if told.wants_stop or saves:
+                    told |= self._report(launched, 0, reporter)
                 # Weights that give no finite loss are not worth keeping.
                 if told.wants_stop or (saves and not self.recovery.in_a_row):
-                    self._report(launched, 0, reporter)
                     self._tell_retries(reporter)
                     saver.save(wait=told.wants_stop or self.iteration == num_iterations)
                 if told.wants_stop and self.iteration < num_iterations:
@@ -156,14 +158,14 @@ class Trainer(Learner):
         """Report all iterations but the last `num_waiting`; what ranks want, from any of them."""
         told = Told(0.0, wants_save=False, wants_stop=False)
         while len(launched) > num_waiting:
-            told |= self._report_one(launched.popleft(), reporter)
+            told |= self._report_one(launched.popleft(), reporter, is_newest=not launched)
         return told
 
-    def _report_one(self, result: IterationResult, reporter: Reporter) -> Told:
+    def _report_one(self, result: IterationResult, reporter: Reporter, is_newest: bool) -> Told:
         """Report an iteration, and stop if training diverged."""
-        told = reporter.iteration(result)
+        told = reporter.iteration(result, is_newest)
         reporter.skipped_images(result.iteration, self.skipped_images.take_new())
-        gave_up = self.loss_scaler is not None and self.loss_scaler.is_exhausted
+        gave_up = result.step.skipped and result.loss_scale == 1
         epoch = self.schedules.epoch_at(result.iteration + 1)
         self.recovery.see(told.loss, result.iteration, epoch)
         self.divergence.see(told.loss, result.iteration, epoch, gave_up)

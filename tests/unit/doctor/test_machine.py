@@ -93,9 +93,10 @@ def test_what_is_wrong_between_ranks_is_said() -> None:
     assert "CUDA_VISIBLE_DEVICES" in missing.remedy
     (shared,) = machine.check_gpu_per_rank(devices("GPU-1", "GPU-1"))
     assert shared.found == "2 ranks share GPU GPU-1: they take turns, and NCCL refuses"
-    assert "only communication.backend=mpi allows sharing" in shared.remedy
+    assert "over MPI, or gloo under torchrun" in shared.remedy
     (idle,) = machine.check_gpu_per_rank(devices("GPU-1", num_gpus=8))
-    assert (idle.found, idle.remedy) == ("1 of 8 GPUs of a used", "mpirun --map-by ppr:8:node")
+    assert idle.found == "1 of 8 GPUs of a used"
+    assert idle.remedy == "mpirun --map-by ppr:8:node, torchrun --nproc-per-node=8"
 
 
 def test_cuda_awareness() -> None:

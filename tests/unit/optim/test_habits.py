@@ -76,6 +76,26 @@ def test_a_model_converted_after_construction_is_refused(kind: type[KFAC | SGD])
         optimizer.step()
 
 
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_model_moved_after_construction_is_refused_in_its_forward(device: str) -> None:
+    """Defect: the first backward ended in torch's words about an index_select on two devices."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = make_kfac(model)
+    model.to(device)
+    with pytest.raises(ValueError, match=rf"0 computes on {device}.* made for a model on cpu: move the model first"):
+        model(torch.ones(2, 3, device=device))
+    optimizer.close()
+    model(torch.ones(2, 3, device=device)).sum().backward()
+
+
+def test_parameters_on_two_devices_are_refused() -> None:
+    """Defect: the first backward ended in torch's words about an index_select on two devices."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"params must be on one device .*, got cpu and meta"):
+        make_kfac(model)
+    make_kfac(model, params=model[0].parameters())
+
+
 # Freezing --------------------------------------------------------------------------------------------------
 
 
