@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up where needed, then checks format, lint and types, builds the site, and runs all tests. All stages run even if one fails.
+# Without arguments the tests of tests/cluster, which mostly wait, run beside those of tests/unit.
 #
 #   scripts/test.sh [pytest arguments]      such as -k config, or -m "not slow"
 #
@@ -42,7 +43,23 @@ stage format .venv/bin/ruff format --check .
 stage lint .venv/bin/ruff check .
 stage types .venv/bin/mypy
 stage site env NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict # --quiet would count no warnings
-stage tests .venv/bin/python -m pytest "$@"
+print_when_done() { # process, its output
+    local code=0
+    wait "$1" || code=$?
+    cat "$2"
+    return "$code"
+}
+if [ $# -gt 0 ]; then
+    stage tests .venv/bin/python -m pytest "$@"
+else
+    output=$(mktemp)
+    .venv/bin/python -m pytest tests/cluster >"$output" 2>&1 &
+    cluster=$!
+    trap 'kill "$cluster" 2>/dev/null; rm -f "$output"' EXIT
+    stage "unit tests" .venv/bin/python -m pytest tests/unit
+    stage "cluster tests" print_when_done "$cluster" "$output"
+    stage "other tests" .venv/bin/python -m pytest --ignore=tests/cluster --ignore=tests/unit
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: ${failed[*]}"

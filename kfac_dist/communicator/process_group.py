@@ -9,7 +9,7 @@ NCCL has AllGather and ReduceScatter for segments of one length only. Uneven one
 ncclGroupStart and ncclGroupEnd, so that NCCL sees one operation. That is so in torch's older NCCL backend and in the
 new one that the name `nccl` stands for since torch 2.15 (`nccl2`, src/…/c10d/nccl2/ProcessGroupNCCL.cpp), whose
 startCoalescing groups sends and receives only: `_coalescing_manager` would launch every collective by itself there.
-This is read from torch's source; the lists have run over stand-ins on gloo (tests/mpi), not yet over NCCL.
+An emulated NCCL (tests/emulated_gpu) sees the one group; over NCCL itself the lists have not run yet.
 
 Gloo refuses lists of uneven tensors and makes a reduce_scatter of whole all-reduces, so over any backend but NCCL each
 owner's segment is a reduce, or a broadcast, of its own, all in flight at once.

@@ -86,12 +86,12 @@ def wait(reason: str) -> None:
 def on_host(tensor: Tensor) -> Tensor:
     """The tensor's memory as one of the CPU."""
     storage = tensor.untyped_storage()
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device=CPU)
     if storage.nbytes():
         memory = torch.frombuffer(
             (ctypes.c_byte * storage.nbytes()).from_address(storage.data_ptr()), dtype=torch.uint8
         )
-    view = torch.empty(0, dtype=tensor.dtype)
+    view = torch.empty(0, dtype=tensor.dtype, device=CPU)
     return view.set_(memory.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
@@ -197,7 +197,7 @@ def _emulated(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         return values.mean(dim=1), (values.var(dim=1, correction=0) + eps).rsqrt()
     if name in ("native_batch_norm", "cudnn_batch_norm"):  # the CPU wants one precision for fp16
         output, *saved = torch.ops.aten.native_batch_norm(_without_half(args[0]), *args[1:])
-        reserve = (torch.empty(0, dtype=torch.uint8),) if name == "cudnn_batch_norm" else ()
+        reserve = (torch.empty(0, dtype=torch.uint8, device=CPU),) if name == "cudnn_batch_norm" else ()
         return output.to(args[0].dtype), *saved, *reserve
     if name == "native_batch_norm_backward":
         gradient, *others = func(_without_half(args[0]), _without_half(args[1]), *args[2:])
