@@ -25,6 +25,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.curvature.hooks import NO_GRAPH_TASK, GradientHook, GradientMark, LayerHook, Saved, will_run
+from kfac_dist.tensors.full_precision import full_fp32_products
 
 
 class Capture:
@@ -200,7 +201,7 @@ class Capture:
         if hook.enclosing not in (NO_GRAPH_TASK, graph_task):
             self._enclosing[graph_task] = hook.enclosing
         num_samples = hook.num_samples
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_fp32_products():
             for matrix in hook.wanted:
                 self._add(block, matrix, x, g, num_samples)
         self.captured.add(hook.name)

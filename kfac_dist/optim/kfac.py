@@ -35,6 +35,7 @@ from kfac_dist.optim.validation import (
     is_count,
     is_number,
 )
+from kfac_dist.tensors.full_precision import full_fp32_products
 from kfac_dist.timing import StageTimer
 from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
 
@@ -238,7 +239,7 @@ class KFAC(DistributedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         # In a user's autocast block products with inverses would overflow half precision.
-        with torch.autocast(self._device.type, enabled=False):
+        with torch.autocast(self._device.type, enabled=False), full_fp32_products():
             self.report = self._step()
         return loss
 
