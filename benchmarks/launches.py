@@ -1,4 +1,4 @@
-"""Operations that a training step gives to the device: K-FAC's with and without a refresh beside SGD's.
+"""Operations and memory of a training step on a GPU: K-FAC's with and without a refresh beside SGD's.
 
     python benchmarks/launches.py --model resnet50 --image-size 224 --classes 1000 --batch 32 --precision bf16
     python -m tests.emulated_gpu python benchmarks/launches.py …      on a machine without a GPU
@@ -10,11 +10,17 @@
 
 A GPU starts one kernel or copy for most operations, several for some (factorisations), and the host takes some
 microseconds for each: where a step's operations take the GPU less than that, the host holds it up. An operation counts
-if it computes or copies; one on a list of tensors as one, or as many as the list has where layouts differ and torch
-takes the tensors one by one. The figures depend on the network and its precision, hardly on the batch.
+if it computes or copies. One on a list of tensors counts as one, though a GPU may take several launches for a long list,
+or as many as the list has where layouts differ and torch takes the tensors one by one. Their number depends on the
+network and its precision, hardly on the batch.
+
+Memory is what torch's allocator gives out: what is held between steps, weights and optimizer, and the most within a
+step. What libraries take besides (the CUDA context, cuDNN's and cuSOLVER's workspaces) is not in it, and on an emulated
+GPU neither is what single kernels take for themselves.
 """
 
 import argparse
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +28,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
+from clock import allocated_bytes, watch_peak
 from program import create_parser, describe_run, device_from, run, table, write_record
 from step import create_optimizer
 from torch import Tensor
@@ -32,8 +39,7 @@ from kfac_dist.communicator import create_communicator
 from kfac_dist.timing import HostClock, StageTimer
 from kfac_dist.training.precision import configure_backends
 
-TITLE = "Operations of a training step"
-PHASES = ("forward", "backward", "step")
+TITLE = "Operations and memory of a training step"
 _INTERVAL = 10  # a refresh, then stale steps
 _WITHOUT_KERNEL = {"empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "detach", "is_pinned"}
 
@@ -58,97 +64,117 @@ class LaunchCounter(TorchDispatchMode):
 
 
 def num_launches(name: str, args: Any) -> int:
-    """One; as many as there are tensors where a foreach operation cannot take them together."""
+    """One; as many as there are tensors where a foreach operation cannot take them together.
+
+    Torch asks for one shape and, but for dimensions of size 1, equal strides (ATen/native/ForeachUtils.h).
+    """
     if not name.startswith("_foreach"):
         return 1
     lists = [argument for argument in args if isinstance(argument, list) and isinstance(argument[0], Tensor)]
-    layouts = [{(tensor.shape, tensor.stride()) for tensor in together} for together in zip(*lists, strict=True)]
-    return 1 if all(len(layout) == 1 for layout in layouts) else len(lists[0])
+    orders = [{_order(tensor) for tensor in together} for together in zip(*lists, strict=True)]
+    return 1 if all(len(order) == 1 for order in orders) else len(lists[0])
+
+
+def _order(tensor: Tensor) -> tuple[tuple[int, int], ...]:
+    """Of its values in memory."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple((size, stride if size > 1 else 0) for size, stride in pairs)
 
 
 @dataclass(frozen=True)
-class Launches:
-    """Operations of one step, by phase."""
+class StepCost:
+    """What one step gives to the device.
+
+    Attributes:
+        forward: Operations, as the next two.
+        backward: With the hooks that build factors.
+        step: Of the optimizer.
+        total: All three.
+        held_bytes: Of memory between steps, data aside; 0 on a CPU.
+        peak_bytes: The most within the step.
+    """
 
     forward: int
     backward: int
     step: int
-
-    @property
-    def total(self) -> int:
-        """Of all phases."""
-        return self.forward + self.backward + self.step
+    total: int
+    held_bytes: int
+    peak_bytes: int
 
 
-def _total(launches: Launches) -> int:
-    return launches.total
-
-
-def count_step(train: Callable[[LaunchCounter], list[int]]) -> Launches:
-    """Train a step and count."""
-    with LaunchCounter() as counter:
-        return Launches(*train(counter))
-
-
-def create_training(workload: Workload, name: str) -> Callable[[LaunchCounter], list[int]]:
-    """A function that trains a step and returns the operations of each phase."""
+def create_training(workload: Workload, name: str) -> Callable[[], StepCost]:
+    """A function that trains a step and says what it cost."""
+    device = workload.device
+    gc.collect()  # the network before
+    before = allocated_bytes(device)
     model, images, labels = workload.create()
-    communicator = create_communicator(device=workload.device)
+    before += images.nbytes + labels.nbytes if device.type == "cuda" else 0
     timer = StageTimer(HostClock())  # CUDA's would wait for nothing, but its events are no operations
-    optimizer, scale_loss, update = create_optimizer(name, model, communicator, workload, timer)
+    optimizer, scale_loss, update = create_optimizer(name, model, create_communicator(device=device), workload, timer)
 
-    def train(counter: LaunchCounter) -> list[int]:
-        marks = [counter.total]
+    def train() -> StepCost:
+        with LaunchCounter() as counter, watch_peak(device) as peak_so_far:
+            marks = [counter.total]
+            held = allocated_bytes(device)
+            optimizer.zero_grad()
+            with workload.precision.autocast(device):
+                loss = F.cross_entropy(model(images), labels)
+            marks.append(counter.total)
+            scale_loss(loss).backward()
+            marks.append(counter.total)
+            update()
+            marks.append(counter.total)
+            peak = held + peak_so_far() - before
+        forward, backward, step = (later - earlier for earlier, later in pairwise(marks))
+        del loss
         optimizer.zero_grad()
-        with workload.precision.autocast(workload.device):
-            loss = F.cross_entropy(model(images), labels)
-        marks.append(counter.total)
-        scale_loss(loss).backward()
-        marks.append(counter.total)
-        update()
-        marks.append(counter.total)
-        return [after - before for before, after in pairwise(marks)]
+        return StepCost(forward, backward, step, counter.total, allocated_bytes(device) - before, peak)
 
     return train
 
 
-def measure(workload: Workload) -> dict[str, Launches]:
+def measure(workload: Workload) -> dict[str, StepCost]:
     """Count each kind of step, in a run that has settled."""
-    counts: dict[str, Launches] = {}
+    costs: dict[str, StepCost] = {}
     for name in ("torch", "sgd", f"kfac{_INTERVAL}"):
         train = create_training(workload, name)
-        steps = [count_step(train) for _ in range(_INTERVAL + 2)][2:]  # with fp16 an overflow may put off the refresh
+        steps = [train() for _ in range(_INTERVAL + 2)][2:]  # with fp16 an overflow may put off the refresh
+        steps.sort(key=lambda cost: cost.total)
         if name.startswith("kfac"):
-            counts |= {"stale": min(steps, key=_total), "refresh": max(steps, key=_total)}
+            costs |= {"stale": steps[0], "refresh": steps[-1]}
         else:
-            counts[name] = steps[-1]
-    return counts
+            costs[name] = steps[0]
+    return costs
 
 
-def tables(counts: dict[str, dict[str, Launches]]) -> list[str]:
+def tables(costs: dict[str, dict[str, StepCost]]) -> list[str]:
     """A table for each workload."""
     lines = []
-    for workload, by_name in counts.items():
+    for workload, by_name in costs.items():
         rows = [
-            [name, *(f"{getattr(launches, phase):,}" for phase in PHASES), f"{launches.total:,}"]
-            for name, launches in by_name.items()
+            [
+                name,
+                *(f"{count:,}" for count in (cost.forward, cost.backward, cost.step, cost.total)),
+                *(f"{value / 2**20:,.0f}" for value in (cost.held_bytes, cost.peak_bytes)),
+            ]
+            for name, cost in by_name.items()
         ]
-        lines += [f"## {workload}", "", *table(["", *PHASES, "total"], rows), ""]
+        heads = ["", "forward", "backward", "step", "total", "held, MiB", "peak, MiB"]
+        lines += [f"## {workload}", "", *table(heads, rows), ""]
     return lines[:-1]
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Count, print and write."""
+    """Count, print and write after each workload."""
     device = device_from(arguments.device)
     configure_backends(deterministic=False)
     environment = describe_run(device)
-    counts = {workload.name: measure(workload) for workload in workloads_from(arguments, device)}
-    results = {
-        workload: {name: vars(launches) | {"total": launches.total} for name, launches in by_name.items()}
-        for workload, by_name in counts.items()
-    }
-    write_record(arguments.output, TITLE, environment, results, tables(counts))
-    print("\n".join(tables(counts)))
+    costs: dict[str, dict[str, StepCost]] = {}
+    for workload in workloads_from(arguments, device):
+        costs[workload.name] = measure(workload)
+        results = {name: {kind: vars(cost) for kind, cost in by_name.items()} for name, by_name in costs.items()}
+        write_record(arguments.output, TITLE, environment, results, tables(costs))
+    print("\n".join(tables(costs)))
 
 
 def parse_arguments() -> argparse.Namespace:

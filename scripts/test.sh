@@ -55,9 +55,15 @@ else
     output=$(mktemp)
     .venv/bin/python -m pytest tests/cluster >"$output" 2>&1 &
     cluster=$!
-    trap 'kill "$cluster" 2>/dev/null; rm -f "$output"' EXIT
+    end_cluster_tests() {
+        kill -INT "$cluster" 2>/dev/null && wait "$cluster" # they stop what they have started
+        rm -f "$output"
+    }
+    trap 'end_cluster_tests; exit 130' INT TERM
     stage "unit tests" .venv/bin/python -m pytest tests/unit
     stage "cluster tests" print_when_done "$cluster" "$output"
+    trap - INT TERM
+    rm -f "$output"
     stage "other tests" .venv/bin/python -m pytest --ignore=tests/cluster --ignore=tests/unit
 fi
 

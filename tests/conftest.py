@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     import torch
 
+    if not torch.cuda.is_available() and "KFAC_DIST_EMULATED_GPUS" in os.environ:
+        pytest.exit("torch sees no GPU, although one is emulated", returncode=pytest.ExitCode.INTERNAL_ERROR)
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here (torch.cuda.is_available() is false)"))

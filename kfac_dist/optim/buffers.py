@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
 from kfac_dist.optim.gradient_messages import Message, cut_for_backward
-from kfac_dist.tensors.foreach import in_layout_of
+from kfac_dist.tensors.foreach import in_order_of
 from kfac_dist.tensors.packing import FlatBuffer, Part, triangle_numel
 
 
@@ -106,7 +106,7 @@ def read_update(updates: FlatBuffer, block: Block) -> list[Tensor]:
     pieces = updates.copies(block.name)
     flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     views = zip(block.parameters, parameter_views(flat, block), strict=True)
-    return [in_layout_of(p, view.to(p.dtype)) for p, view in views]  # so that one foreach update can take them all
+    return [in_order_of(p, view.to(p.dtype)) for p, view in views]  # so that one foreach update can take them all
 
 
 def all_factor_keys(blocks: Iterable[Block]) -> list[FactorKey]:

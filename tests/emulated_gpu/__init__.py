@@ -20,6 +20,7 @@ host is done at once.
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -37,8 +38,11 @@ def why_not() -> str:
         return "torch is built without CUDA"
     if shutil.which("g++") is None:
         return "there is no g++"
-    if _headers() is None:
+    headers = _headers()
+    if headers is None:
         return "the headers of CUDA and NCCL did not come with torch"
+    if (version := _cuda_version(headers)) != torch.version.cuda.partition(".")[0]:
+        return f"torch is built for CUDA {torch.version.cuda}, but the headers that came with it are of CUDA {version}"
     return ""
 
 
@@ -46,7 +50,7 @@ def environment(num_gpus: int = 1) -> dict[str, str]:
     """Variables for processes that are to have GPUs."""
     paths = [str(HERE / "site"), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]
     return {
-        "LD_PRELOAD": str(_library()),
+        "LD_PRELOAD": " ".join(filter(None, [str(_library()), os.environ.get("LD_PRELOAD", "")])),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "KFAC_DIST_EMULATED_GPUS": str(num_gpus),
     }
@@ -55,11 +59,21 @@ def environment(num_gpus: int = 1) -> dict[str, str]:
 def _headers() -> list[Path] | None:
     """Folders of headers: Triton's wheel has all of CUDA's, those of CUDA's own lack some."""
     found = []
-    for package, folder in (("triton", "backends/nvidia/include"), ("nvidia.nccl", "include")):
+    for package, folder, header in (
+        ("triton", "backends/nvidia/include", "cuda_runtime_api.h"),
+        ("nvidia", "nccl/include", "nccl.h"),
+    ):
         spec = importlib.util.find_spec(package)
         places = [Path(place) / folder for place in (spec.submodule_search_locations or [])] if spec else []
-        found += [place for place in places if place.is_dir()][:1]
+        found += [place for place in places if (place / header).is_file()][:1]
     return found if len(found) == 2 else None
+
+
+def _cuda_version(headers: list[Path]) -> str:
+    """The major version that CUDA's headers are of."""
+    text = (headers[0] / "cuda_runtime_api.h").read_text(encoding="utf-8", errors="replace")
+    version = re.search(r"#define CUDART_VERSION\s+(\d+)", text)
+    return str(int(version[1]) // 1000) if version else "?"
 
 
 def _library() -> Path:

@@ -113,7 +113,8 @@ std::vector<char> combined(ncclComm* c, size_t offset, size_t count, ncclDataTyp
 }
 
 ncclResult_t start(ncclComm* c, const char* name, size_t bytes, std::function<void()> collective) {
-    static const bool traces = getenv("KFAC_DIST_EMULATED_NCCL") != nullptr;
+    static const char* wanted = getenv("KFAC_DIST_EMULATED_NCCL");
+    static const bool traces = wanted && strcmp(wanted, "trace") == 0;
     if (traces) fprintf(stderr, "nccl %d/%d %s %zu%s\n", c->rank, c->size, name, bytes, group_depth ? " grouped" : "");
     if (bytes > kSlotBytes) fail("send so many bytes at once", bytes);
     if (group_depth) group.push_back(std::move(collective));
@@ -128,6 +129,9 @@ void exchange() {
     size_t place = kSlotBytes / c->size;
     for (auto& message : messages) {
         if (message.bytes > place) fail("send so many bytes at once", message.bytes);
+        if (message.communicator != c) fail("send over several communicators in a group", messages.size());
+        for (auto* other = &message + 1; other < messages.data() + messages.size(); other++)
+            if (other->is_sent == message.is_sent && other->peer == message.peer) fail("send twice to a rank", other->peer);
         if (message.is_sent) memcpy(c->slot(c->rank) + message.peer * place, message.data, message.bytes);
     }
     c->barrier();

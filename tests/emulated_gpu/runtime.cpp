@@ -4,7 +4,6 @@
 // streams and the autograd engine are torch's. Operations run on the CPU; see operations.py.
 
 #include <cuda_runtime_api.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>

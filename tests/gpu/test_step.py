@@ -142,6 +142,8 @@ LAYERS = {
     "odd channels": (nn.Conv2d(3, 7, 7, stride=2, padding=3), (9, 3, 33, 33), (9, 7, 17, 17)),
     "grouped": (nn.Conv2d(16, 24, 3, groups=4), (9, 16, 20, 20), (9, 24, 18, 18)),
     "batchnorm": (nn.BatchNorm2d(16), (9, 16, 20, 20), (9, 16, 20, 20)),
+    "batchnorm of lines": (nn.BatchNorm1d(16), (9, 16, 20), (9, 16, 20)),
+    "batchnorm of features": (nn.BatchNorm1d(16), (9, 16), (9, 16)),
 }
 
 
@@ -163,6 +165,16 @@ def test_statistics_equal_float64_on_the_cpu(name: str, half: torch.dtype, chann
         assert factor.dtype == torch.float32
         error = float((factor.cpu().double() - reference).norm() / reference.norm())
         assert error < 1e-5, f"{matrix}: {error:.1e}"
+
+
+def test_batchnorm_far_from_zero_with_gradients_laid_out_otherwise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 16, 20, 20, generator=generator) + 1000
+    g = torch.randn(9, 16, 20, 20, generator=generator)
+    (block,) = create_blocks(layer := nn.BatchNorm2d(16), list(layer.parameters()), "full")
+    reference = block.factor("F", x.double(), g.double())
+    factor = block.factor("F", x.to(CUDA, memory_format=torch.channels_last), g.to(CUDA))
+    assert float((factor.cpu().double() - reference).norm() / reference.norm()) < 1e-3
 
 
 def test_a_failed_factorisation_keeps_the_previous_solver_until_its_answer_is_read() -> None:

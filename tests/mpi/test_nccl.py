@@ -1,6 +1,7 @@
 """ProcessGroupCommunicator, over gloo where there is no GPU, and how MPI takes a device's buffers."""
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -56,6 +57,20 @@ def test_nccl_on_a_gpu_each(run_program: Run) -> None:
     if num_gpus < 2:
         pytest.skip("needs two CUDA devices")
     check_backend(run_program, min(4, num_gpus), "nccl")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("KFAC_DIST_EMULATED_GPUS" not in os.environ, reason="only an emulated NCCL tells its calls")
+def test_uneven_segments_are_one_operation_of_nccl(run_program: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.device_count() < 3:
+        pytest.skip("needs three CUDA devices")
+    monkeypatch.setenv("KFAC_DIST_EMULATED_NCCL", "trace")
+    finished = run_program(3, "uneven_segments.py")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    for operation in ("Reduce", "Broadcast"):
+        calls = [line for line in finished.stderr.splitlines() if f" {operation} " in line]
+        assert len(calls) == 9, "of each rank, one to or from each owner"
+        assert all(call.endswith(" grouped") for call in calls)
 
 
 @pytest.mark.gpu

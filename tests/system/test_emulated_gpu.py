@@ -24,6 +24,7 @@ def run_gpu_tests(files: list[str], num_gpus: int) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
     finished = run_limited(command, emulated_gpu.environment(num_gpus), timeout=280)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert " passed" in finished.stdout
 
 
 @pytest.mark.slow

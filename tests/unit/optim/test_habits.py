@@ -85,7 +85,7 @@ def test_a_model_moved_after_construction_is_refused_in_its_forward(device: str)
     with pytest.raises(ValueError, match=rf"0 computes on {device}.* made for a model on cpu: move the model first"):
         model(torch.ones(2, 3, device=device))
     optimizer.close()
-    model(torch.ones(2, 3, device=device)).sum().backward()
+    model(torch.ones(2, 3, device=device)).square().sum().backward()
 
 
 def test_parameters_on_two_devices_are_refused() -> None:

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("pydantic")  # a machine that was lent for its GPU may lack these
+pytest.importorskip("sklearn")
+
 from kfac_dist import create_communicator
 from kfac_dist.config.load import load_config
 from kfac_dist.data.augment import Augmentation
