@@ -10,9 +10,9 @@
 
 A GPU starts one kernel or copy for most operations, several for some (factorisations), and the host takes some
 microseconds for each: where a step's operations take the GPU less than that, the host holds it up. An operation counts
-if it computes or copies. One on a list of tensors counts as one, though a GPU may take several launches for a long list,
-or as many as the list has where layouts differ and torch takes the tensors one by one. Their number depends on the
-network and its precision, hardly on the batch.
+if it computes or copies. One on a list of tensors counts as one, though a GPU may take several launches for a long
+list, or as many as the list has where layouts differ and torch takes the tensors one by one. Their number depends on
+the network and its precision, hardly on the batch.
 
 Memory is what torch's allocator gives out: what is held between steps, weights and optimizer, and the most within a
 step. What libraries take besides (the CUDA context, cuDNN's and cuSOLVER's workspaces) is not in it, and on an emulated
@@ -135,16 +135,16 @@ def create_training(workload: Workload, name: str) -> Callable[[], StepCost]:
 
 def measure(workload: Workload) -> dict[str, StepCost]:
     """Count each kind of step, in a run that has settled."""
-    costs: dict[str, StepCost] = {}
-    for name in ("torch", "sgd", f"kfac{_INTERVAL}"):
-        train = create_training(workload, name)
-        steps = [train() for _ in range(_INTERVAL + 2)][2:]  # with fp16 an overflow may put off the refresh
-        steps.sort(key=lambda cost: cost.total)
-        if name.startswith("kfac"):
-            costs |= {"stale": steps[0], "refresh": steps[-1]}
-        else:
-            costs[name] = steps[0]
-    return costs
+    costs = {name: settled_steps(workload, name)[0] for name in ("torch", "sgd")}
+    stale, *_, refresh = settled_steps(workload, f"kfac{_INTERVAL}")
+    return costs | {"stale": stale, "refresh": refresh}
+
+
+def settled_steps(workload: Workload, name: str) -> list[StepCost]:
+    """Those of a network of its own, which is gone afterwards; from the cheapest to the dearest."""
+    train = create_training(workload, name)
+    steps = [train() for _ in range(_INTERVAL + 2)][2:]  # with fp16 an overflow may put off the refresh
+    return sorted(steps, key=lambda cost: cost.total)
 
 
 def tables(costs: dict[str, dict[str, StepCost]]) -> list[str]:
