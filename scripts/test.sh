@@ -56,7 +56,7 @@ else
     .venv/bin/python -m pytest tests/cluster >"$output" 2>&1 &
     cluster=$!
     end_cluster_tests() {
-        kill -INT "$cluster" 2>/dev/null && wait "$cluster" # they stop what they have started
+        if kill -INT "$cluster" 2>/dev/null; then wait "$cluster" || true; fi # they stop what they have started
         rm -f "$output"
     }
     trap 'end_cluster_tests; exit 130' INT TERM
