@@ -10,9 +10,9 @@
 
 A GPU starts one kernel or copy for most operations, several for some (factorisations), and the host takes some
 microseconds for each: where a step's operations take the GPU less than that, the host holds it up. An operation counts
-if it computes or copies. One on a list of tensors counts as one, though a GPU may take several launches for a long
-list, or as many as the list has where layouts differ and torch takes the tensors one by one. Their number depends on
-the network and its precision, hardly on the batch.
+if it computes or copies, the few on the host's own tensors, too. One on a list of tensors counts as one, though a GPU
+may take several launches for a long list, or as many as the list has where layouts differ and torch takes the tensors
+one by one. Their number depends on the network and its precision, hardly on the batch.
 
 Memory is what torch's allocator gives out: what is held between steps, weights and optimizer, and the most within a
 step. What libraries take besides (the CUDA context, cuDNN's and cuSOLVER's workspaces) is not in it, and on an emulated

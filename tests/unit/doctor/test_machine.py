@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from kfac_dist.communicator.devices import RankDevice
-from kfac_dist.doctor import machine
+from kfac_dist.doctor import examine, machine
 from kfac_dist.doctor.findings import Status
+from kfac_dist.doctor.ranks import RankFacts
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,16 @@ def test_cuda_awareness() -> None:
 def test_a_real_gpu_can_be_used() -> None:
     assert machine.try_gpu(torch.device("cuda", 0)) == ""
     assert machine.nccl_version()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mpi", [None, object()])
+def test_torchruns_ranks_hear_nothing_of_cuda_aware_mpi(mpi: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examine, "running_mpi", lambda: mpi)
+    monkeypatch.setattr(examine, "is_cuda_aware", lambda: False)
+    findings = examine._gpus(RankFacts(RankDevice("alpha", "cpu")), 0)
+    aware = machine.check_cuda_aware(False)
+    assert [finding for finding in findings if finding.name == aware.name] == ([] if mpi is None else [aware])
 
 
 @pytest.mark.gpu
