@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up where needed, then checks format, lint and types, builds the site, and runs all tests. All stages run even if one fails.
-# Without arguments the tests of tests/cluster, which mostly wait, run beside those of tests/unit.
+# Without arguments there are two runs of pytest side by side, since neither keeps two cores busy; one's output comes last.
 #
 #   scripts/test.sh [pytest arguments]      such as -k config, or -m "not slow"
 #
@@ -53,18 +53,17 @@ if [ $# -gt 0 ]; then
     stage tests .venv/bin/python -m pytest "$@"
 else
     output=$(mktemp)
-    .venv/bin/python -m pytest tests/cluster >"$output" 2>&1 &
-    cluster=$!
-    end_cluster_tests() {
-        if kill -INT "$cluster" 2>/dev/null; then wait "$cluster" || true; fi # they stop what they have started
+    .venv/bin/python -m pytest tests/cluster tests/system >"$output" 2>&1 &
+    beside=$!
+    end_the_other_run() {
+        if kill -INT "$beside" 2>/dev/null; then wait "$beside" || true; fi # it stops what it has started
         rm -f "$output"
     }
-    trap 'end_cluster_tests; exit 130' INT TERM
-    stage "unit tests" .venv/bin/python -m pytest tests/unit
-    stage "cluster tests" print_when_done "$cluster" "$output"
+    trap 'end_the_other_run; exit 130' INT TERM
+    stage "tests of the package" .venv/bin/python -m pytest --ignore=tests/cluster --ignore=tests/system
+    stage "tests of commands and cluster" print_when_done "$beside" "$output"
     trap - INT TERM
     rm -f "$output"
-    stage "other tests" .venv/bin/python -m pytest --ignore=tests/cluster --ignore=tests/unit
 fi
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -103,7 +103,7 @@ def test_dali_is_installed_for_the_tests_and_done_without_where_that_fails(check
     finished = checkout.run("scripts/test.sh")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "warning: the extra dali could not be installed" in finished.stdout
-    assert len(checkout.calls("-m pytest")) == 3
+    assert len(checkout.calls("-m pytest")) == 2
     checkout.failing("nothing fails")
     for times in (1, 0):  # tried again, and not once it is there
         finished = checkout.run("scripts/test.sh")
@@ -121,14 +121,20 @@ def test_what_must_be_there_is_not_only_tried(checkout: Checkout) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "stage"), [("format --check", "format"), ("-m mkdocs", "site"), ("pytest tests/cluster", "cluster tests")]
+    ("words", "stage"),
+    [
+        ("format --check", "format"),
+        ("-m mkdocs", "site"),
+        ("--ignore", "tests of the package"),
+        ("pytest tests/cluster", "tests of commands and cluster"),
+    ],
 )
 def test_a_stage_that_fails_is_named_and_the_others_run(words: str, stage: str, checkout: Checkout) -> None:
     checkout.failing(words)
     finished = checkout.run("scripts/test.sh")
     assert finished.returncode == 1
     assert finished.stdout.splitlines()[-1] == f"FAILED: {stage}"
-    parts = ["--ignore=tests/cluster --ignore=tests/unit", "tests/cluster", "tests/unit"]
+    parts = ["--ignore=tests/cluster --ignore=tests/system", "tests/cluster tests/system"]
     assert sorted(checkout.calls("-m pytest")) == [f"python -m pytest {part} data=" for part in parts]
     assert list(checkout.temporary.iterdir()) == []
 
