@@ -137,9 +137,9 @@ class Capture:
         passes = max(1, self.num_passes)
         gradient_scale = (passes / loss_scale) ** 2
         scales = {"A": 1 / passes, "G": gradient_scale, "F": gradient_scale / passes}
-        for name, matrix in self._weights:
-            if scales[matrix] != 1:
-                self._destinations[name, matrix].mul_(scales[matrix])
+        keys = [key for key in self._weights if scales[key[1]] != 1]
+        if keys:
+            torch._foreach_mul_([self._destinations[key] for key in keys], [scales[matrix] for _, matrix in keys])
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey, Matrices
 from kfac_dist.curvature.running import BlockCurvature
-from kfac_dist.curvature.solvers import StackBatches, mean_diagonals
+from kfac_dist.curvature.solvers import Solver, StackBatches, mean_diagonals
 from kfac_dist.tensors.host_copy import HostCopy, to_device
 
 # A matrix that is not positive definite to rounding is damped tenfold, this many times at most.
@@ -133,40 +133,35 @@ class InverseRefresh:
         self._again = [InversionTask(curvatures[name], *settings) for name, settings in state.items()]
 
     def _factorise(self, tasks: Sequence[InversionTask], expected_interval: Callable[[FactorKey], int]) -> None:
-        """Try all tasks, one batch a size; the solvers of those that succeed are replaced."""
+        """Try all tasks, one batch a size; the solvers of those that succeed take over the new values.
+
+        They keep their memory: blocks of one shape share it, and on a large network another copy of all is much.
+        """
         keys = [(number, matrix) for number, task in enumerate(tasks) for matrix in task.matrices]
-        batches = StackBatches([tasks[number].curvature.running[matrix] for number, matrix in keys])
-        shifts = _shifts(tasks, dict(zip(keys, batches.mean_diagonals(), strict=True)))
-        batches.add_to_diagonals([shifts[key] for key in keys])
-        solvers, stack_failed = batches.factorise()
-        # A block has one matrix or two, next to each other; its first and its last between them are all.
-        first = {number: index for index, (number, _) in reversed(list(enumerate(keys)))}
-        last = {number: index for index, (number, _) in enumerate(keys)}
-        flags = stack_failed.unbind()
-        failed = torch.stack([flags[first[number]] for number in range(len(tasks))]) | torch.stack(
-            [flags[last[number]] for number in range(len(tasks))]
-        )
+        solvers, failed = _factorised(tasks, keys)
         self._tried, self._failed = list(tasks), HostCopy(failed)
-        known = None if self._deferred else self._failed.read().tolist()
-        for index, (number, matrix) in enumerate(keys):
+        previous = [tasks[number].curvature.solvers.get(matrix) for number, matrix in keys]
+        inverts = [
+            solver.is_inverse
+            or pays_to_invert(tasks[number].curvature.block, matrix, expected_interval((tasks[number].name, matrix)))
+            for (number, matrix), solver in zip(keys, solvers, strict=True)
+        ]
+        changes_form = any(
+            old is not None and old.is_inverse != new for old, new in zip(previous, inverts, strict=True)
+        )
+        # The device cannot choose between two forms: then, once in many refreshes, the host waits for the answer.
+        known = self._failed.read().tolist() if changes_form or not self._deferred else None
+        failed_by_task = failed.unbind()
+        for (number, matrix), old, is_inverse in zip(keys, previous, inverts, strict=True):
+            new = solvers.pop(0)  # so that one is gone before the next one's inverse is formed
             if known is not None and known[number]:
                 continue  # a factor with a zero on its diagonal, which a CPU refuses to invert
-            interval = expected_interval((tasks[number].name, matrix))
-            if pays_to_invert(tasks[number].curvature.block, matrix, interval):
-                solvers[index] = solvers[index].inverted()
-        previous = [tasks[number].curvature.solvers.get(matrix) for number, matrix in keys]
-        # The device cannot choose between two forms: then, once in many refreshes, the host waits for the answer.
-        if known is None and any(
-            old is not None and old.is_inverse != new.is_inverse for old, new in zip(previous, solvers, strict=True)
-        ):
-            known = self._failed.read().tolist()
-        failed_by_task = failed.unbind()
-        for (number, matrix), old, new in zip(keys, previous, solvers, strict=True):
-            if known is None:
-                new = new.unless(failed_by_task[number], old or new.identity())
-            elif known[number]:
-                continue
-            tasks[number].curvature.solvers[matrix] = new
+            new = new.inverted() if is_inverse else new
+            failed_here = failed_by_task[number] if known is None else None
+            if old is not None and old.is_inverse == is_inverse:
+                old.overwrite(new, failed_here)
+            else:
+                tasks[number].curvature.solvers[matrix] = new if failed_here is None else new.unless(failed_here)
 
     def _read_failures(self) -> None:
         """Sort out which blocks of the last try are to be tried again."""
@@ -179,6 +174,22 @@ class InverseRefresh:
                 self._report.num_retries += 1
                 self._again.append(replace(task, num_failures=task.num_failures + 1))
         self._tried, self._failed = [], None
+
+
+def _factorised(tasks: Sequence[InversionTask], keys: Sequence[tuple[int, str]]) -> tuple[list[Solver], Tensor]:
+    """Cholesky factors of the damped matrices, of tiny ones inverses; and which tasks failed, (tasks,) bool."""
+    batches = StackBatches([tasks[number].curvature.running[matrix] for number, matrix in keys])
+    shifts = _shifts(tasks, dict(zip(keys, batches.mean_diagonals(), strict=True)))
+    batches.add_to_diagonals([shifts[key] for key in keys])
+    solvers, stack_failed = batches.factorise()
+    # A block has one matrix or two, next to each other; its first and its last between them are all.
+    first = {number: index for index, (number, _) in reversed(list(enumerate(keys)))}
+    last = {number: index for index, (number, _) in enumerate(keys)}
+    flags = stack_failed.unbind()
+    failed = torch.stack([flags[first[number]] for number in range(len(tasks))]) | torch.stack(
+        [flags[last[number]] for number in range(len(tasks))]
+    )
+    return solvers, failed
 
 
 def _merge(again: Sequence[InversionTask], new: Sequence[InversionTask]) -> list[InversionTask]:

@@ -45,8 +45,8 @@ class OwnedFisher:
             for block in blocks
         }
         self._known |= self._curvatures
-        for name in self._known.keys() - self._curvatures.keys():
-            self._known[name].leave_shared_memory()
+        for curvature in self._known.values():
+            curvature.leave_shared_memory()
         self._preconditioner = Preconditioner()  # without memory for blocks that are gone
         self._inverses.forget_all_but(self._curvatures.values())
 
@@ -64,14 +64,15 @@ class OwnedFisher:
 
     def refresh(
         self,
-        factors: Mapping[FactorKey, Tensor],
+        factors: dict[FactorKey, Tensor],
         damping_of: Callable[[Block], float],
         expected_interval: Callable[[FactorKey], int],
     ) -> RefreshReport:
         """Take new factors into the running averages and factorise what changed.
 
         Args:
-            factors: New factors, (count, n, n) each; they are kept. Without any, what failed last is tried again.
+            factors: New factors, (count, n, n) each; emptied, so that their memory is free for the rest. Without any,
+                what failed last is tried again.
             damping_of: gamma of a block.
             expected_interval: Iterations that the inverse of a matrix will serve.
 
@@ -85,6 +86,7 @@ class OwnedFisher:
         matrices: dict[str, list[str]] = {}
         for name, matrix in factors:
             matrices.setdefault(name, []).append(matrix)
+        factors.clear()
         tasks = [
             InversionTask(self._curvatures[name], damping_of(self._curvatures[name].block), of_block)
             for name, of_block in matrices.items()

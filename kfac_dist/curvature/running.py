@@ -67,7 +67,7 @@ class BlockCurvature:
         return {matrix: average.value for matrix, average in self.averages.items() if average.num_averaged}
 
     def leave_shared_memory(self) -> None:
-        """Copy solvers that lie behind those of other blocks in memory, which cannot be freed while one is kept."""
+        """Copy solvers that lie behind those of others in memory, which cannot be freed while one of them is there."""
         for matrix, solver in self.solvers.items():
             if solver.matrix.untyped_storage().nbytes() > solver.matrix.nbytes:
                 self.solvers[matrix] = Solver(solver.matrix.clone(), solver.is_inverse)

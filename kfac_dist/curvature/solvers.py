@@ -73,7 +73,7 @@ class StackBatches:
             batch.diagonal(dim1=-2, dim2=-1).add_(torch.cat([shifts[index] for index in group])[:, None])
 
     def factorise(self) -> tuple[list["Solver"], Tensor]:
-        """Cholesky factors of all matrices; of tiny ones the inverses.
+        """Cholesky factors of all matrices, in their place; of tiny ones the inverses.
 
         Returns:
             A solver for each stack; and (stacks,) bool, true where a matrix of the stack was not positive definite,
@@ -81,7 +81,9 @@ class StackBatches:
         """
         factors, infos, lasts = [], [], []
         for batch in self._batches:
-            factor, info = torch.linalg.cholesky_ex(batch)
+            factor = batch.mT  # symmetric, so nothing but its order in memory, which is the routines', is another
+            info = torch.empty(len(batch), dtype=torch.int32, device=batch.device)
+            torch.linalg.cholesky_ex(factor, out=(factor, info))
             infos.append(info)
             lasts.append(factor[:, -1, -1])
             factors.append(Solver(factor).inverted() if batch.shape[-1] <= _TINY else Solver(factor))
@@ -181,10 +183,22 @@ class Solver:
         half = torch.linalg.solve_triangular(self.matrix, identity, upper=False)
         return Solver(half.mT @ half, is_inverse=True)  # one launch where cholesky_inverse takes one a matrix
 
-    def unless(self, failed: Tensor, previous: "Solver") -> "Solver":
-        """This one, or the previous one of the same form where the scalar `failed` is true; decided on the device."""
-        assert self.is_inverse == previous.is_inverse
-        return Solver(torch.where(failed, previous.matrix, self.matrix), self.is_inverse)
+    def unless(self, failed: Tensor) -> "Solver":
+        """This one, or what changes nothing where the scalar `failed` is true; decided on the device."""
+        return Solver(torch.where(failed, self.identity().matrix, self.matrix), self.is_inverse)
+
+    def overwrite(self, new: "Solver", failed: Tensor | None) -> None:
+        """Take over the values of one of the same form, in this one's memory.
+
+        Args:
+            new: The other one.
+            failed: Scalar, true where nothing is to change, which the device decides; None if it has not failed.
+        """
+        assert self.is_inverse == new.is_inverse
+        if failed is None:
+            self.matrix.copy_(new.matrix)
+        else:
+            torch.where(failed, self.matrix, new.matrix, out=self.matrix)
 
     def solve(self, right: Tensor) -> Tensor:
         """Inverse times `right`, (k, n, m)."""

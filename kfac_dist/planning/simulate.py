@@ -274,9 +274,8 @@ class _Ranks:
         parts["fisher"] = kept * of.value_bytes // 4 + fisher.largest_tables
         unfolded = largest_unfolding(of.model, of.data.image_shape, self._images)[1]
         parts["unfolding"] = unfolded * of.factor_bytes // 4
-        # Stage 4 holds a damped copy and a new factor of each matrix beside the old ones, with a decay the average too.
-        copies = 2 if of.config.kfac.ema_decay is None else 3
-        factorising = copies * fisher.largest_running * of.value_bytes // 4
+        # Stage 4 holds another copy of each matrix: what was received, then what is damped and factorised in its place.
+        factorising = fisher.largest_running * of.value_bytes // 4
         parts["factorising"] = max(0, factorising - parts["activations"] - parts["unfolding"])
         dtype = HALF_DTYPES.get(of.config.communication.factor_precision)
         if dtype is not None:  # the largest owner's segment from every rank

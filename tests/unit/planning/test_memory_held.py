@@ -16,8 +16,9 @@ from tests.unit.planning.machines import machine
 TOLERANCE = 0.1  # the plan leaves out images, gradients of activations and what stages 5 and 6 take in passing
 
 
+@pytest.mark.parametrize("interval", [1, 2, 12])  # Cholesky factors, both, inverses
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
-def test_a_plan_has_the_memory_of_a_step(ema_decay: float | None) -> None:
+def test_a_plan_has_the_memory_of_a_step(ema_decay: float | None, interval: int) -> None:
     """Of a network whose matrices are larger than its activations, so that stage 4 takes the most."""
     shape = (1, 8, 8)
     config = create_config(
@@ -33,7 +34,7 @@ def test_a_plan_has_the_memory_of_a_step(ema_decay: float | None) -> None:
             "optimizer": {"name": "kfac", "learning_rate": 0.1, "momentum": 0.9},
             "kfac": {
                 "damping": {"initial": 0.1, "target": 0.1, "warmup_steps": 0, "batchnorm_ratio": 16},
-                "refresh": {"schedule": "every", "interval": 1},
+                "refresh": {"schedule": "every", "interval": interval},
                 "ema_decay": ema_decay,
             },
             "schedule": {"kind": "constant"},
@@ -46,8 +47,8 @@ def test_a_plan_has_the_memory_of_a_step(ema_decay: float | None) -> None:
     allocated = AllocatedBytes()
     with allocated:
         model = create_model("digits_cnn", 10, shape, seed=0)
-        optimizer = KFAC(model, lr=1e-3, ema_decay=ema_decay)
-        for _ in range(2):
+        optimizer = KFAC(model, lr=1e-3, ema_decay=ema_decay, refresh=interval)
+        for _ in range(interval + 1):
             optimizer.zero_grad()
             F.cross_entropy(model(torch.randn(2, *shape)), torch.zeros(2, dtype=torch.int64)).backward()
             optimizer.step()
