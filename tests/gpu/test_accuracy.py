@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+pytest.importorskip("pydantic")  # a machine that was lent for its GPU may lack it
+
 from kfac_dist import KFAC, LossScaler, create_communicator
 from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.cifar10 import read_cifar10
