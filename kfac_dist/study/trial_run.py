@@ -143,7 +143,7 @@ def run_trial(
         **summary,
         "cpu_seconds": cpu_seconds / share if share > 0 else cpu_seconds,
         "error": error,
-        "environment": _environment(),
+        "environment": _environment(device),
     }
 
 
@@ -155,7 +155,7 @@ def unfinished_result(trial: Trial, parameters: Mapping[str, float] | None, stat
         **summarise([], trial.batch_size, ()),
         "cpu_seconds": 0.0,
         "error": error,
-        "environment": _environment(),
+        "environment": _environment(None),
     }
 
 
@@ -170,8 +170,8 @@ def _identity(trial: Trial, parameters: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _environment() -> dict[str, Any]:
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
+def _environment(device: torch.device | None) -> dict[str, Any]:
+    machine = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else cpu_model()
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

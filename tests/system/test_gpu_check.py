@@ -3,11 +3,13 @@
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,28 +19,35 @@ import pytest
 from tests.paths import ROOT
 
 GPU_CHECK = ROOT / "scripts/gpu_check.py"
-NOT_NEEDED = ("pydantic", "sklearn", "scipy", "matplotlib", "tensorboard", "nvidia.dali", "pytest")
+LACKED_BY_TESTS = ("pydantic", "sklearn", "scipy", "matplotlib", "tensorboard", "nvidia.dali", "curvlinops")
+NOT_NEEDED = (*LACKED_BY_TESTS, "pytest")
 
 
 @pytest.fixture
 def bare_python(tmp_path: Path, run_python: Callable[..., Any]) -> Callable[..., Any]:
-    """``bare_python(args)`` runs python where the packages that the script must do without cannot be imported."""
+    """``bare_python(args, without=NOT_NEEDED)`` runs python where these packages cannot be imported."""
     folder = tmp_path / "missing"
     folder.mkdir()
-    blocker = f"""
+    blocker = """
+import os
 from importlib.machinery import PathFinder
 
 find_spec = PathFinder.find_spec
 
-def find_others(name, path=None, target=None):
-    if any(name == hidden or name.startswith(hidden + ".") for hidden in {NOT_NEEDED!r}):
+@classmethod
+def find_others(cls, name, path=None, target=None):
+    if any(name == hidden or name.startswith(hidden + ".") for hidden in os.environ["HIDDEN"].split()):
         return None
     return find_spec(name, path, target)
 
 PathFinder.find_spec = find_others
 """
     (folder / "sitecustomize.py").write_text(blocker, encoding="utf-8")
-    return lambda args, timeout=200: run_python(args, env={"PYTHONPATH": str(folder)}, timeout=timeout)
+
+    def run(args: Sequence[str | Path], without: Sequence[str] = NOT_NEEDED) -> Any:
+        return run_python(args, env={"PYTHONPATH": str(folder), "HIDDEN": " ".join(without)}, timeout=200)
+
+    return run
 
 
 @pytest.fixture
@@ -113,10 +122,46 @@ time.sleep(60)
         encoding="utf-8",
     )
     part = gpu_check.Part(str(program), arguments="", small="", limit=60)
-    result = gpu_check.run_benchmark(part, "cpu", True, gpu_check.environment_with_wheels(None), limit=3)
+    result = gpu_check.run_benchmark(part, "cpu", True, gpu_check.environment_with_wheels(None, ""), limit=3)
     assert result["status"] == "stopped after 3 s"
     assert result["results"] == [41]
     assert result["text"] == "| 41 |"
+
+
+def test_what_a_stopped_part_has_started_ends_with_it(gpu_check: ModuleType, tmp_path: Path) -> None:
+    """Defect: ranks of a test that was cut off went on, beside the benchmarks."""
+    test = tmp_path / "test_slow.py"
+    test.write_text(
+        f"""
+import sys
+from tests.conftest import run_limited
+
+def test_slow():
+    program = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    run_limited([sys.executable, "-c", program], {{}}, 100)
+""",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(test)]
+    result, output = gpu_check.run_limited(command, gpu_check.environment_with_wheels(None, ""), limit=10)
+    assert result["status"] == "stopped after 10 s"
+    assert "KeyboardInterrupt" in output
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_output_may_be_cut_off_within_a_character(gpu_check: ModuleType) -> None:
+    """Defect: there the whole check ended with a UnicodeDecodeError."""
+    program = "import os, time; os.write(1, 'ab×'.encode()[:-1]); time.sleep(60)"
+    result, output = gpu_check.run_limited([sys.executable, "-c", program], dict(os.environ), limit=2)
+    assert (result["status"], output) == ("stopped after 2 s", "ab\ufffd")
+
+
+def test_gpu_tests_without_what_a_machine_may_lack(bare_python: Callable[..., Any], gpu_check: ModuleType) -> None:
+    """Defect: a file that could not be imported failed all tests."""
+    options = ["-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider"]
+    finished = bare_python(["-m", "pytest", *options, *gpu_check.files_of_gpu_tests()], without=LACKED_BY_TESTS)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 def test_wheels_bring_packages_programs_and_mpi(gpu_check: ModuleType, tmp_path: Path) -> None:
@@ -129,15 +174,32 @@ def test_wheels_bring_packages_programs_and_mpi(gpu_check: ModuleType, tmp_path:
         f"{name}.dist-info/METADATA": "Metadata-Version: 2.1\nName: own_mpi\nVersion: 1.0\n",
         f"{name}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
-    with zipfile.ZipFile(tmp_path / f"{name}-py3-none-any.whl", "w") as wheel:
+    wheels, target = tmp_path / "wheels", tmp_path / "target"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / f"{name}-py3-none-any.whl", "w") as wheel:
         for path, content in (files | {record: "".join(f"{path},,\n" for path in [*files, record])}).items():
             entry = zipfile.ZipInfo(path)
             entry.external_attr = 0o100755 << 16
             wheel.writestr(entry, content)
-    environment = gpu_check.environment_with_wheels(tmp_path)
+    environment = gpu_check.environment_with_wheels(wheels, str(target))
     subprocess.run([sys.executable, "-c", "import own_mpi"], env=environment, check=True)
     assert shutil.which("own_mpirun", path=environment["PATH"])
     assert (Path(environment["MPI4PY_LIBMPI"]) / "libmpi.so").exists()
+
+
+def test_the_wheels_leave_nothing_behind(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Defect: what they were installed into stayed."""
+    wheels, temporary = tmp_path / "wheels", tmp_path / "temporary"
+    wheels.mkdir()
+    temporary.mkdir()
+    (wheels / "broken-1.0-py3-none-any.whl").write_bytes(b"")
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    arguments = ["--device", "cpu", "--small", "--wheels", str(wheels), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *arguments])
+    assert gpu_check.main() == 2
+    assert list(temporary.iterdir()) == []
 
 
 def test_only_files_with_gpu_tests_are_collected(gpu_check: ModuleType) -> None:

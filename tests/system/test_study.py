@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kfac_dist.errors import InputError
+from kfac_dist.runs.environment import cpu_model
 from kfac_dist.study.claims import claim_trial, count_deaths
 from kfac_dist.study.command import main
 from kfac_dist.study.definition import load_study
@@ -140,6 +141,17 @@ def test_two_workers_and_more_seeds_for_the_best(
     refusal = capsys.readouterr().err
     assert "holds another study" in refusal
     assert "targets: " in refusal
+
+
+def test_a_trial_on_the_cpu_of_a_machine_with_a_gpu_names_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect: it named the GPU."""
+    folder = StudyFolder(tmp_path / "study")
+    folder.write_plan(load_study(write_study(tmp_path)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    assert reference(folder.path, 0, tmp_path)["environment"]["machine"] == cpu_model()
 
 
 LONG = {
