@@ -122,7 +122,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     @property
     def _loss_scale(self) -> float:
-        return self._loss_scaler.scale if self._loss_scaler is not None else 1.0
+        return self._loss_scaler.factor if self._loss_scaler is not None else 1.0
 
     def _overflowed(self, *factors: Tensor) -> bool:
         """Whether gradients or factors overflowed on any rank; collective. Nothing that lasts has been changed yet."""

@@ -2,6 +2,9 @@
 
 The scale is a power of two, so scaling and unscaling are exact. An update whose gradients overflow on any rank is
 skipped on every rank, and the scale is halved.
+
+A rank that takes the mean of several losses in an update divides each by their number, and another number of ranks would
+take another number of them. So that this does not change what overflows, the scaler multiplies by that number again.
 """
 
 import gc
@@ -27,17 +30,18 @@ class LossScaler:
     one's step sets a new scale, with which a second would unscale gradients of the old one.
 
     Attributes:
-        scale: What the loss is multiplied with now; the same on every rank.
+        scale: What the loss of one micro-batch is multiplied with now; the same on every rank.
         num_overflows: Updates skipped so far.
         is_exhausted: Whether gradients overflowed at a scale of 1, so that no scale can help: training diverged.
     """
 
-    def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
+    def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000, num_losses: int = 1) -> None:
         """Set the rule.
 
         Args:
             scale: First scale, a power of two from 1 to 2^24.
             growth_interval: Updates without overflow after which the scale is doubled, >= 1.
+            num_losses: Losses of an update on one rank, >= 1, each of which was divided by that number.
 
         Raises:
             ValueError: If a setting is out of range.
@@ -46,10 +50,13 @@ class LossScaler:
             raise ValueError(f"scale must be a power of two from 1 to 2^24, got {scale}")
         if growth_interval < 1:
             raise ValueError(f"growth_interval must be >= 1, got {growth_interval}")
+        if num_losses < 1:
+            raise ValueError(f"num_losses must be >= 1, got {num_losses}")
         self.scale = float(scale)
         self.num_overflows = 0
         self.is_exhausted = False
         self._growth_interval = growth_interval
+        self._num_losses = num_losses
         self._num_good = 0
         self._optimizer: weakref.ref[Any] | None = None
 
@@ -73,9 +80,14 @@ class LossScaler:
         """Forget the optimizer: it is closed."""
         self._optimizer = None
 
+    @property
+    def factor(self) -> float:
+        """What `scale_loss` multiplies with, and the optimizer divides by: the scale times `num_losses`."""
+        return self.scale * self._num_losses
+
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """The loss times the scale."""
-        return loss * self.scale
+        """The loss times `factor`."""
+        return loss * self.factor
 
     def overflowed(self, buffers: Sequence[Tensor], communicator: Communicator) -> bool:
         """Whether any value on any rank is infinite or NaN; collective. Sets the scale for the next update.

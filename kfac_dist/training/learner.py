@@ -82,7 +82,8 @@ class Learner:
         self.model: nn.Module = model.to(device, dtype).to(memory_format=self.memory_format)
         self.sampler = SlotSampler(self.dataset.num_train, batch.per_rank, batch.global_size // batch.per_rank, seed)
         self.timer = StageTimer.on(device)
-        self.loss_scaler = LossScaler() if self.precision.needs_loss_scale else None
+        needs_scale = self.precision.needs_loss_scale
+        self.loss_scaler = LossScaler(num_losses=self.num_local_slots) if needs_scale else None
         with communicator.raise_on_all_ranks():
             self.schedules = Schedules(config, self.sampler)
             parts = Parts(self.model, communicator, self.num_local_slots, self.schedules, self.timer, self.loss_scaler)
