@@ -82,7 +82,8 @@ class Trainer(Learner):
 
         Raises:
             RunStopped: If a signal asked for it, after a checkpoint.
-            TrainingFailed: If images are damaged; TrainingDiverged if the loss is no longer finite or hopeless.
+            TrainingFailed: If images are damaged; TrainingDiverged if the loss is no longer finite or hopeless;
+                EndNotSaved if the last checkpoint could not be written.
         """
         self._started = time.perf_counter()
         self._log_start()
