@@ -112,10 +112,12 @@ class Trainer(Learner):
                 saves |= told.wants_save or (is_best and self.config.checkpoint.keep_best)
                 if told.wants_stop or saves:
                     told |= self._report(launched, 0, reporter)
-                # Weights that give no finite loss are not worth keeping.
-                if told.wants_stop or (saves and not self.recovery.in_a_row):
+                is_end = self.iteration == num_iterations
+                # Weights that give no finite loss are not worth keeping, but for a run's last if the loss scale decides.
+                is_sound = not self.recovery.in_a_row or (is_end and self.loss_scaler is not None)
+                if told.wants_stop or (saves and is_sound):
                     self._tell_retries(reporter)
-                    saver.save(wait=told.wants_stop or self.iteration == num_iterations)
+                    saver.save(wait=told.wants_stop or is_end)
                 if told.wants_stop and self.iteration < num_iterations:
                     raise RunStopped(f"stopped by a signal at iteration {self.iteration}; run: {reporter.directory}")
             self._tell_retries(reporter)
