@@ -106,13 +106,17 @@ class RunSaver:
         }
 
     def finish(self) -> None:
-        """Wait for what is being written; collective.
-
-        Raises:
-            EndNotSaved: If the newest checkpoint, that of the run's end, could not be written.
-        """
+        """Wait for what is being written; collective."""
         if not self._checkpointer.finish():
             self._reporter.event(self._trainer.iteration - 1, "checkpoint_failed", failed=self._checkpointer.num_failed)
+
+    def finish_run(self) -> None:
+        """`finish` at the end of the run, whose weights must be on the disk; collective.
+
+        Raises:
+            EndNotSaved: If its checkpoint could not be written.
+        """
+        self.finish()
         if self._checkpointer.newest_failed:
             raise EndNotSaved(
                 f"the run came to its end, but its last checkpoint could not be written to {self._reporter.directory}: "

@@ -113,7 +113,7 @@ class Trainer(Learner):
                 if told.wants_stop or saves:
                     told |= self._report(launched, 0, reporter)
                 is_end = self.iteration == num_iterations
-                # Weights that give no finite loss are not worth keeping, but for a run's last if the loss scale decides.
+                # Weights that give no finite loss are not worth keeping, but a run's last where the loss scale decides.
                 is_sound = not self.recovery.in_a_row or (is_end and self.loss_scaler is not None)
                 if told.wants_stop or (saves and is_sound):
                     self._tell_retries(reporter)
@@ -124,7 +124,7 @@ class Trainer(Learner):
             self.divergence.check_end()
             if self.recovery.in_a_row and self.loss_scaler is None:
                 raise TrainingDiverged(self.recovery.describe())
-            saver.finish()
+            saver.finish_run()
             reporter.finish(
                 top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=self.seconds(),
                 communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.skipped_images.skipped),
