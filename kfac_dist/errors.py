@@ -25,6 +25,10 @@ class TrainingDiverged(TrainingFailed):
     """The loss is no longer finite, or hopeless."""
 
 
+class EndNotSaved(TrainingFailed):
+    """The last checkpoint of a run could not be written: the run is not finished, for its weights would be lost."""
+
+
 class NoProgress(RuntimeError):
     """A run was restarted again and again at the same iteration. Exit code 93: not to be queued again."""
 

@@ -92,7 +92,7 @@ class BatchConfig(Section):
         global_size = info.data.get("global_size")
         if global_size is not None and global_size % per_rank:
             sizes = nearest_multiples(global_size, per_rank)
-            raise ValueError(f"must divide batch.global_size = {global_size} (nearest that work: {sizes})")
+            raise ValueError(f"must divide batch.global_size = {global_size} (it divides {sizes})")
         return per_rank
 
 

@@ -66,6 +66,10 @@ class Dataset(Protocol):
         """Number of evaluation images."""
 
     @property
+    def digest(self) -> str:
+        """Of labels and bytes that lie in memory, in their order; empty where there are none to compare."""
+
+    @property
     def reads_files(self) -> bool:
         """Whether batches are read from files while training, so that one may turn out to be damaged."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -57,6 +58,7 @@ class InMemoryDataset:
 
     def __init__(self, arrays: ImageArrays, crop_flip: CropFlip, device: torch.device, dtype: torch.dtype) -> None:
         check_arrays(arrays)
+        self.digest = _digest(arrays)
         self.class_names = arrays.class_names
         self.crop_flip = crop_flip
         self.dtype = dtype
@@ -192,6 +194,17 @@ def _statistics(channel: np.ndarray) -> tuple[float, float]:
 def _tensor(array: np.ndarray) -> Tensor:
     """The array's own memory where PyTorch can use it, else a copy."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _digest(arrays: ImageArrays) -> str:
+    """Of labels and images; but not of floating images, which hosts may compute with other roundings."""
+    digest = 0
+    for array in (arrays.train_images, arrays.eval_images):
+        if array.dtype == np.uint8:
+            digest = zlib.crc32(np.ascontiguousarray(array).data, digest)
+    for array in (arrays.train_labels, arrays.eval_labels):
+        digest = zlib.crc32(np.ascontiguousarray(array, np.int64).data, digest)
+    return f"{digest:08x}"
 
 
 def check_arrays(arrays: ImageArrays) -> None:

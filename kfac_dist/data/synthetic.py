@@ -33,6 +33,7 @@ class SyntheticDataset:
     """
 
     reads_files = False
+    digest = ""
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """What the ranks must hold alike before they send anything, and what all of them must know before a step."""
 
 import hashlib
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,6 +15,12 @@ from kfac_dist.errors import AgreedInputError, InputError
 
 DIGEST_LIMIT = 2**20
 """Digests are below it, so that sums of their squares are exact in fp64 on up to 2^13 ranks."""
+
+_SAME_LAYERS = "Build the same on every rank: layers and parameters in the same order, of the same shapes, frozen alike"
+_SAME_SETTINGS = (
+    "Set the same on every rank: a scheduler that looks at a loss, as ReduceLROnPlateau does, needs the mean over the "
+    "ranks"
+)
 
 
 def agree_on_model(model: nn.Module, trained: Sequence[Parameter], communicator: Communicator) -> None:
@@ -29,15 +36,16 @@ def agree_on_model(model: nn.Module, trained: Sequence[Parameter], communicator:
     Raises:
         AgreedInputError: On every rank, naming the first difference.
     """
-    _agree_on_lines([*_describe(model), *_describe_given(model, trained)], "models", communicator)
+    _agree_on_lines([*_describe(model), *_describe_given(model, trained)], "models", communicator, _SAME_LAYERS)
 
 
 def agree_on_group(names: Mapping[int, str], group: Sequence[Parameter], communicator: Communicator) -> None:
     """`agree_on_model` for a parameter group that is added later; `names` are the model's by id."""
-    _agree_on_lines([_line(names.get(id(p), "a parameter"), p) for p in group], "parameter groups", communicator)
+    lines = [_line(names.get(id(p), "a parameter"), p) for p in group]
+    _agree_on_lines(lines, "parameter groups", communicator, _SAME_LAYERS)
 
 
-def _agree_on_lines(lines: Sequence[str], what: str, communicator: Communicator) -> None:
+def _agree_on_lines(lines: Sequence[str], what: str, communicator: Communicator, remedy: str) -> None:
     text = "\n".join(lines).encode(errors="backslashreplace")
     if len(set(communicator.gather_bytes(hashlib.sha256(text).digest()))) == 1:
         return
@@ -46,8 +54,7 @@ def _agree_on_lines(lines: Sequence[str], what: str, communicator: Communicator)
         for here, there in zip_longest(text.decode().split("\n"), first, fillvalue="nothing more"):
             if here != there:
                 raise InputError(
-                    f"the ranks' {what} differ: {here} on rank {communicator.rank}, {there} on rank 0. Build the same "
-                    "on every rank: layers and parameters in the same order, of the same shapes, frozen alike"
+                    f"the ranks' {what} differ: {here} on rank {communicator.rank}, {there} on rank 0. {remedy}"
                 )
 
 
@@ -90,6 +97,7 @@ def agree_on_step(
     digest: int = 0,
     num_kept: int = 0,
     has_sent: bool = False,
+    settings: Sequence[str] = (),
 ) -> StepAgreement:
     """Tell all ranks what each has; one small all-reduce on the host, in every step, for which no GPU waits.
 
@@ -103,15 +111,18 @@ def agree_on_step(
         digest: Of what must be the same on every rank besides, in [0, 2^20).
         num_kept: To be added up.
         has_sent: Whether this rank has sent its gradients already.
+        settings: A line for each parameter group, which must be the same on every rank.
 
     Raises:
-        AgreedInputError: On every rank, if a parameter is frozen on some ranks only, or the digests differ.
+        AgreedInputError: On every rank, if a parameter is frozen on some ranks only, or the digests or settings differ.
     """
     trained = [parameter.requires_grad for parameter in parameters]
     with_gradient = [p.grad is not None and is_trained for p, is_trained in zip(parameters, trained, strict=True)]
     flags = [*trained, *with_gradient, *(id(parameter) in captured for parameter in parameters)]
-    own = torch.tensor([*flags, digest, digest**2, num_kept, has_sent], dtype=torch.float64, device="cpu")
-    *sums, digests, squares, kept, sent = map(int, communicator.all_reduce_(own).tolist())
+    of_settings = zlib.crc32("\n".join(settings).encode()) % DIGEST_LIMIT
+    own = [*flags, digest, digest**2, of_settings, of_settings**2, num_kept, has_sent]
+    total = communicator.all_reduce_(torch.tensor(own, dtype=torch.float64, device="cpu"))
+    *sums, digests, squares, digests_of_settings, squares_of_settings, kept, sent = map(int, total.tolist())
     num_trained, num_with_gradient, num_captured = (
         sums[start : start + len(parameters)] for start in range(0, len(sums), len(parameters))
     )
@@ -127,6 +138,8 @@ def agree_on_step(
             "the ranks' optimizers differ in their iteration or in which rank owns which layer: load_state_dict must "
             "be called on every rank, each with a state of the same iteration, and step equally often"
         )
+    if not _are_equal(digests_of_settings, squares_of_settings, size):
+        _agree_on_lines(settings, "settings", communicator, _SAME_SETTINGS)
     return StepAgreement(
         {id(parameter) for parameter, count in zip(parameters, num_with_gradient, strict=True) if count},
         {id(parameter): count for parameter, count in zip(parameters, num_captured, strict=True) if count},

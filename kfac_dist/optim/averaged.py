@@ -156,7 +156,8 @@ class AveragedOptimizer(DistributedOptimizer):
 
         Raises:
             TypeError: If a `torch.amp.GradScaler` drives it.
-            ValueError: If a gradient is sparse, the model was converted, or other parameters are frozen on other ranks.
+            ValueError: If a gradient is sparse, the model was converted, or settings or what is frozen differ on other
+                ranks.
             RuntimeError: After `close`.
         """
         self.refuse_closed()
@@ -169,7 +170,11 @@ class AveragedOptimizer(DistributedOptimizer):
         self._follow_freezing()
         self._messages.begin_step()
         agreed = agree_on_step(
-            self._parameters(), self._names, self.communicator, has_sent=self._messages.was_overlapped
+            self._parameters(),
+            self._names,
+            self.communicator,
+            has_sent=self._messages.was_overlapped,
+            settings=self._settings(),
         )
         moved = agreed.with_gradient
         if not agreed.all_sent:  # a rank dropped its gradients since

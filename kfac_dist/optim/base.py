@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -31,6 +32,13 @@ def _without_compiler(method: Callable[_P, _R]) -> Callable[_P, _R]:
         return method
     wrapped: Callable[_P, _R] = getattr(method, "__wrapped__", method)
     return wrapped
+
+
+def _shown(value: object) -> str:
+    """A setting, to six digits because hosts may round apart; no tensor's, for which the host would wait."""
+    if isinstance(value, Real):
+        return f"{value:.6g}"
+    return "a tensor" if isinstance(value, Tensor) else str(value)
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -119,6 +127,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._messages = GradientMessages(
             messages, self.communicator, comm_dtype, names, watch_overflow=self._loss_scaler is not None
         )
+
+    def _settings(self) -> list[str]:
+        """A line for each parameter group with what `step` takes from it."""
+        return [
+            f"parameter group {number}: "
+            + ", ".join(f"{name}={_shown(group[name])}" for name in self.defaults if name in group)
+            for number, group in enumerate(self.param_groups)
+        ]
 
     @property
     def _loss_scale(self) -> float:

@@ -104,7 +104,7 @@ class DistributedFisher:
         return (self._iteration + self._shared.digest) % DIGEST_LIMIT
 
     def agree(
-        self, parameters: Sequence[Parameter], names: Mapping[int, str], has_sent: bool
+        self, parameters: Sequence[Parameter], names: Mapping[int, str], has_sent: bool, settings: Sequence[str]
     ) -> tuple[StepAgreement, dict[str, int]]:
         """`agree_on_step`, and how many ranks captured factors of each block that is due, less those that none did.
 
@@ -112,11 +112,14 @@ class DistributedFisher:
             parameters: What the optimizer was given.
             names: Of the parameters, by id.
             has_sent: Whether this rank has sent its gradients already.
+            settings: Of the parameter groups, a line each.
         """
         self.capture.forget_dropped()
         first = {block.name: id(block.parameters[0]) for block in self._shared.blocks}
         captured = {first[name] for name in self.capture.captured}
-        agreed = agree_on_step(parameters, names, self._communicator, captured, self.digest, self._num_kept, has_sent)
+        agreed = agree_on_step(
+            parameters, names, self._communicator, captured, self.digest, self._num_kept, has_sent, settings
+        )
         self._warn_of_kept(agreed.num_kept)
         due = dict.fromkeys(name for name, _ in self._due)
         return agreed, {name: agreed.num_captured[first[name]] for name in due if first[name] in agreed.num_captured}

@@ -227,7 +227,7 @@ class KFAC(DistributedOptimizer):
         Raises:
             TypeError: If a `torch.amp.GradScaler` drives it.
             ValueError: If a setting is out of range, a gradient is sparse, the model was converted, other parameters
-                are frozen on other ranks, or other states were loaded there.
+                are frozen on other ranks, or other settings or states are there.
             RuntimeError: After `close`.
         """
         self.refuse_closed()
@@ -252,7 +252,7 @@ class KFAC(DistributedOptimizer):
         self._messages.begin_step()
         self._follow_freezing()
         fisher, updates = self._fisher, self._shared.updates
-        agreed, present = fisher.agree(self._parameters(), self._names, self._messages.was_overlapped)
+        agreed, present = fisher.agree(self._parameters(), self._names, self._messages.was_overlapped, self._settings())
         moved = agreed.with_gradient
         if not agreed.all_sent:  # a rank dropped its gradients since
             self._messages.discard()

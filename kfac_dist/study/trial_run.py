@@ -14,7 +14,7 @@ from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.config.load import create_config
 from kfac_dist.config.schema import Config
 from kfac_dist.data.create import create_dataset
-from kfac_dist.errors import InputError, TrainingDiverged
+from kfac_dist.errors import EndNotSaved, InputError, TrainingDiverged
 from kfac_dist.runs.environment import cpu_model
 from kfac_dist.runs.reader import read_metrics
 from kfac_dist.runs.writer import choose_run_directory
@@ -130,6 +130,8 @@ def run_trial(
     status, error = "done", None
     try:
         trainer.train()
+    except EndNotSaved:
+        pass  # a result is made of the metrics, not of the weights
     except TrainingDiverged as problem:
         status, error = "diverged", str(problem)
     if trainer.is_told_to_stop:

@@ -13,7 +13,8 @@ from kfac_dist.errors import InputError
 
 _REMEDY = {
     "code": "install the same version on every host",
-    "data": "every host must hold the same data: compare the folders",
+    "data": "every rank must read the same images in the same order: compare the folders, and sort and seed in a data "
+    "set of your own",
     "model": "install the same version of its package on every host",
 }
 
@@ -50,7 +51,7 @@ def _data_fingerprint(dataset: Dataset) -> str:
     shape = "x".join(map(str, dataset.image_shape))
     return (
         f"{dataset.num_train} training and {dataset.num_eval} test images of {shape} in {dataset.num_classes} classes, "
-        f"names {classes}"
+        f"names {classes}" + (f", contents {dataset.digest}" if dataset.digest else "")
     )
 
 

@@ -53,6 +53,7 @@ class Checkpointer:
 
     Attributes:
         num_failed: Checkpoints that could not be written.
+        newest_failed: Whether the newest is one of them.
     """
 
     def __init__(self, run: Path, communicator: Communicator, keep: int, keep_best: bool) -> None:
@@ -70,6 +71,7 @@ class Checkpointer:
         self._save: ShardSave | None = None
         self._snapshot = HostSnapshot()
         self.num_failed = 0
+        self.newest_failed = False
 
     def save(self, state: RankState, first_owned: list[str], manifest: Manifest, wait: bool) -> bool:
         """Begin to write a checkpoint, after the one before is done.
@@ -86,6 +88,7 @@ class Checkpointer:
             Whether nothing has failed that is known by now; the same on every rank.
         """
         fine = self.finish()
+        self.newest_failed = False
         unfinished = self._open(manifest.iteration)
         if unfinished is None:
             fine = False
@@ -159,6 +162,7 @@ class Checkpointer:
 
     def _say_failed(self, error: BaseException | None) -> None:
         self.num_failed += 1
+        self.newest_failed = True
         if error is not None:
             logger.warning("a checkpoint could not be written, training goes on: %s", error)
 

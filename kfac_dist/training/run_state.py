@@ -19,7 +19,7 @@ from kfac_dist.config.schema import Config, RunConfig
 from kfac_dist.data.augment import Augmentation
 from kfac_dist.data.base import Dataset
 from kfac_dist.data.sampling import SlotSampler
-from kfac_dist.errors import InputError
+from kfac_dist.errors import EndNotSaved, InputError
 from kfac_dist.models import SlotwiseBatchNorm
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.distributed_fisher import BLOCKS
@@ -109,6 +109,19 @@ class RunSaver:
         """Wait for what is being written; collective."""
         if not self._checkpointer.finish():
             self._reporter.event(self._trainer.iteration - 1, "checkpoint_failed", failed=self._checkpointer.num_failed)
+
+    def finish_run(self) -> None:
+        """`finish` at the end of the run, whose weights must be on the disk; collective.
+
+        Raises:
+            EndNotSaved: If its checkpoint could not be written.
+        """
+        self.finish()
+        if self._checkpointer.newest_failed:
+            raise EndNotSaved(
+                f"the run came to its end, but its last checkpoint could not be written to {self._reporter.directory}: "
+                "make room there and go on with --resume auto"
+            )
 
     def _manifest(self) -> Manifest:
         trainer = self._trainer

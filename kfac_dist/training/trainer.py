@@ -82,7 +82,8 @@ class Trainer(Learner):
 
         Raises:
             RunStopped: If a signal asked for it, after a checkpoint.
-            TrainingFailed: If images are damaged; TrainingDiverged if the loss is no longer finite or hopeless.
+            TrainingFailed: If images are damaged; TrainingDiverged if the loss is no longer finite or hopeless;
+                EndNotSaved if the last checkpoint could not be written.
         """
         self._started = time.perf_counter()
         self._log_start()
@@ -111,17 +112,19 @@ class Trainer(Learner):
                 saves |= told.wants_save or (is_best and self.config.checkpoint.keep_best)
                 if told.wants_stop or saves:
                     told |= self._report(launched, 0, reporter)
-                # Weights that give no finite loss are not worth keeping.
-                if told.wants_stop or (saves and not self.recovery.in_a_row):
+                is_end = self.iteration == num_iterations
+                # Weights that give no finite loss are not worth keeping, but a run's last where the loss scale decides.
+                is_sound = not self.recovery.in_a_row or (is_end and self.loss_scaler is not None)
+                if told.wants_stop or (saves and is_sound):
                     self._tell_retries(reporter)
-                    saver.save(wait=told.wants_stop or self.iteration == num_iterations)
+                    saver.save(wait=told.wants_stop or is_end)
                 if told.wants_stop and self.iteration < num_iterations:
                     raise RunStopped(f"stopped by a signal at iteration {self.iteration}; run: {reporter.directory}")
             self._tell_retries(reporter)
             self.divergence.check_end()
             if self.recovery.in_a_row and self.loss_scaler is None:
                 raise TrainingDiverged(self.recovery.describe())
-            saver.finish()
+            saver.finish_run()
             reporter.finish(
                 top1=self.top1, best_top1=self.best_top1, iterations=num_iterations, seconds=self.seconds(),
                 communication_bytes=self.communicator.payload_bytes, skipped_pictures=len(self.skipped_images.skipped),

@@ -46,9 +46,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk(train: Run, small_disk: Path) -> None:
-    finished = train(2, "run", f"run.output_dir={small_disk}", "checkpoint={every_epochs: 0.2, keep: 9}")
-    assert finished.returncode == 0, finished.stderr
+def test_a_full_disk(train: Run, whole_run: Whole, small_disk: Path) -> None:
+    settings = [f"run.output_dir={small_disk}", "checkpoint={every_epochs: 0.2, keep: 9}"]
+    finished = train(2, "run", *settings)
+    assert finished.returncode == 3, finished.stderr
+    assert "its last checkpoint could not be written" in finished.stderr
+    assert not (small_disk / "run" / "DONE").exists(), "the weights are nowhere"
     failed = [event for event in records(small_disk / "run", "event") if event["event"] == "checkpoint_failed"]
     assert failed
     assert "No space left on device" in finished.stderr + _log(small_disk / "run")
@@ -58,6 +61,10 @@ def test_a_full_disk(train: Run, small_disk: Path) -> None:
     for path in kept:
         manifest = json.loads((path / "manifest.json").read_text())
         assert all((path / name).stat().st_size == file["size"] for name, file in manifest["files"].items())
+    subprocess.run(["mount", "-o", "remount,size=30m", small_disk], check=True)
+    finished = train(2, "run", *settings, "--resume", "auto")
+    assert finished.returncode == 0, finished.stderr
+    assert_same(whole_run(2), small_disk / "run")
 
 
 def test_nan_on_one_rank_is_skipped_on_all(train: Run, tmp_path: Path) -> None:

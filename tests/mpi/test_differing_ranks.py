@@ -43,6 +43,17 @@ def test_freezing_on_one_rank_only_is_refused_on_all(kind: str, said: dict[tuple
         assert said[f"{kind} freezes", rank].startswith("2.weight is trained on 1 of 2 ranks and frozen on the others")
 
 
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
+def test_settings_that_differ_are_refused(kind: str, said: dict[tuple[str, int], str]) -> None:
+    """Defect: the ranks' weights went apart without a word."""
+    for rank in (0, 1):
+        text = said[f"{kind} sets", rank]
+        assert text.startswith("the ranks' settings differ: parameter group 0: lr=0.001, momentum="), text
+        assert "on rank 1, parameter group 0: lr=0.01, momentum=" in text
+        assert "ReduceLROnPlateau" in text
+        assert said[f"{kind} rounds", rank] == "nothing"
+
+
 def test_a_state_loaded_on_one_rank_only_is_refused_on_all(said: dict[tuple[str, int], str]) -> None:
     for rank in (0, 1):
         assert "load_state_dict must be called on every rank" in said["loads", rank]

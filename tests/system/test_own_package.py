@@ -90,6 +90,16 @@ def test_the_package_of_the_page_trains_on_two_ranks(package: Package, mpirun: R
     assert "size: 16" in (run / "config.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.mpi
+def test_a_data_set_that_reads_otherwise_on_each_rank_is_refused(package: Package, mpirun: Run, tmp_path: Path) -> None:
+    """Defect: each rank took its slots, and its share of the evaluation, from other images, without a word."""
+    package.replace("stripes/data.py", "default_rng(seed)", "default_rng()")
+    finished = mpirun(2, ["train.py", package.config, f"run.output_dir={tmp_path}"], env=package.env, timeout=120)
+    assert finished.returncode == 2, finished.stderr
+    assert "all ranks must have the same data, but rank 1 has 600 training and 150 test images" in finished.stderr
+    assert "every rank must read the same images in the same order" in finished.stderr
+
+
 def test_one_process_for_an_epoch(package: Package, run_python: Run, tmp_path: Path) -> None:
     overrides = ["train.epochs=1", "model.name=digits_cnn", "data.num_eval=9", f"run.output_dir={tmp_path}"]
     finished = run_python(["train.py", package.config, *overrides], env=package.env)

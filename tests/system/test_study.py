@@ -1,5 +1,6 @@
 """Studies as a user runs them: to the end, killed in the middle, changed, failing, and with more seeds for the best."""
 
+import errno
 import json
 import os
 import signal
@@ -251,6 +252,19 @@ def test_a_run_that_cannot_be_removed_is_not_taken_for_the_trials(
     assert trial.config is not None
     with pytest.raises(InputError, match=r"00000/run: cannot be removed; delete it, then retry"):
         run_trial(study, trial, trial.parameters, trial.config, folder.trial(0), 0, lambda: False, lambda: None)
+
+
+def test_a_trial_whose_weights_cannot_be_saved_has_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    folder.write_plan(load_study(write_study(tmp_path)))
+    expected = reference(folder.path, 0, tmp_path / "saved")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("kfac_dist.checkpoints.save.write_shard", fail)
+    assert without_times(reference(folder.path, 0, tmp_path / "not saved")) == without_times(expected)
+    assert expected["status"] == "done"
 
 
 def test_finished_trials_are_known_by_their_whole_number(tmp_path: Path) -> None:

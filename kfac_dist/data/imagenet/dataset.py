@@ -80,6 +80,7 @@ class FolderDataset:
     """
 
     reads_files = True
+    digest = ""
 
     def __init__(
         self,

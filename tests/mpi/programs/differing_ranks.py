@@ -72,6 +72,17 @@ def check_one_rank_freezes(kind: str, communicator: Communicator) -> None:
     say(communicator, f"{kind} freezes", lambda: train(model, optimizer, communicator.rank))
 
 
+def check_one_rank_sets_another_rate(kind: str, communicator: Communicator) -> None:
+    """As ReduceLROnPlateau does with a rank's own loss; hosts that round apart are no reason to stop."""
+    model = make_net()
+    optimizer = KINDS[kind](model, communicator, lr=0.01)
+    group = optimizer.param_groups[0]
+    group["lr"] *= 1 + 1e-12 * communicator.rank
+    say(communicator, f"{kind} rounds", lambda: train(model, optimizer, communicator.rank))
+    group["lr"] *= 10**-communicator.rank
+    say(communicator, f"{kind} sets", lambda: train(model, optimizer, communicator.rank))
+
+
 def check_one_rank_loads(communicator: Communicator) -> None:
     model = make_net()
     optimizer = KFAC(model, communicator, lr=0.01)
@@ -155,6 +166,7 @@ def main() -> int:
         for case, model_of in MODELS.items():
             say(communicator, f"{kind} {case}", lambda o=optimizer, m=model_of: o(m(communicator.rank), communicator))
         check_one_rank_freezes(kind, communicator)
+        check_one_rank_sets_another_rate(kind, communicator)
         check_one_rank_has_the_gradient(kind, communicator)
         check_a_step_with_all_frozen(kind, communicator)
     check_one_rank_adds_another_group(communicator)

@@ -257,11 +257,11 @@ def test_an_override_that_undoes_another_is_refused(valid_file: Path, first: str
         ),
         (
             "batch.per_rank=50",
-            "batch.per_rank must divide batch.global_size = 128 (nearest that work: 100 and 150), got 50",
+            "batch.per_rank must divide batch.global_size = 128 (it divides 100 and 150), got 50",
         ),
         (
             "batch.per_rank=200",
-            "batch.per_rank must divide batch.global_size = 128 (nearest that work: 200), got 200",
+            "batch.per_rank must divide batch.global_size = 128 (it divides 200), got 200",
         ),
         ("kfac.damping.target=0.2", "kfac.damping.target must be <= kfac.damping.initial = 0.1, got 0.2"),
         ("schedule.end_epoch=0.0", "schedule.end_epoch must be > 0, got 0.0"),

@@ -52,6 +52,15 @@ def test_floating_images_give_the_batches_of_bytes(low: float, high: float) -> N
     assert np.abs(stored - bytes_.astype(int)).max() <= 1  # black stays black and white white
 
 
+def test_the_digest_tells_orders_and_bytes_apart_but_no_roundings() -> None:
+    digest = create(ARRAYS).digest
+    labels, images = ARRAYS.train_labels, ARRAYS.eval_images
+    assert create(replace(ARRAYS, train_labels=labels.astype("uint8"), eval_images=images.copy("F"))).digest == digest
+    assert create(replace(ARRAYS, train_labels=labels[::-1])).digest != digest
+    assert create(replace(ARRAYS, eval_images=images[::-1])).digest != digest
+    assert create(floats(0, 1)).digest == create(floats(0, 1 + 1e-6)).digest
+
+
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "uint16", "int64", "uint64"])
 def test_labels_of_any_integer_type(dtype: str) -> None:
     made = create(replace(ARRAYS, train_labels=ARRAYS.train_labels.astype(dtype)))

@@ -182,6 +182,14 @@ def test_a_loss_that_is_not_finite_at_the_end_is_no_success(make: Make, spoil: S
         make().train()
 
 
+def test_an_overflow_at_the_end_costs_that_update_alone(make: Make, spoil: Spoil, tmp_path: Path) -> None:
+    """Defect: in fp16 the run was finished, and its weights nowhere."""
+    spoil(lambda iteration, _: iteration == 11)
+    make("train.precision=fp16").train()
+    assert (tmp_path / "quickstart/DONE").exists()
+    assert (tmp_path / "quickstart/checkpoints/iteration-00000012/model.safetensors").exists()
+
+
 def test_weights_that_are_not_finite_are_not_saved(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFAC_DIST_PROGRESS", "off")
     trainer = make("checkpoint={every_epochs: 0.4}")
