@@ -37,18 +37,22 @@ def relative_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> f
 @pytest.fixture(scope="module")
 def one_rank(run_program: RunProgram, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slots") / "1"
-    return train(run_program, 1, folder, "cpu", "mpi", "fp32", *PRECISIONS, *COMM_DTYPES)
+    return train(run_program, 1, folder, "cpu", "mpi", "fp32", *PRECISIONS, *COMM_DTYPES, "overflowing")
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_equal_one_rank(num_ranks: int, one_rank: Path, run_program: RunProgram, tmp_path: Path) -> None:
-    many = train(run_program, num_ranks, tmp_path / "many", "cpu", "mpi", *PRECISIONS, *COMM_DTYPES)
+    many = train(run_program, num_ranks, tmp_path / "many", "cpu", "mpi", *PRECISIONS, *COMM_DTYPES, "overflowing")
     for precision, tolerance in PRECISIONS.items():
         difference = relative_difference(load(many, precision), load(one_rank, precision))
         assert difference < tolerance, f"{precision}: {difference:.1e}"
     for comm_dtype, tolerance in COMM_DTYPES.items():
         difference = relative_difference(load(many, comm_dtype), load(one_rank, "fp32"))
         assert 1e-7 < difference < tolerance, f"{comm_dtype}: {difference:.1e}"
+    scales = [torch.load(folder / "overflowing.pt", weights_only=True)["scales"] for folder in (one_rank, many)]
+    assert scales[0] == scales[1], "each loss is divided by a rank's number of them, which must not change what overflows"
+    assert scales[0][0] == 2.0**21
+    assert scales[0][-1] == scales[0][-2], "the last update is a good one"
 
 
 def test_half_precision_on_the_wire_rounds_on_one_rank_too(one_rank: Path) -> None:

@@ -60,6 +60,7 @@ def test_overflows_skip_updates_and_training_goes_on(
     assert lines[-1]["skipped_updates"] == len(overflows)
     assert 50 < lines[-1]["top1"] <= 100
     (trainer,) = trainers
+    assert trainer.loss_scaler.factor == 2 * trainer.loss_scaler.scale, "this rank has two slots"
     assert all(bool(torch.isfinite(value).all()) for value in trainer.model.state_dict().values())
 
 

@@ -1,8 +1,9 @@
 """Trains a small network over eight slots an iteration, shared out over the ranks; rank 0 saves the parameters.
 
-train_slots.py FOLDER DEVICE BACKEND CASE…    → FOLDER/CASE.pt; a case is PRECISION or PRECISION-on-WIRE
+train_slots.py FOLDER DEVICE BACKEND CASE…    → FOLDER/CASE.pt; a case is PRECISION, PRECISION-on-WIRE or overflowing
 
 In fp16 the last rank's gradients overflow once, in iteration 3: every rank must skip that update and keep everything.
+"overflowing" is fp16 with a scale that is too large at first.
 """
 
 import sys
@@ -52,19 +53,23 @@ def state(model: nn.Module, optimizer: KFAC) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
-def train(case: str, device: torch.device, communicator: Communicator) -> dict[str, torch.Tensor]:
-    precision_name, _, wire_name = case.partition("-on-")
+def train(case: str, device: torch.device, communicator: Communicator) -> tuple[dict[str, torch.Tensor], list[float]]:
+    is_overflowing = case == "overflowing"
+    precision_name, _, wire_name = ("fp16" if is_overflowing else case).partition("-on-")
     precision, comm_dtype = Precision(precision_name), HALF_DTYPES.get(wire_name)
     rank, size = communicator.rank, communicator.size
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = make_net().to(device, precision.weights, memory_format=memory_format)
     slots = range(rank, NUM_SLOTS, size)
     batchnorm = SlotwiseBatchNorm(model)
-    scaler = LossScaler() if precision.needs_loss_scale else None
+    scaler = None
+    if precision.needs_loss_scale:
+        scaler = LossScaler(2.0**22 if is_overflowing else 2.0**16, num_losses=len(slots))
     optimizer = KFAC(
         model, communicator, lr=0.05, damping=0.1, ema_decay=0.8, refresh=2, accumulation_steps=len(slots),
         weight_rescaling="always", loss_scaler=scaler, comm_dtypes=CommDtypes(comm_dtype, comm_dtype),
     )  # fmt: skip
+    scales = []
     for iteration in range(NUM_ITERATIONS):
         optimizer.zero_grad()
         before = state(model, optimizer)
@@ -76,7 +81,7 @@ def train(case: str, device: torch.device, communicator: Communicator) -> dict[s
                 loss = F.cross_entropy(model(images), labels.to(device)) / len(slots)
             (loss if scaler is None else scaler.scale_loss(loss)).backward()
         running_before = [buffer.clone() for buffer in batchnorm.running_buffers()]
-        injected = scaler is not None and iteration == OVERFLOW
+        injected = scaler is not None and iteration == OVERFLOW and not is_overflowing
         if injected and rank == size - 1:
             next(model.parameters()).grad[0, 0, 0, 0] = float("inf")  # channels-last on a GPU: it has no flat view
         optimizer.step()
@@ -88,14 +93,16 @@ def train(case: str, device: torch.device, communicator: Communicator) -> dict[s
             assert changed <= num_buffers, f"rank {rank}: {changed} tensors changed"  # the forward moved BatchNorm's
             assert scaler.num_overflows == 1
             assert scaler.scale == 2.0**15
-    if scaler is not None:
+        if scaler is not None:
+            scales.append(scaler.scale)
+    if scaler is not None and not is_overflowing:
         assert scaler.num_overflows == 1, f"{scaler.num_overflows} overflows"
     for buffer in batchnorm.running_buffers():
         communicator.all_reduce_(buffer, "mean")
     tensors = {name: value.detach().double().cpu() for name, value in model.state_dict().items() if "num_b" not in name}
     for name, value in tensors.items():
         assert torch.equal(value, communicator.broadcast_(value.clone())), f"ranks differ in {name}"
-    return tensors
+    return tensors, scales
 
 
 def main() -> int:
@@ -104,9 +111,10 @@ def main() -> int:
     torch.backends.cudnn.allow_tf32 = False
     communicator = create_communicator("reduce", backend, device)
     for case in cases:
-        tensors = train(case, device, communicator)
+        tensors, scales = train(case, device, communicator)
+        saved = {"tensors": tensors, "scales": scales, "description": communicator.description}
         if communicator.is_main:
-            torch.save({"tensors": tensors, "description": communicator.description}, Path(folder) / f"{case}.pt")
+            torch.save(saved, Path(folder) / f"{case}.pt")
     return 0
 
 

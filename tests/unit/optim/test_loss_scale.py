@@ -66,7 +66,7 @@ def test_the_state_goes_on() -> None:
     assert (other.scaler.scale, other.scaler.num_overflows) == (one.scaler.scale, one.scaler.num_overflows) == (64.0, 1)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("scale", 1000.0), ("scale", 0.5), ("growth_interval", 0)])
+@pytest.mark.parametrize(("setting", "value"), [("scale", 1000.0), ("scale", 0.5), ("growth_interval", 0), ("num_losses", 0)])
 def test_bad_settings_are_refused(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{setting} must be .*, got {value}"):
         LossScaler(**{setting: value})  # type: ignore[arg-type]
@@ -90,11 +90,11 @@ def scaled_backward(model: nn.Module, scaler: LossScaler, step: int) -> None:
 @pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("kind", ["kfac", "sgd"])
 def test_a_scaled_run_equals_one_without_bit_for_bit(kind: str, accumulated: int) -> None:
-    """Powers of two leave the digits alone."""
+    """Powers of two leave the digits alone; the losses of one update are as large as one alone."""
     settings = {"accumulation_steps": accumulated} if kind == "kfac" else {}
     plain, scaled = make_net(), make_net()
     optimizers = [make(kind, plain, None, **settings)]
-    scaler = LossScaler(2.0**10, growth_interval=2)
+    scaler = LossScaler(2.0**10, growth_interval=2, num_losses=accumulated)
     optimizers.append(make(kind, scaled, scaler, **settings))
     for step in range(5):
         for net, optimizer in zip((plain, scaled), optimizers, strict=True):
