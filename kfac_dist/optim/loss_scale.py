@@ -3,8 +3,8 @@
 The scale is a power of two, so scaling and unscaling are exact. An update whose gradients overflow on any rank is
 skipped on every rank, and the scale is halved.
 
-A rank that takes the mean of several losses in an update divides each by their number, and another number of ranks would
-take another number of them. So that this does not change what overflows, the scaler multiplies by that number again.
+A rank that takes the mean of several losses in an update divides each by their number, and with another number of ranks
+there would be another number of them. So that this does not change what overflows, the scaler multiplies by it again.
 """
 
 import gc

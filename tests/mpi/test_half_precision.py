@@ -50,7 +50,7 @@ def test_ranks_equal_one_rank(num_ranks: int, one_rank: Path, run_program: RunPr
         difference = relative_difference(load(many, comm_dtype), load(one_rank, "fp32"))
         assert 1e-7 < difference < tolerance, f"{comm_dtype}: {difference:.1e}"
     scales = [torch.load(folder / "overflowing.pt", weights_only=True)["scales"] for folder in (one_rank, many)]
-    assert scales[0] == scales[1], "each loss is divided by a rank's number of them, which must not change what overflows"
+    assert scales[0] == scales[1], "a rank divides each loss by their number, which must not matter"
     assert scales[0][0] == 2.0**21
     assert scales[0][-1] == scales[0][-2], "the last update is a good one"
 

@@ -66,7 +66,9 @@ def test_the_state_goes_on() -> None:
     assert (other.scaler.scale, other.scaler.num_overflows) == (one.scaler.scale, one.scaler.num_overflows) == (64.0, 1)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("scale", 1000.0), ("scale", 0.5), ("growth_interval", 0), ("num_losses", 0)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("scale", 1000.0), ("scale", 0.5), ("growth_interval", 0), ("num_losses", 0)]
+)
 def test_bad_settings_are_refused(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{setting} must be .*, got {value}"):
         LossScaler(**{setting: value})  # type: ignore[arg-type]
