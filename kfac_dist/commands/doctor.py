@@ -43,7 +43,10 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
             connect_ranks = _connection()
     except Exception as error:  # say what is missing, not where Python stumbled over it
         found = f"torch or MPI cannot be loaded: {type(error).__name__}: {error}"
-        remedy = "scripts/setup.sh; on a cluster load the MPI module that mpi4py was built with"
+        remedy = (
+            "scripts/setup.sh; on a cluster load the MPI module that mpi4py was built with. One rank and torchrun need "
+            "no MPI: torchrun --nproc-per-node=1 --no-python kfac-dist doctor looks at the rest"
+        )
         findings.report_end(rank, [*software_findings(), findings.Finding("loading", "error", found, remedy, (rank,))])
         sys.exit(findings.EXIT_ERRORS)
     launch.run(partial(_check, options, rank, guard, connect_ranks))
@@ -53,7 +56,9 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     """All ranks have the same."""
     program = "python scripts/doctor.py" if words is None else "kfac-dist doctor"
     prog = None if words is None else program
-    parser = argparse.ArgumentParser(prog, description=_DESCRIPTION.format(program=program), epilog=_EXPLANATION)
+    parser = argparse.ArgumentParser(
+        prog, description=_DESCRIPTION.format(program=program), epilog=_EXPLANATION, allow_abbrev=False
+    )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder that holds the data set (data.root)")
     parser.add_argument("--output", type=Path, metavar="DIR", default=Path("runs"), help="default: runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")

@@ -85,7 +85,10 @@ def _train(config: Config, arguments: argparse.Namespace, setup: Communicator, l
     if arguments.resume:
         place, is_done = find_run(arguments.resume, config.run, setup)
         if is_done:
-            log.show(f"{place} is finished: nothing to do; for a new run leave out --resume")
+            log.show(
+                f"{place} is finished: nothing to do; for a new run leave out --resume, and to train this one for more "
+                "train.epochs delete its DONE"
+            )
             return 0
         if place is not None and not trainer.resume(place):
             log.show(f"{place} has no checkpoint that is whole: starting a new run")

@@ -143,9 +143,9 @@ class DistributedFisher:
             self._warned = True
             if self._communicator.is_main:
                 logger.warning(
-                    "K-FAC got no factors from %s: in eval mode, unused in this step, its weights used without "
-                    "calling it, or compiled and run before the optimizer was made? Until it gives some it takes the "
-                    "plain gradient; skip=[…] leaves it to that for good",
+                    "K-FAC got no factors from %s: in eval mode, unused in this step, replaced since the optimizer was "
+                    "made, its weights used without calling it, or compiled and run before? Until it gives some it takes "
+                    "the plain gradient; skip=[…] leaves it to that for good",
                     ", ".join(absent),
                 )
 

@@ -167,7 +167,7 @@ def _configuration_of(place: Path) -> Path:
 
 
 def _parser(usage: str, description: str) -> _Parser:
-    parser = _Parser(usage=usage, description=description, add_help=False)
+    parser = _Parser(usage=usage, description=description, add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true", help="show this text and stop")
     return parser
 
