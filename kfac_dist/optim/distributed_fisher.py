@@ -144,8 +144,8 @@ class DistributedFisher:
             if self._communicator.is_main:
                 logger.warning(
                     "K-FAC got no factors from %s: in eval mode, unused in this step, replaced since the optimizer was "
-                    "made, its weights used without calling it, or compiled and run before? Until it gives some it takes "
-                    "the plain gradient; skip=[…] leaves it to that for good",
+                    "made, its weights used without calling it, or compiled and run before? Until it gives some it "
+                    "takes the plain gradient; skip=[…] leaves it to that for good",
                     ", ".join(absent),
                 )
 
