@@ -1,4 +1,4 @@
-"""That an emulated GPU finds what tests on it are to find; tests/system/test_emulated_gpu.py runs them on one."""
+"""That an emulated GPU finds what tests on it are to find; tests/gpu/test_emulated_gpu.py runs them on one."""
 
 import os
 
