@@ -90,6 +90,8 @@ class Preconditioner:
 
     def _join(self, key: Hashable, members: Sequence[BlockCurvature], matrix: str) -> tuple[list[Solver], Solver]:
         """The members' solvers, and one for all of them, whose memory they share."""
+        if len(members) == 1:
+            members[0].leave_shared_memory()  # of a group that it has left, or of its factorisation
         solvers = [member.solvers[matrix] for member in members]
         if len(solvers) == 1:
             return solvers, solvers[0]
