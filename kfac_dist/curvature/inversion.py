@@ -140,20 +140,21 @@ class InverseRefresh:
         keys = [(number, matrix) for number, task in enumerate(tasks) for matrix in task.matrices]
         solvers, failed = _factorised(tasks, keys)
         self._tried, self._failed = list(tasks), HostCopy(failed)
-        previous = [tasks[number].curvature.solvers.get(matrix) for number, matrix in keys]
         inverts = [
             solver.is_inverse
             or pays_to_invert(tasks[number].curvature.block, matrix, expected_interval((tasks[number].name, matrix)))
             for (number, matrix), solver in zip(keys, solvers, strict=True)
         ]
         changes_form = any(
-            old is not None and old.is_inverse != new for old, new in zip(previous, inverts, strict=True)
+            (old := tasks[number].curvature.solvers.get(matrix)) is not None and old.is_inverse != is_inverse
+            for (number, matrix), is_inverse in zip(keys, inverts, strict=True)
         )
         # The device cannot choose between two forms: then, once in many refreshes, the host waits for the answer.
         known = self._failed.read().tolist() if changes_form or not self._deferred else None
         failed_by_task = failed.unbind()
-        for (number, matrix), old, is_inverse in zip(keys, previous, inverts, strict=True):
-            new = solvers.pop(0)  # so that one is gone before the next one's inverse is formed
+        for (number, matrix), is_inverse in zip(keys, inverts, strict=True):
+            # So that one is gone before the next one's inverse is formed, and an old one that is replaced.
+            old, new = tasks[number].curvature.solvers.get(matrix), solvers.pop(0)
             if known is not None and known[number]:
                 continue  # a factor with a zero on its diagonal, which a CPU refuses to invert
             new = new.inverted() if is_inverse else new

@@ -26,7 +26,7 @@ class Preconditioner:
     """
 
     def __init__(self) -> None:
-        self._joined: dict[Hashable, tuple[list[Solver], Solver]] = {}
+        self._joined: dict[tuple[Hashable, str], tuple[list[Solver], Solver]] = {}
         self._memory: dict[str, Tensor] = {}  # flat
 
     def apply(
@@ -47,7 +47,8 @@ class Preconditioner:
         groups: dict[Hashable, list[int]] = {}
         for number, curvature in enumerate(curvatures):
             groups.setdefault(_shape(curvature), []).append(number)
-        joined: dict[Hashable, tuple[list[Solver], Solver]] = {}
+        # What no group uses any more is freed.
+        self._joined = {key: known for key, known in self._joined.items() if len(groups.get(key[0], ())) > 1}
         together = [(number, gradients[number]) for number in groups.pop(None, [])]
         for shape, numbers in groups.items():
             members = [curvatures[number] for number in numbers]
@@ -56,8 +57,7 @@ class Preconditioner:
             whole = self._cat(arranged, is_large)
             solvers = {}
             for matrix in members[0].block.factor_shapes:
-                joined[shape, matrix] = self._join((shape, matrix), members, matrix)
-                solver = joined[shape, matrix][1]
+                solver = self._join(shape, matrix, members)
                 solvers[matrix] = solver.into(self._take(matrix, whole)) if is_large else solver
             parts = members[0].block.solve(whole, solvers).split([len(part) for part in arranged])
             group = [
@@ -69,7 +69,6 @@ class Preconditioner:
                 together += group
         if together:
             yield together
-        self._joined = joined  # what no group uses any more is freed
 
     def _cat(self, tensors: Sequence[Tensor], is_large: bool) -> Tensor:
         """The stacks behind one another, large ones in memory that is kept; one alone stays where it is."""
@@ -88,20 +87,22 @@ class Preconditioner:
             self._memory[name] = held = like.new_empty(size.numel())
         return held[: size.numel()].view(size)
 
-    def _join(self, key: Hashable, members: Sequence[BlockCurvature], matrix: str) -> tuple[list[Solver], Solver]:
-        """The members' solvers, and one for all of them, whose memory they share."""
+    def _join(self, shape: Hashable, matrix: str, members: Sequence[BlockCurvature]) -> Solver:
+        """One for all of the members' solvers, whose memory they share."""
+        if len(members) == 1:
+            members[0].leave_shared_memory()  # of a group that it has left, or of its factorisation
+            return members[0].solvers[matrix]
         solvers = [member.solvers[matrix] for member in members]
-        if len(solvers) == 1:
-            return solvers, solvers[0]
-        known = self._joined.get(key)
+        known = self._joined.get((shape, matrix))
         if known is not None and len(known[0]) == len(solvers) and all(map(_is, known[0], solvers)):
-            return known
+            return known[1]
         whole = Solver(torch.cat([solver.matrix for solver in solvers]), solvers[0].is_inverse)
         parts = whole.matrix.split([len(solver.matrix) for solver in solvers])
         shared = [Solver(part, whole.is_inverse) for part in parts]
         for member, solver in zip(members, shared, strict=True):
             member.solvers[matrix] = solver
-        return shared, whole
+        self._joined[shape, matrix] = shared, whole
+        return whole
 
 
 def _shape(curvature: BlockCurvature) -> Hashable:

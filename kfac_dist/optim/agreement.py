@@ -19,7 +19,7 @@ DIGEST_LIMIT = 2**20
 _SAME_LAYERS = "Build the same on every rank: layers and parameters in the same order, of the same shapes, frozen alike"
 _SAME_SETTINGS = (
     "Set the same on every rank: a scheduler that looks at a loss, as ReduceLROnPlateau does, needs the mean over the "
-    "ranks"
+    "ranks, and a LossScaler the same num_losses"
 )
 
 
@@ -111,7 +111,7 @@ def agree_on_step(
         digest: Of what must be the same on every rank besides, in [0, 2^20).
         num_kept: To be added up.
         has_sent: Whether this rank has sent its gradients already.
-        settings: A line for each parameter group, which must be the same on every rank.
+        settings: Lines that must be the same on every rank.
 
     Raises:
         AgreedInputError: On every rank, if a parameter is frozen on some ranks only, or the digests or settings differ.

@@ -35,10 +35,12 @@ def _without_compiler(method: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _shown(value: object) -> str:
-    """A setting, to six digits because hosts may round apart; no tensor's, for which the host would wait."""
-    if isinstance(value, Real):
-        return f"{value:.6g}"
-    return "a tensor" if isinstance(value, Tensor) else str(value)
+    """A setting, to six digits because hosts may round apart; no GPU's, for which the host would wait."""
+    if isinstance(value, Tensor):
+        return _shown(value.tolist()) if value.device.type == "cpu" else "a tensor"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_shown, value))})"
+    return f"{value:.6g}" if isinstance(value, Real) else str(value)
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -129,11 +131,14 @@ class DistributedOptimizer(torch.optim.Optimizer):
         )
 
     def _settings(self) -> list[str]:
-        """A line for each parameter group with what `step` takes from it."""
+        """A line for each parameter group with what `step` takes from it, and what undoes the loss scale."""
         return [
-            f"parameter group {number}: "
-            + ", ".join(f"{name}={_shown(group[name])}" for name in self.defaults if name in group)
-            for number, group in enumerate(self.param_groups)
+            *(
+                f"parameter group {number}: "
+                + ", ".join(f"{name}={_shown(group[name])}" for name in self.defaults if name in group)
+                for number, group in enumerate(self.param_groups)
+            ),
+            f"losses scaled by {_shown(self._loss_scale)}",
         ]
 
     @property

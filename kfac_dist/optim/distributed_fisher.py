@@ -112,7 +112,7 @@ class DistributedFisher:
             parameters: What the optimizer was given.
             names: Of the parameters, by id.
             has_sent: Whether this rank has sent its gradients already.
-            settings: Of the parameter groups, a line each.
+            settings: Lines that must be the same on every rank.
         """
         self.capture.forget_dropped()
         first = {block.name: id(block.parameters[0]) for block in self._shared.blocks}

@@ -1,6 +1,6 @@
 """Dynamic loss scaling for fp16: gradients too small for half precision are kept by multiplying the loss.
 
-The scale is a power of two, so scaling and unscaling are exact. An update whose gradients overflow on any rank is
+The scale is a power of two, so scaling and unscaling by it are exact. An update whose gradients overflow on any rank is
 skipped on every rank, and the scale is halved.
 
 A rank that takes the mean of several losses in an update divides each by their number, and with another number of ranks
@@ -41,7 +41,8 @@ class LossScaler:
         Args:
             scale: First scale, a power of two from 1 to 2^24.
             growth_interval: Updates without overflow after which the scale is doubled, >= 1.
-            num_losses: Losses of an update on one rank, >= 1, each of which was divided by that number.
+            num_losses: Losses of an update on one rank, >= 1, each of which was divided by that number. The same on
+                every rank: leave it out where ranks take different numbers.
 
         Raises:
             ValueError: If a setting is out of range.

@@ -155,7 +155,10 @@ class Checkpointer:
     def _commit(self, unfinished: Path, manifest: Manifest, records: Mapping[str, FileRecord]) -> None:
         """In rank 0's thread."""
         self._store.commit(unfinished, manifest.with_files(records))
-        self._store.prune(self._keep, self._keep_best)
+        try:
+            self._store.prune(self._keep, self._keep_best)
+        except OSError as error:  # the new one is there all the same
+            logger.warning("older checkpoints could not be deleted: %s", error)
 
     def _agree(self, fine: bool) -> bool:
         return not bool(self._communicator.all_reduce_(torch.tensor(float(not fine)), "max"))

@@ -119,8 +119,9 @@ class RunSaver:
         self.finish()
         if self._checkpointer.newest_failed:
             raise EndNotSaved(
-                f"the run came to its end, but its last checkpoint could not be written to {self._reporter.directory}: "
-                "make room there and go on with --resume auto"
+                f"the run came to its end, but its last checkpoint could not be written to {self._reporter.directory}; "
+                "a warning above or in its log.txt says why. With that mended, such as with room on the disk, go on "
+                "with --resume auto"
             )
 
     def _manifest(self) -> Manifest:

@@ -54,6 +54,22 @@ def test_settings_that_differ_are_refused(kind: str, said: dict[tuple[str, int],
         assert said[f"{kind} rounds", rank] == "nothing"
 
 
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
+def test_losses_that_are_scaled_otherwise_on_each_rank_are_refused(kind: str, said: dict[tuple[str, int], str]) -> None:
+    """Defect: each rank undid its own scale on what it owned of the average, which was another for each layer."""
+    for rank in (0, 1):
+        assert "losses scaled by 196608 on rank 1, losses scaled by 131072 on rank 0" in said[f"{kind} scales", rank]
+
+
+def test_settings_of_several_numbers_may_round_apart_and_those_in_tensors_may_not_differ(
+    said: dict[tuple[str, int], str],
+) -> None:
+    """Defect: betas were compared to the last digit, and learning rates in tensors not at all."""
+    for rank in (0, 1):
+        assert said["betas", rank] == "nothing"
+        assert "parameter group 0: lr=0.001, betas=(0.85, 0.99)" in said["rates", rank]
+
+
 def test_a_state_loaded_on_one_rank_only_is_refused_on_all(said: dict[tuple[str, int], str]) -> None:
     for rank in (0, 1):
         assert "load_state_dict must be called on every rank" in said["loads", rank]

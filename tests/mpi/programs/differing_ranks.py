@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kfac_dist import KFAC, SGD, create_communicator
+from kfac_dist import KFAC, SGD, LossScaler, create_communicator
 from kfac_dist.communicator import Communicator, launch
 from kfac_dist.errors import AgreedInputError
+from kfac_dist.optim.baselines import AdamW
 
 KINDS: dict[str, type[KFAC | SGD]] = {"kfac": KFAC, "sgd": SGD}
 
@@ -81,6 +82,22 @@ def check_one_rank_sets_another_rate(kind: str, communicator: Communicator) -> N
     say(communicator, f"{kind} rounds", lambda: train(model, optimizer, communicator.rank))
     group["lr"] *= 10**-communicator.rank
     say(communicator, f"{kind} sets", lambda: train(model, optimizer, communicator.rank))
+
+
+def check_one_rank_scales_losses_otherwise(kind: str, communicator: Communicator) -> None:
+    """Averages of gradients that were scaled otherwise on each rank have no scale that could be undone."""
+    model, scaler = make_net(), LossScaler(num_losses=2 + communicator.rank)
+    optimizer = KINDS[kind](model, communicator, lr=0.01, loss_scaler=scaler)
+    say(communicator, f"{kind} scales", lambda: train(model, optimizer, communicator.rank))
+
+
+def check_settings_of_several_numbers_and_tensors(communicator: Communicator) -> None:
+    """OneCycleLR sets betas, to which hosts may round apart."""
+    rounded = 1 + 1e-12 * communicator.rank
+    for name, rate in (("betas", 0.01), ("rates", torch.tensor(0.01 * 10**-communicator.rank))):
+        model = make_net()
+        optimizer = AdamW(model, communicator, lr=rate, betas=(0.85 * rounded, 0.99))
+        say(communicator, name, lambda m=model, o=optimizer: train(m, o, communicator.rank))
 
 
 def check_one_rank_loads(communicator: Communicator) -> None:
@@ -167,8 +184,10 @@ def main() -> int:
             say(communicator, f"{kind} {case}", lambda o=optimizer, m=model_of: o(m(communicator.rank), communicator))
         check_one_rank_freezes(kind, communicator)
         check_one_rank_sets_another_rate(kind, communicator)
+        check_one_rank_scales_losses_otherwise(kind, communicator)
         check_one_rank_has_the_gradient(kind, communicator)
         check_a_step_with_all_frozen(kind, communicator)
+    check_settings_of_several_numbers_and_tensors(communicator)
     check_one_rank_adds_another_group(communicator)
     check_one_rank_loads(communicator)
     check_parameters_beside_the_models(communicator)

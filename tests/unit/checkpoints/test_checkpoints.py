@@ -166,6 +166,21 @@ def test_a_full_disk_keeps_what_is_there_and_training_goes_on(
     assert [path.name[-1] for path in CheckpointStore(tmp_path).newest_first()] == ["3", "1"]
 
 
+def test_a_checkpoint_is_there_where_older_ones_cannot_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Defect: it counted as failed, and a run that had come to its end ended with 3."""
+    checkpointer = saved(tmp_path, 1)
+
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(CheckpointStore, "prune", fail)
+    assert checkpointer.save(state(2), [], make(2), wait=True)
+    assert (checkpointer.num_failed, checkpointer.newest_failed) == (0, False)
+    assert "older checkpoints could not be deleted: [Errno 13] Permission denied" in caplog.text
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     checkpointer = Checkpointer(tmp_path, create_communicator("reduce"), 1, keep_best=False)

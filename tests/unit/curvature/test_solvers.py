@@ -599,6 +599,25 @@ def test_inverses_of_one_shape_share_memory_that_refreshes_write_to(deferred):
         fresh.averages[matrix].update(value, None)
     refresh_inverses([fresh], [0.1], matrices_of(fresh), lambda key: 20)
     assert_close(curvatures[1].solvers["G"].matrix, fresh.solvers["G"].matrix)
-    expected = precondition(curvatures[1], gradients[1])
+    fresh.solvers["A"] = curvatures[1].solvers["A"]  # whose damping has not followed
+    expected = precondition(fresh, gradients[1])
     assert_close(precondition_all(together, curvatures, gradients)[1], expected)
     assert storages() == first
+
+
+def test_a_block_that_leaves_a_group_leaves_its_memory():
+    """Defect: the matrix whose form did not change held that of the whole group, in every group that one left."""
+    curvatures = [kronecker_curvature(name=f"conv{n}") for n in range(4)]
+    refresh, together = InverseRefresh(), Preconditioner()
+    refresh.refresh(tasks_for(*curvatures), lambda key: 20)
+    gradients = [random(curvature.block.num_values, seed=seed) for seed, curvature in enumerate(curvatures)]
+    expected = precondition_all(together, curvatures, gradients)
+    for leaving in curvatures[:2]:
+        refresh.refresh([InversionTask(leaving, 0.1, ["A"])], lambda key: 1)
+        assert not leaving.solvers["A"].is_inverse
+        assert leaving.solvers["G"].is_inverse
+        for actual, before in zip(precondition_all(together, curvatures, gradients), expected, strict=True):
+            assert_close(actual, before)
+    solvers = [solver.matrix for curvature in curvatures for solver in curvature.solvers.values()]
+    storages = {matrix.untyped_storage().data_ptr(): matrix.untyped_storage().nbytes() for matrix in solvers}
+    assert sum(storages.values()) == sum(matrix.nbytes for matrix in solvers)

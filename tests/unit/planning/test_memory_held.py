@@ -1,11 +1,13 @@
-"""The memory of a plan against what training steps allocate."""
+"""The memory that training steps allocate, against that of a plan."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from kfac_dist.config.load import create_config
 from kfac_dist.curvature import shifts
+from kfac_dist.curvature.refresh_schedule import IntervalRefresh
 from kfac_dist.models import create_model
 from kfac_dist.optim.kfac import KFAC
 from kfac_dist.planning.simulate import Simulation
@@ -53,3 +55,23 @@ def test_a_plan_has_the_memory_of_a_step(ema_decay: float | None, interval: int)
             F.cross_entropy(model(torch.randn(2, *shape)), torch.zeros(2, dtype=torch.int64)).backward()
             optimizer.step()
     assert planned == pytest.approx(allocated.most, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("intervals", [(1, 12), (12, 1)])
+@pytest.mark.parametrize("channels", [32, 64])  # matrices that are factorised together, and one by one
+def test_a_change_between_factors_and_inverses_takes_no_more_than_a_refresh(
+    channels: int, intervals: tuple[int, int]
+) -> None:
+    """Defect: the old solvers stayed until the next step's gradients were preconditioned."""
+    model = nn.Sequential(*[nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(6)])
+    refresh = IntervalRefresh(lambda iteration: intervals[iteration >= 12])
+    optimizer = KFAC(model, lr=1e-4, ema_decay=0.9, refresh=refresh)
+    allocated, most = AllocatedBytes(), []
+    with allocated:
+        for _ in range(25):
+            optimizer.zero_grad()
+            model(torch.randn(1, channels, 2, 2)).square().mean().backward()
+            allocated.most = 0
+            optimizer.step()
+            most.append(allocated.most)
+    assert max(most) < 1.1 * most[11 if intervals == (1, 12) else 24]

@@ -190,6 +190,26 @@ def test_an_overflow_at_the_end_costs_that_update_alone(make: Make, spoil: Spoil
     assert (tmp_path / "quickstart/checkpoints/iteration-00000012/model.safetensors").exists()
 
 
+def test_weights_that_the_last_update_spoils_are_no_matter_of_room(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Defect: the message told to make room on the disk."""
+    monkeypatch.setenv("KFAC_DIST_PROGRESS", "off")
+    trainer = make()
+    step = trainer.optimizer.step
+
+    def faulty(*arguments: Any) -> Any:
+        result = step(*arguments)
+        if trainer.iteration == 11:
+            next(trainer.model.parameters()).data.fill_(math.inf)
+        return result
+
+    monkeypatch.setattr(trainer.optimizer, "step", faulty)
+    with pytest.raises(TrainingFailed, match=r"a warning above or in its log\.txt says why"):
+        trainer.train()
+    assert "weight is not finite" in caplog.text
+
+
 def test_weights_that_are_not_finite_are_not_saved(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFAC_DIST_PROGRESS", "off")
     trainer = make("checkpoint={every_epochs: 0.4}")
