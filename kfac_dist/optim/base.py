@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -36,11 +35,13 @@ def _without_compiler(method: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def _shown(value: object) -> str:
     """A setting, to six digits because hosts may round apart; no GPU's, for which the host would wait."""
+    if isinstance(value, float):  # almost all are, in every step
+        return f"{value:.6g}"
     if isinstance(value, Tensor):
         return _shown(value.tolist()) if value.device.type == "cpu" else "a tensor"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_shown, value))})"
-    return f"{value:.6g}" if isinstance(value, Real) else str(value)
+    return str(value)
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
