@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-pytest.importorskip("pydantic")  # a machine that was lent for its GPU may lack it
+pytest.importorskip("pydantic")  # a machine with a GPU may have little else installed
 
 from kfac_dist import KFAC, LossScaler, create_communicator
 from kfac_dist.data.augment import CropFlip
