@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("pydantic")  # a machine that was lent for its GPU may lack these
+pytest.importorskip("pydantic")  # a machine with a GPU may have little else installed
 pytest.importorskip("sklearn")
 
 from kfac_dist import create_communicator
