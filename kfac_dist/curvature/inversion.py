@@ -152,8 +152,9 @@ class InverseRefresh:
         # The device cannot choose between two forms: then, once in many refreshes, the host waits for the answer.
         known = self._failed.read().tolist() if changes_form or not self._deferred else None
         failed_by_task = failed.unbind()
-        for (number, matrix), new, is_inverse in zip(keys, solvers, inverts, strict=True):
-            old = tasks[number].curvature.solvers.get(matrix)  # not all together: one that is replaced is to be freed
+        for (number, matrix), is_inverse in zip(keys, inverts, strict=True):
+            # One by one, so that factors and old solvers of those before are gone when a large one's inverse is formed.
+            old, new = tasks[number].curvature.solvers.get(matrix), solvers.pop(0)
             if known is not None and known[number]:
                 continue  # a factor with a zero on its diagonal, which a CPU refuses to invert
             new = new.inverted() if is_inverse else new

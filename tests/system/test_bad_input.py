@@ -52,6 +52,7 @@ def assert_refused(finished: Any, *words: str) -> None:
         (["augment.pad_crop=100"], ["augment.pad_crop must be < 8", "got 100"]),
         (["train.epochs"], ["'train.epochs' must be dotted.key=value"]),
         (["--frobnicate"], ["unrecognized arguments: --frobnicate", "usage: train.py"]),
+        (["--resum", "auto"], ["unrecognized arguments: --resum", "did you mean --resume?"]),
         (["--explain", "--ranks=0"], ["--ranks", ">= 1", "got 0"]),
         (["--explain", "--ranks=two"], ["--ranks", "'two'"]),
         (

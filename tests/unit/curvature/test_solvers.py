@@ -26,6 +26,7 @@ from kfac_dist.curvature.solvers import (
     precondition_kronecker,
     precondition_vectors,
 )
+from tests.unit.allocated_bytes import AllocatedBytes
 from tests.unit.curvature.layer_factors import random
 
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
@@ -603,6 +604,23 @@ def test_inverses_of_one_shape_share_memory_that_refreshes_write_to(deferred):
     expected = precondition(fresh, gradients[1])
     assert_close(precondition_all(together, curvatures, gradients)[1], expected)
     assert storages() == first
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_factors_of_earlier_matrices_are_gone_when_a_large_one_is_inverted(deferred):
+    """Large matrices come last in a network. At most 2.3 of the largest; with the others' factors kept, 3.0."""
+    sizes = [520] * 4 + [1040]
+    layers = [nn.Linear(size, 1, bias=False) for size in sizes]
+    blocks = [LinearBlock(f"layer{number}", layer, list(layer.parameters())) for number, layer in enumerate(layers)]
+    curvatures = [BlockCurvature(block) for block in blocks]
+    for curvature in curvatures:
+        for matrix, (_, size) in curvature.block.factor_shapes.items():
+            curvature.averages[matrix].update(torch.eye(size)[None].clone(), None)
+    refresh = InverseRefresh(deferred)
+    refresh.refresh(tasks_for(*curvatures), lambda key: 20)
+    with AllocatedBytes() as allocated:
+        refresh.refresh(tasks_for(*curvatures), lambda key: 20)
+    assert allocated.most < 2.6 * 4 * sizes[-1] ** 2
 
 
 def test_a_block_that_leaves_a_group_leaves_its_memory():
