@@ -17,6 +17,7 @@ DIGEST_LIMIT = 2**20
 """Digests are below it, so that sums of their squares are exact in fp64 on up to 2^13 ranks."""
 
 _SAME_LAYERS = "Build the same on every rank: layers and parameters in the same order, of the same shapes, frozen alike"
+_SAME_ARGUMENTS = "Give the same on every rank: what is drawn at random is drawn on one rank and sent to the others"
 _SAME_SETTINGS = (
     "Set the same on every rank: a scheduler that looks at a loss, as ReduceLROnPlateau does, needs the mean over the "
     "ranks, and a LossScaler the same num_losses"
@@ -37,6 +38,19 @@ def agree_on_model(model: nn.Module, trained: Sequence[Parameter], communicator:
         AgreedInputError: On every rank, naming the first difference.
     """
     _agree_on_lines([*_describe(model), *_describe_given(model, trained)], "models", communicator, _SAME_LAYERS)
+
+
+def agree_on_arguments(arguments: Sequence[str], communicator: Communicator) -> None:
+    """Refuse ranks whose optimizers were made with other arguments; collective.
+
+    Args:
+        arguments: A line for each argument that must be the same on every rank.
+        communicator: The ranks.
+
+    Raises:
+        AgreedInputError: On every rank, naming the first difference.
+    """
+    _agree_on_lines(arguments, "optimizers", communicator, _SAME_ARGUMENTS)
 
 
 def agree_on_group(names: Mapping[int, str], group: Sequence[Parameter], communicator: Communicator) -> None:
@@ -135,8 +149,9 @@ def agree_on_step(
             )
     if not _are_equal(digests, squares, size):
         raise AgreedInputError(
-            "the ranks' optimizers differ in their iteration or in which rank owns which layer: load_state_dict must "
-            "be called on every rank, each with a state of the same iteration, and step equally often"
+            "the ranks' optimizers differ in their iteration, in which rank owns which layer or in what they refresh: "
+            "load_state_dict must be called on every rank, each with a state of the same iteration, step equally "
+            "often, and a schedule of your own must decide alike on every rank"
         )
     if not _are_equal(digests_of_settings, squares_of_settings, size):
         _agree_on_lines(settings, "settings", communicator, _SAME_SETTINGS)

@@ -15,7 +15,7 @@ from kfac_dist.communicator import Communicator
 from kfac_dist.optim.agreement import agree_on_group, agree_on_step
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.gradient_messages import Message, cut_for_backward
-from kfac_dist.optim.guards import broadcast_model, check_arguments, placements, refuse_converted
+from kfac_dist.optim.guards import check_arguments, placements, refuse_converted
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import rescale_weights_, rescaled_weights
@@ -71,8 +71,8 @@ class AveragedOptimizer(DistributedOptimizer):
         check_loss_scaler(averaging.loss_scaler)
         return model.parameters() if params is None else params
 
-    def _start(self, model: nn.Module, averaging: Averaging) -> None:
-        """Lay out the buffers and take rank 0's weights; collective."""
+    def _start(self, model: nn.Module, averaging: Averaging, **arguments: object) -> None:
+        """Lay out the buffers and take rank 0's weights; collective. Every rank must give the same `arguments`."""
         self.report = StepReport()
         self._timer = averaging.timer or StageTimer.off()
         self._weight_rescaling: WeightRescaling = averaging.weight_rescaling
@@ -87,7 +87,15 @@ class AveragedOptimizer(DistributedOptimizer):
         self._placements = placements(self._parameters(), self._names)
         if self._loss_scaler is not None:
             self._loss_scaler.serve(self)
-        broadcast_model(model, self.communicator, self._parameters())
+        self._start_alike(
+            model,
+            self._parameters(),
+            weight_rescaling=averaging.weight_rescaling,
+            max_grad_norm=averaging.max_grad_norm,
+            loss_scaler=averaging.loss_scaler is not None,
+            gradient_comm_dtype=averaging.gradient_comm_dtype,
+            **arguments,
+        )
 
     def _look_at_layers(self) -> None:
         """Note which parameters are what in the model, which may have got more layers."""

@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
 from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.optim.gradient_messages import GradientMessages, Message
-from kfac_dist.optim.guards import clip_
+from kfac_dist.optim.guards import broadcast_model, clip_
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 
@@ -130,6 +131,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._messages = GradientMessages(
             messages, self.communicator, comm_dtype, names, watch_overflow=self._loss_scaler is not None
         )
+
+    def _start_alike(self, model: nn.Module, trained: Sequence[Parameter], **arguments: object) -> None:
+        """`broadcast_model`, where every rank gave these arguments alike; collective."""
+        lines = [type(self).__name__, *(f"{name}={_shown(value)}" for name, value in arguments.items())]
+        broadcast_model(model, self.communicator, trained, lines)
 
     def _settings(self) -> list[str]:
         """A line for each parameter group with what `step` takes from it, and what undoes the loss scale."""

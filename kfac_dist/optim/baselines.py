@@ -88,7 +88,7 @@ class LARS(AveragedOptimizer, torch.optim.SGD):
         parameters = self._check(model, communicator, params, averaging)
         super().__init__(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
         self._trust_coefficient = trust_coefficient
-        self._start(model, averaging)
+        self._start(model, averaging, trust_coefficient=trust_coefficient)
 
     def _look_at_layers(self) -> None:
         super()._look_at_layers()

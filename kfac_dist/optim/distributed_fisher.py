@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -100,8 +101,9 @@ class DistributedFisher:
 
     @property
     def digest(self) -> int:
-        """A number in [0, `DIGEST_LIMIT`) that differs, but for chance, where iterations or owners do."""
-        return (self._iteration + self._shared.digest) % DIGEST_LIMIT
+        """A number in [0, `DIGEST_LIMIT`) that differs, but for chance, where iterations, owners or what is due do."""
+        due = crc32("".join([name + matrix for name, matrix in self._due]).encode())
+        return (self._iteration + self._shared.digest + due) % DIGEST_LIMIT
 
     def agree(
         self, parameters: Sequence[Parameter], names: Mapping[int, str], has_sent: bool, settings: Sequence[str]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator, create_communicator
-from kfac_dist.optim.agreement import agree_on_model
+from kfac_dist.optim.agreement import agree_on_arguments, agree_on_model
 
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}  # by name: torch.distributed is the communicator's alone
 Placement = tuple[torch.dtype, torch.device]
@@ -104,18 +104,23 @@ def refuse_sparse(name: str, gradient: Tensor) -> None:
         )
 
 
-def broadcast_model(model: nn.Module, communicator: Communicator, trained: Sequence[Parameter] = ()) -> None:
+def broadcast_model(
+    model: nn.Module, communicator: Communicator, trained: Sequence[Parameter] = (), arguments: Sequence[str] = ()
+) -> None:
     """Give every rank rank 0's parameters and buffers; collective.
 
     Args:
         model: This rank's model.
         communicator: The ranks.
         trained: What its optimizer was given, to be compared too, and sent where it is not the model's.
+        arguments: Lines with what else it was given, to be compared too.
 
     Raises:
-        AgreedInputError: On every rank, before anything is sent, if the ranks' models differ in more than values.
+        AgreedInputError: On every rank, before anything is sent, if the ranks' models differ in more than values, or
+            their optimizers' arguments.
     """
     agree_on_model(model, trained, communicator)
+    agree_on_arguments(arguments, communicator)
     own = {id(parameter) for parameter in model.parameters()}
     others = (parameter for parameter in trained if id(parameter) not in own)
     for tensor in (*model.parameters(), *model.buffers(), *others):

@@ -18,7 +18,7 @@ from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedul
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.buffers import add_weight_decay
 from kfac_dist.optim.distributed_fisher import DistributedFisher
-from kfac_dist.optim.guards import broadcast_model, check_arguments, placements, refuse_converted
+from kfac_dist.optim.guards import check_arguments, placements, refuse_converted
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.optim.shared_blocks import SharedBlocks
@@ -195,7 +195,19 @@ class KFAC(DistributedOptimizer):
         check_parameters(given, self.blocks)
         if loss_scaler is not None:
             loss_scaler.serve(self)
-        broadcast_model(model, self.communicator, given)
+        self._start_alike(
+            model,
+            given,
+            batchnorm=batchnorm,
+            ema_decay=ema_decay,
+            refresh=type(refresh).__name__ if isinstance(refresh, RefreshSchedule) else refresh,
+            sample_fraction=sample_fraction,
+            max_grad_norm=max_grad_norm,
+            skip=tuple(skip),
+            track_changes=track_changes,
+            loss_scaler=loss_scaler is not None,
+            comm_dtypes=comm_dtypes,
+        )
 
     def _share_blocks(self) -> None:
         """Share out the blocks, as every rank does alike; again when parameters were frozen or unfrozen.

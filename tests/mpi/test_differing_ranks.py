@@ -43,6 +43,31 @@ def test_freezing_on_one_rank_only_is_refused_on_all(kind: str, said: dict[tuple
         assert said[f"{kind} freezes", rank].startswith("2.weight is trained on 1 of 2 ranks and frozen on the others")
 
 
+@pytest.mark.parametrize(
+    ("case", "difference"),
+    [
+        ("kfac clips", "max_grad_norm=None on rank 1, max_grad_norm=1 on rank 0"),
+        ("kfac refreshes", "refresh=2 on rank 1, refresh=1 on rank 0"),
+        ("kfac averages", "ema_decay=0.5 on rank 1, ema_decay=None on rank 0"),
+        ("kfac sends", "comm_dtypes=CommDtypes(factors=torch.float16, gradients=None) on rank 1"),
+        ("kfac tracks", "track_changes=True on rank 1"),
+        ("kfac scaled", "loss_scaler=True on rank 1"),
+        ("sgd clips", "max_grad_norm=2 on rank 1, max_grad_norm=1 on rank 0"),
+        ("lars trusts", "trust_coefficient=0.002 on rank 1, trust_coefficient=0.001 on rank 0"),
+    ],
+)
+def test_arguments_that_differ_are_refused(case: str, difference: str, said: dict[tuple[str, int], str]) -> None:
+    """Defect: the job hung (as after a search that draws on every rank), or each owner clipped or averaged its way."""
+    for rank in (0, 1):
+        assert said[case, rank].startswith(f"the ranks' optimizers differ: {difference}"), said[case, rank]
+
+
+def test_a_schedule_that_decides_otherwise_on_one_rank_is_refused_on_all(said: dict[tuple[str, int], str]) -> None:
+    """Defect: the job hung."""
+    for rank in (0, 1):
+        assert "in what they refresh" in said["kfac decides", rank]
+
+
 @pytest.mark.parametrize("kind", ["kfac", "sgd"])
 def test_settings_that_differ_are_refused(kind: str, said: dict[tuple[str, int], str]) -> None:
     """Defect: the ranks' weights went apart without a word."""

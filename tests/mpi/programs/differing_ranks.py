@@ -13,10 +13,13 @@ from torch import nn
 
 from kfac_dist import KFAC, SGD, LossScaler, create_communicator
 from kfac_dist.communicator import Communicator, launch
+from kfac_dist.curvature.refresh_schedule import IntervalRefresh
 from kfac_dist.errors import AgreedInputError
-from kfac_dist.optim.baselines import AdamW
+from kfac_dist.optim.baselines import LARS, AdamW
+from kfac_dist.optim.kfac import CommDtypes
 
 KINDS: dict[str, type[KFAC | SGD]] = {"kfac": KFAC, "sgd": SGD}
+ALL_KINDS: dict[str, Callable[..., Any]] = KINDS | {"lars": LARS}
 
 
 def in_another_order(rank: int) -> nn.Module:
@@ -36,6 +39,18 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "order": in_another_order,
     "dtype": lambda rank: nn.Linear(4, 4, dtype=(torch.float32, torch.bfloat16)[rank]),
     "frozen": with_one_frozen,
+}
+
+
+ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "kfac clips": lambda rank: {"max_grad_norm": (1.0, None)[rank]},
+    "kfac refreshes": lambda rank: {"refresh": 1 + rank},
+    "kfac averages": lambda rank: {"ema_decay": (None, 0.5)[rank]},
+    "kfac sends": lambda rank: {"comm_dtypes": CommDtypes(factors=(None, torch.float16)[rank])},
+    "kfac tracks": lambda rank: {"track_changes": bool(rank)},
+    "kfac scaled": lambda rank: {"loss_scaler": LossScaler() if rank else None},
+    "sgd clips": lambda rank: {"max_grad_norm": 1.0 + rank},
+    "lars trusts": lambda rank: {"trust_coefficient": 0.001 * (1 + rank)},
 }
 
 
@@ -89,6 +104,13 @@ def check_one_rank_scales_losses_otherwise(kind: str, communicator: Communicator
     model, scaler = make_net(), LossScaler(num_losses=2 + communicator.rank)
     optimizer = KINDS[kind](model, communicator, lr=0.01, loss_scaler=scaler)
     say(communicator, f"{kind} scales", lambda: train(model, optimizer, communicator.rank))
+
+
+def check_a_schedule_that_decides_otherwise_on_one_rank(communicator: Communicator) -> None:
+    model = make_net()
+    schedule = IntervalRefresh(lambda iteration: 1 + communicator.rank)
+    optimizer = KFAC(model, communicator, lr=0.01, refresh=schedule)
+    say(communicator, "kfac decides", lambda: train(model, optimizer, communicator.rank, steps=2))
 
 
 def check_settings_of_several_numbers_and_tensors(communicator: Communicator) -> None:
@@ -187,6 +209,10 @@ def main() -> int:
         check_one_rank_scales_losses_otherwise(kind, communicator)
         check_one_rank_has_the_gradient(kind, communicator)
         check_a_step_with_all_frozen(kind, communicator)
+    for case, arguments_of in ARGUMENTS.items():
+        create, arguments = ALL_KINDS[case.split()[0]], arguments_of(communicator.rank)
+        say(communicator, case, lambda c=create, a=arguments: c(make_net(), communicator, **a))
+    check_a_schedule_that_decides_otherwise_on_one_rank(communicator)
     check_settings_of_several_numbers_and_tensors(communicator)
     check_one_rank_adds_another_group(communicator)
     check_one_rank_loads(communicator)
