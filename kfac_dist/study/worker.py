@@ -168,6 +168,12 @@ def _run_claimed(
     except ClaimLost:
         logger.warning("trial %d was taken by another worker meanwhile", trial.index)
         return
+    except torch.AcceleratorError:
+        logger.exception(
+            "trial %d: this process cannot use its GPU any more, and ends for another to take over", trial.index
+        )
+        os.kill(os.getpid(), signal.SIGKILL)  # counts as a death, so that a trial which always does so fails in the end
+        raise
     except Exception as error:
         logger.exception("trial %d failed", trial.index)
         last_line = traceback.format_exception_only(error)[-1].strip()

@@ -128,3 +128,26 @@ def test_a_signal_while_a_trial_is_claimed_is_heeded_when_the_claim_is_whole(
     assert ended.value.code == 75
     (claim,) = (folder.trial(0) / "claims").iterdir()
     assert sorted(path.name for path in claim.iterdir()) == ["owner.json", "released"]
+
+
+def test_a_worker_that_lost_its_gpu_leaves_the_trial_to_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect: after one CUDA error, which leaves a process without its GPU, all other trials of the worker failed."""
+    folder = StudyFolder(tmp_path / "study")
+    folder.write_plan(load_study(write_study(tmp_path)))
+
+    def fail(*arguments: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(worker, "run_trial", fail)
+    child = os.fork()
+    if child == 0:
+        try:
+            worker.work(settings_for(folder, [0, 1], waits=False), 0)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert folder.finished() == set()
+    assert [count_deaths(folder.trial(index)) for index in (0, 1)] == [1, 0]
