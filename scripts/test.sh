@@ -53,15 +53,15 @@ if [ $# -gt 0 ]; then
     stage tests .venv/bin/python -m pytest "$@"
 else
     output=$(mktemp)
-    .venv/bin/python -m pytest tests/cluster tests/system >"$output" 2>&1 &
+    .venv/bin/python -m pytest tests/cluster tests/gpu tests/system >"$output" 2>&1 &
     beside=$!
     end_the_other_run() {
         if kill -INT "$beside" 2>/dev/null; then wait "$beside" || true; fi # it stops what it has started
         rm -f "$output"
     }
     trap 'end_the_other_run; exit 130' INT TERM
-    stage "tests of the package" .venv/bin/python -m pytest --ignore=tests/cluster --ignore=tests/system
-    stage "tests of commands and cluster" print_when_done "$beside" "$output"
+    stage "tests of the package" .venv/bin/python -m pytest --ignore=tests/cluster --ignore=tests/gpu --ignore=tests/system
+    stage "tests of commands, cluster and GPU" print_when_done "$beside" "$output"
     trap - INT TERM
     rm -f "$output"
 fi

@@ -126,7 +126,7 @@ def test_what_must_be_there_is_not_only_tried(checkout: Checkout) -> None:
         ("format --check", "format"),
         ("-m mkdocs", "site"),
         ("--ignore", "tests of the package"),
-        ("pytest tests/cluster", "tests of commands and cluster"),
+        ("pytest tests/cluster", "tests of commands, cluster and GPU"),
     ],
 )
 def test_a_stage_that_fails_is_named_and_the_others_run(words: str, stage: str, checkout: Checkout) -> None:
@@ -134,7 +134,8 @@ def test_a_stage_that_fails_is_named_and_the_others_run(words: str, stage: str, 
     finished = checkout.run("scripts/test.sh")
     assert finished.returncode == 1
     assert finished.stdout.splitlines()[-1] == f"FAILED: {stage}"
-    parts = ["--ignore=tests/cluster --ignore=tests/system", "tests/cluster tests/system"]
+    folders = ("tests/cluster", "tests/gpu", "tests/system")
+    parts = [" ".join(f"--ignore={folder}" for folder in folders), " ".join(folders)]
     assert sorted(checkout.calls("-m pytest")) == [f"python -m pytest {part} data=" for part in parts]
     assert list(checkout.temporary.iterdir()) == []
 
