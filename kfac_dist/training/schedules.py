@@ -174,9 +174,9 @@ class Settings:
     def apply_to(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Set those that a parameter group has; one with an `lr_ratio` gets so much of the learning rate."""
         for group in param_groups:
-            group |= {"lr": self.learning_rate * group.get("lr_ratio", 1.0), "momentum": self.momentum}
-            if "damping" in group:
-                group["damping"] = self.damping
+            learning_rate = self.learning_rate * group.get("lr_ratio", 1.0)
+            settings = {"lr": learning_rate, "momentum": self.momentum, "damping": self.damping}
+            group |= {name: value for name, value in settings.items() if name in group}
 
 
 class Schedules:

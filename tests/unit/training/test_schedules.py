@@ -107,3 +107,14 @@ def test_a_kind_that_nobody_made_a_learning_rate_for_is_no_constant_one() -> Non
     """Defect: a kind that was added to the configuration alone trained at a constant rate, without a word."""
     with pytest.raises(AssertionError, match="stairs"):
         schedules.LearningRateSchedule.from_config(SimpleNamespace(kind="stairs", warmup_epochs=0.0), 0.3)
+
+
+def test_a_parameter_group_gets_the_settings_that_it_has_and_no_others() -> None:
+    """Defect: AdamW's groups, and so its states, had a momentum that nothing reads."""
+    groups = [{"lr": 1.0, "momentum": 0.5, "damping": 1.0}, {"lr": 1.0, "betas": (0.9, 0.99)}, {"lr": 1, "lr_ratio": 2}]
+    schedules.Settings(learning_rate=0.1, momentum=0.9, damping=0.01).apply_to(groups)
+    assert groups == [
+        {"lr": 0.1, "momentum": 0.9, "damping": 0.01},
+        {"lr": 0.1, "betas": (0.9, 0.99)},
+        {"lr": 0.2, "lr_ratio": 2},
+    ]
