@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.communicator import Communicator
-from kfac_dist.communicator.together import mean_over_ranks
+from kfac_dist.communicator.coalesced import mean_over_ranks
 from kfac_dist.config.load import batch_slots
 from kfac_dist.config.schema import Config
 from kfac_dist.data.augment import Augmentation
