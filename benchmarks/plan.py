@@ -75,7 +75,7 @@ class TimedLearner(Learner):
         """One iteration; its seconds, and those of the stages."""
         start = time.perf_counter()
         result = self._train_iteration(self.iteration, batches, lambda: (False, False))
-        result.averages.read()
+        result.totals.read()
         self.communicator.barrier()
         self.iteration += 1
         return time.perf_counter() - start, result.stages.read()

@@ -55,14 +55,11 @@ def has_default_group() -> bool:
     return dist.is_initialized() and not (_store is not None and dist.group.WORLD in _opened)
 
 
-def connect_by_default_group(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessGroupCommunicator:
+def connect_by_default_group() -> ProcessGroupCommunicator:
     """The communicator for CPU tensors over torch.distributed's default process group; collective, needs no MPI.
 
     Where there is no default group, torchrun's variables make one, over gloo. Its ranks get a group beside it: of its
     own backend for the CPU, gloo where it has none (NCCL alone). All communicators of one default group share it.
-
-    Args:
-        timeout: For connecting, and for each collective later, where the default group does not say.
 
     Raises:
         InputError: If there is neither a default group nor all of torchrun's variables, or if this rank could not
@@ -77,11 +74,11 @@ def connect_by_default_group(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessGro
             )
         _say_where()
         with _explaining("gloo", int(os.environ["WORLD_SIZE"])):
-            group = _init_default_group("gloo", timeout=timeout)
+            group = _init_default_group("gloo", timeout=DEFAULT_TIMEOUT)
         _close_at_exit(group)
     backend = _backends_of_default_group().get("cpu", "gloo")
     with _explaining(backend, dist.get_world_size()):
-        group = _group_beside_default(backend, timeout)
+        group = _group_beside_default(backend, DEFAULT_TIMEOUT)
     return _let_go_at_exit(ProcessGroupCommunicator(group, backend, _CPU))
 
 

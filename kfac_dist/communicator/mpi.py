@@ -34,8 +34,7 @@ from kfac_dist.communicator.base import (
     ranks_in_words,
 )
 from kfac_dist.communicator.fastest import Algorithm, measure_algorithms
-from kfac_dist.communicator.staging import NOTHING, WHOLE, Staging
-from kfac_dist.communicator.staging import is_cuda_aware as is_cuda_aware
+from kfac_dist.communicator.staging import NOTHING, WHOLE, Staging, is_cuda_aware
 from kfac_dist.vocabulary import ReduceScatterAlgorithm, ReduceScatterChoice
 
 _OPERATIONS = {"sum": MPI.SUM, "mean": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from kfac_dist.config import strict_yaml
 from kfac_dist.config.data import own_data_set
+from kfac_dist.config.dotted import leaves, section_of_
 from kfac_dist.config.messages import describe
 from kfac_dist.config.recipes import find_configuration
 from kfac_dist.config.schema import Config, config_with, nearest_multiples
@@ -205,14 +206,7 @@ def _apply_override_(settings: dict[str, object], override: str, given: dict[str
         if f"{earlier}.".startswith(f"{dotted}."):
             raise InputError(f"override {override!r} undoes an earlier one, {whole!r}: leave out one of them")
     given[dotted] = override
-    section = settings
-    for depth, key in enumerate(keys[:-1], start=1):
-        inner = section.get(key)
-        if inner is None:
-            inner = section[key] = {}
-        if not isinstance(inner, dict):
-            raise InputError(f"override {override!r}: {'.'.join(keys[:depth])} is a value, not a section")
-        section = inner
+    section = section_of_(settings, dotted, f"override {override!r}")
     section[keys[-1]] = strict_yaml.parse(text, f"override {override!r}")
 
 
@@ -274,14 +268,3 @@ def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
         return create_config(settings, "").model_dump(mode="json")
     except InputError:
         return settings
-
-
-def leaves(value: object, key: str = "") -> dict[str, object]:
-    """Every value of nested mappings by its dotted key."""
-    if not isinstance(value, dict):
-        return {key: value}
-    return {
-        path: leaf
-        for name, inner in value.items()
-        for path, leaf in leaves(inner, f"{key}.{name}" if key else str(name)).items()
-    }

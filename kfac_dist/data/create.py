@@ -157,7 +157,7 @@ def _describe_synthetic(data: SyntheticConfig) -> DatasetDescription:
 
 
 @dataclass(frozen=True)
-class _DataSet:
+class _Source:
     """How a data set is made, and what is known of it before; each takes its own section of the configuration."""
 
     create: Callable[[Any, AugmentConfig, torch.device, torch.dtype, int, Communicator], Dataset]
@@ -166,14 +166,14 @@ class _DataSet:
 
 def _in_memory(
     read: Callable[[Any], ImageArrays], num_train: int, num_classes: int, image_shape: tuple[int, int, int]
-) -> _DataSet:
+) -> _Source:
     published = DatasetDescription(num_train, num_classes, image_shape)
-    return _DataSet(partial(_create_in_memory, read), partial(cut, published))
+    return _Source(partial(_create_in_memory, read), partial(cut, published))
 
 
-def _files_in_memory(read: Callable[[Path], ImageArrays], num_train: int) -> _DataSet:
+def _files_in_memory(read: Callable[[Path], ImageArrays], num_train: int) -> _Source:
     published = DatasetDescription(num_train, 10, (3, 32, 32))
-    return _DataSet(partial(_create_in_memory, _from_root(read)), partial(_describe_downsampled, published))
+    return _Source(partial(_create_in_memory, _from_root(read)), partial(_describe_downsampled, published))
 
 
 def _from_root(read: Callable[[Path], ImageArrays]) -> Callable[[Any], ImageArrays]:
@@ -187,15 +187,15 @@ def _describe_downsampled(published: DatasetDescription, data: Cifar10Config | S
 
 
 # A row for each of `kfac_dist.config.data.BUILT_IN`.
-_DATA_SETS = {
+_SOURCES = {
     "digits": _in_memory(lambda data: read_digits(), 1438, 10, (1, 8, 8)),
     "cifar10": _files_in_memory(read_cifar10, 50_000),
     "svhn": _files_in_memory(read_svhn, 73_257),
-    "imagenet": _DataSet(_create_imagenet, _describe_imagenet),
-    "synthetic": _DataSet(_create_synthetic, _describe_synthetic),
+    "imagenet": _Source(_create_imagenet, _describe_imagenet),
+    "synthetic": _Source(_create_synthetic, _describe_synthetic),
 }
-_OWN = _DataSet(partial(_create_in_memory, _read_own), _describe_own)
+_OWN = _Source(partial(_create_in_memory, _read_own), _describe_own)
 
 
-def _entry(data: DataSet) -> _DataSet:
-    return _DATA_SETS.get(data.name, _OWN)
+def _entry(data: DataSet) -> _Source:
+    return _SOURCES.get(data.name, _OWN)

@@ -1,1 +1,1 @@
-"""Algorithm 1: the K-FAC optimizer, and SGD as the baseline."""
+"""Algorithm 1: the K-FAC optimizer, and the baselines that it is compared with."""

@@ -1,4 +1,4 @@
-"""What both optimizers check at their borders: arguments, gradients, conversions; and the model's start."""
+"""What all optimizers check at their borders: arguments, gradients, conversions; and the model's start."""
 
 from collections.abc import Mapping, Sequence
 

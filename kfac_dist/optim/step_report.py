@@ -1,4 +1,4 @@
-"""What came of a step, from either optimizer to whoever reports it."""
+"""What came of a step, from any optimizer to whoever reports it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from kfac_dist.config.load import leaves
+from kfac_dist.config.dotted import leaves
 from kfac_dist.errors import InputError
 from kfac_dist.report.best import best_of
 from kfac_dist.report.curve import Curve

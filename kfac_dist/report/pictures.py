@@ -29,7 +29,6 @@ _COLOURS = {
     "muon": "#009E73",
     "adamw": "#CC79A7",
     "lars": "#E69F00",
-    "shampoo": "#56B4E9",
 }
 _SPARE_COLOURS = ("#56B4E9", "#CC79A7", "#E69F00", "#009E73", "#8F6BD1", "#A0762A", "#D55E00", "#0072B2")
 _MARKERS = "osD^vPX*"

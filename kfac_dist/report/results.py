@@ -46,6 +46,7 @@ class Trial:
         curve: Its evaluations.
         train_loss: Of the last part of the run; not a number where unknown.
         test_top1: At the end, a fraction; 0 for a diverged trial.
+        best_test_top1: Highest of all evaluations, a fraction; not a number where there was none.
         iterations_to: Updates to each target; None where it was not reached, and for a diverged trial.
         error: What went wrong.
         environment: Versions and machine.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kfac_dist.config.dotted import value_at
 from kfac_dist.plots.runs import read_config
 from kfac_dist.report.curve import Curve, number
 from kfac_dist.runs.reader import read_metrics
@@ -39,10 +40,7 @@ class RunRecord:
 
     def setting(self, key: str) -> Any:
         """A dotted key of the configuration; None where it is missing."""
-        value: Any = self.config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
+        return value_at(self.config, key)
 
     @property
     def optimizer(self) -> str:

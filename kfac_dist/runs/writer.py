@@ -1,4 +1,4 @@
-"""A run's directory, its metrics and its progress display: written by rank 0, silent elsewhere.
+"""A run's directory and its metrics: written by rank 0, silent elsewhere.
 
 Units: ``top1`` and ``top5`` are percentages (0 to 100), times are seconds, ``epoch`` is fractional.
 """

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from kfac_dist.config import strict_yaml
-from kfac_dist.config.load import leaves, with_defaults
+from kfac_dist.config.dotted import leaves
+from kfac_dist.config.load import with_defaults
 from kfac_dist.errors import InputError
 from kfac_dist.runs.reader import METRICS_FILE
 from kfac_dist.study.definition import Study

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kfac_dist.config.load import create_config, leaves
+from kfac_dist.config.dotted import leaves, section_of_, value_at
+from kfac_dist.config.load import create_config
 from kfac_dist.config.schema import Config
 from kfac_dist.data.create import describe_dataset
 from kfac_dist.data.sampling import SlotSampler
@@ -114,21 +115,21 @@ def trial_config(
     optimizer = study.optimizers[label]
     settings = copy.deepcopy(study.recipe)
     for key, value in _DEFAULTS.items():
-        if _get(settings, key) is None:
-            set_key_(settings, key, copy.deepcopy(value))
+        if value_at(settings, key) is None:
+            _set_(settings, key, copy.deepcopy(value))
     for key, value in optimizer.settings.items():
-        set_key_(settings, key, copy.deepcopy(value))
+        _set_(settings, key, copy.deepcopy(value))
     for name, value in parameters.items():
-        set_key_(settings, optimizer.grid[name].key, value)
+        _set_(settings, optimizer.grid[name].key, value)
     for key, value in {
         "run.name": "run", "run.seed": seed, "model.name": model, "batch.global_size": batch_size,
     }.items():  # fmt: skip
-        set_key_(settings, key, value)
+        _set_(settings, key, value)
     epochs = budget_epochs(study, batch_size, num_train)
-    set_key_(settings, "train.epochs", epochs)
+    _set_(settings, "train.epochs", epochs)
     num_iterations = SlotSampler(num_train, batch_size, 1, seed=0).num_iterations(epochs)
     for key, link in {**study.linked, **optimizer.linked}.items():
-        set_key_(settings, key, _follow(link, settings, num_iterations))
+        _set_(settings, key, _follow(link, settings, num_iterations))
     return create_config(settings, "its configuration")
 
 
@@ -159,7 +160,7 @@ def _grid(optimizer: OptimizerStudy) -> Iterator[dict[str, float]]:
 
 
 def _follow(link: Link, settings: Mapping[str, Any], num_iterations: int) -> float:
-    source = num_iterations if link.of == ITERATIONS else _get(settings, link.of)
+    source = num_iterations if link.of == ITERATIONS else value_at(settings, link.of)
     if isinstance(source, bool) or not isinstance(source, int | float):
         raise InputError(f"linked: of must be {ITERATIONS} or a key that is a number, got {link.of} = {source!r}")
     value = source * link.times
@@ -167,32 +168,8 @@ def _follow(link: Link, settings: Mapping[str, Any], num_iterations: int) -> flo
     return round(value) if isinstance(source, int) else value
 
 
-def set_key_(settings: dict[str, Any], key: str, value: object) -> None:
-    """Set a dotted key of nested mappings, which are made where they are missing.
-
-    Raises:
-        InputError: If a part of the key before the last is a value.
-    """
-    *sections, last = key.split(".")
-    section = settings
-    for depth, name in enumerate(sections, start=1):
-        inner = section.get(name)
-        if inner is None:
-            inner = section[name] = {}
-        if not isinstance(inner, dict):
-            raise InputError(f"{key}: {'.'.join(sections[:depth])} is a value, not a section")
-        section = inner
-    section[last] = value
-
-
-def _get(settings: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where it is missing."""
-    value: Any = settings
-    for name in key.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(name)
-    return value
+def _set_(settings: dict[str, Any], key: str, value: object) -> None:
+    section_of_(settings, key, key)[key.rpartition(".")[2]] = value
 
 
 def _check_keys(study: Study) -> None:

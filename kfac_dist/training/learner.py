@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.communicator import Communicator
-from kfac_dist.communicator.together import mean_over_ranks
+from kfac_dist.communicator.coalesced import mean_over_ranks
 from kfac_dist.config.load import batch_slots
 from kfac_dist.config.schema import Config
 from kfac_dist.data.augment import Augmentation
@@ -141,11 +141,11 @@ class Learner:
         return IterationResult(iteration, settings, loss_scale, totals, stages, moved, step, time.perf_counter())
 
     def _total(self, sums: Tensor, wishes: Wishes) -> HostCopy:
-        """Loss, share of correct answers, retries of the update before, and what is wanted, over all ranks."""
+        """`Totals` of an iteration; `sums` are those of its losses and shares of correct answers here."""
         counts = torch.tensor([*self._retries, *wishes()], dtype=torch.float64)
         self._retries = (0, 0)
-        averages = sums / (self.num_local_slots * self.communicator.size)
-        return HostCopy(self.communicator.all_reduce_(torch.cat([averages, to_device(counts, self.device)])))
+        means = sums / (self.num_local_slots * self.communicator.size)
+        return HostCopy(self.communicator.all_reduce_(torch.cat([means, to_device(counts, self.device)])))
 
     def _train_slot(self, batches: Iterator[Batch], is_last: bool) -> Tensor:
         """Forward and backward of one micro-batch; returns its mean loss and share of correct answers.

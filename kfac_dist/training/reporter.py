@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kfac_dist.communicator import Communicator, library_version
 from kfac_dist.config.schema import Config
@@ -25,6 +25,26 @@ from kfac_dist.training.schedules import Schedules, Settings
 logger = logging.getLogger(__name__)
 
 
+class Totals(NamedTuple):
+    """What is added up over the ranks in an iteration, in the order in which it travels.
+
+    Attributes:
+        loss: Mean loss.
+        correct: Share of correct answers.
+        retries: Of the update before; see `StepReport`.
+        kept_inverses: Likewise.
+        wants_save: Ranks that want a checkpoint.
+        wants_stop: Ranks that want to stop.
+    """
+
+    loss: float
+    correct: float
+    retries: float
+    kept_inverses: float
+    wants_save: float
+    wants_stop: float
+
+
 @dataclass(frozen=True)
 class IterationResult:
     """An update that was launched, on a GPU perhaps not done yet.
@@ -33,8 +53,7 @@ class IterationResult:
         iteration: Its number.
         settings: What the optimizer used.
         loss_scale: What the loss was multiplied with; None where it is not scaled.
-        averages: Loss, share of correct answers, retries and kept inverses of the update before, and what is wanted,
-            over all ranks, on their way to the host.
+        totals: Values of `Totals`, on their way to the host.
         stages: Seconds of each stage.
         communication_bytes: Payload of the V-collectives.
         step: What the optimizer reports.
@@ -44,7 +63,7 @@ class IterationResult:
     iteration: int
     settings: Settings
     loss_scale: float | None
-    averages: HostCopy
+    totals: HostCopy
     stages: StageSeconds
     communication_bytes: int
     step: StepReport
@@ -159,10 +178,10 @@ class Reporter:
             result: What came of it.
             is_newest: Whether none has been launched since: it took until it is done.
         """
-        loss, correct, retries, kept, save, stop = result.averages.read().tolist()
-        iteration, top1 = result.iteration, 100 * correct
+        totals = Totals(*result.totals.read().tolist())
+        iteration, loss, top1 = result.iteration, totals.loss, 100 * totals.correct
         epoch = self._schedules.epoch_at(iteration + 1)
-        self.retries(iteration - 1, int(retries), int(kept))
+        self.retries(iteration - 1, int(totals.retries), int(totals.kept_inverses))
         stage_seconds = result.stages.read()
         ended_at = time.perf_counter() if is_newest else result.launched_at
         images_per_second, self._ended_at = self._batch_size / (ended_at - self._ended_at), ended_at
@@ -181,7 +200,7 @@ class Reporter:
         elif result.step.skipped:
             self.event(iteration, "overflow", **scale)
         self._progress.update(epoch, loss, top1, images_per_second)
-        return Told(float(loss), bool(save), bool(stop))
+        return Told(loss, bool(totals.wants_save), bool(totals.wants_stop))
 
     def retries(self, iteration: int, retries: int, kept: int) -> None:
         """Report factorisations of an iteration that needed more damping, and those of them that failed for good."""

@@ -13,7 +13,7 @@ from kfac_dist.checkpoints.manifest import MANIFEST_FILE, Manifest
 from kfac_dist.checkpoints.save import MODEL_FILE
 from kfac_dist.checkpoints.shard import read_tensors
 from kfac_dist.communicator import Communicator
-from kfac_dist.communicator.together import mean_over_ranks
+from kfac_dist.communicator.coalesced import mean_over_ranks
 from kfac_dist.config.load import check_resumable
 from kfac_dist.config.schema import Config, RunConfig
 from kfac_dist.data.augment import Augmentation

@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 from kfac_dist.config.kfac import damping_decay_rate
-from kfac_dist.config.schema import Config, ScheduleConfig
+from kfac_dist.config.schedule import ScheduleConfig
+from kfac_dist.config.schema import Config
 from kfac_dist.data.sampling import SlotSampler
 
 
@@ -140,8 +141,10 @@ class LearningRateSchedule:
             )
         elif schedule.kind == "cosine":
             decay = partial(cosine_decay, initial=initial_learning_rate, end=schedule.end_epoch)
-        else:
+        elif schedule.kind == "constant":
             decay = partial(_constant, value=initial_learning_rate)
+        else:
+            assert_never(schedule)
         return cls(decay, schedule.warmup_epochs)
 
     def at(self, epoch: float) -> float:
@@ -171,9 +174,9 @@ class Settings:
     def apply_to(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """Set those that a parameter group has; one with an `lr_ratio` gets so much of the learning rate."""
         for group in param_groups:
-            group |= {"lr": self.learning_rate * group.get("lr_ratio", 1.0), "momentum": self.momentum}
-            if "damping" in group:
-                group["damping"] = self.damping
+            learning_rate = self.learning_rate * group.get("lr_ratio", 1.0)
+            settings = {"lr": learning_rate, "momentum": self.momentum, "damping": self.damping}
+            group |= {name: value for name, value in settings.items() if name in group}
 
 
 class Schedules:

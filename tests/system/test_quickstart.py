@@ -1,6 +1,7 @@
 """The main job as a user starts it: two ranks under mpirun, then one plain process."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 from kfac_dist.config.load import load_config
+from kfac_dist.report.health import EVENTS
+from kfac_dist.runs.writer import KINDS
 from tests.paths import ROOT
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -78,6 +81,17 @@ def test_metrics(records: list[dict[str, Any]]) -> None:
     assert summary["kind"] == "summary"
     assert summary["iterations"] == 68
     assert summary["communication_bytes"] == sum(record["communication_bytes"] for record in training)
+
+
+@pytest.mark.mpi
+def test_every_field_is_documented(records: list[dict[str, Any]]) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8").partition("\n## Metrics\n")[2]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("\n## ")[0], re.MULTILINE)
+    documented = {kind: {"kind", *re.findall(r"`(\w+)`", text)} for kind, text in rows}
+    assert documented.keys() == set(KINDS)
+    for record in records:
+        assert record.keys() - documented[record["kind"]] == set()
+    assert EVENTS.keys() <= documented["event"]
 
 
 @pytest.mark.mpi

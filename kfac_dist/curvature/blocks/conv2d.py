@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from kfac_dist.curvature import shifts
+from kfac_dist.curvature import autocorrelation
 from kfac_dist.curvature.blocks.kronecker import KroneckerBlock
 from kfac_dist.curvature.factors import pixel_moment, pixel_rows
 from kfac_dist.curvature.patches import Patches, patch_moment
@@ -30,9 +30,9 @@ class Conv2dBlock(KroneckerBlock):
         return pixel_moment(g, self.groups)
 
     def pack_factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None, out: Tensor) -> None:
-        if matrix != "A" or not shifts.pays(x, self.patches):
+        if matrix != "A" or not autocorrelation.pays(x, self.patches):
             super().pack_factor(matrix, x, g, num_samples, out)
             return
         if x.dim() == self.sample_dims:
             x, g = x[None], g[None]
-        shifts.pack_patch_moment(x.to(g.dtype), self.has_bias, 1 / (num_samples or g.shape[0]), out)
+        autocorrelation.pack_patch_moment(x.to(g.dtype), self.has_bias, 1 / (num_samples or g.shape[0]), out)

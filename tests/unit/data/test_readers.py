@@ -15,10 +15,10 @@ import torch
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from kfac_dist.config.data import Cifar10Config, DigitsConfig, SvhnConfig
+from kfac_dist.config.data import BUILT_IN, Cifar10Config, DigitsConfig, SvhnConfig, name_of
 from kfac_dist.config.schema import AugmentConfig
 from kfac_dist.data import cifar10 as cifar10_module
-from kfac_dist.data import digits
+from kfac_dist.data import create, digits
 from kfac_dist.data.augment import CropFlip
 from kfac_dist.data.cifar10 import read_cifar10
 from kfac_dist.data.create import create_dataset, describe_dataset
@@ -312,6 +312,10 @@ def test_padding_must_leave_something_of_an_image() -> None:
     for padding in (8, 100):
         with pytest.raises(InputError, match=rf"augment\.pad_crop must be < 8, the side of an image, got {padding}"):
             create_dataset(digits, AugmentConfig(pad_crop=padding), CPU, torch.float32, seed=0)
+
+
+def test_every_built_in_kind_has_its_row() -> None:
+    assert create._SOURCES.keys() == {name_of(kind) for kind in BUILT_IN}
 
 
 def test_descriptions_are_what_the_readers_read(cifar_folder: Path, svhn_folder: Path) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kfac_dist.config.load import create_config
-from kfac_dist.curvature import shifts
+from kfac_dist.curvature import autocorrelation
 from kfac_dist.curvature.refresh_schedule import IntervalRefresh
 from kfac_dist.models import create_model
 from kfac_dist.optim.kfac import KFAC
@@ -44,7 +44,7 @@ def test_a_plan_has_the_memory_of_a_step(ema_decay: float | None, interval: int)
         "a test",
     )
     planned = Simulation(config, machine(device="cpu")).predict(1).memory_bytes
-    for tables in (shifts._triangle_index, packing._triangle_index, packing._mirror_index):
+    for tables in (autocorrelation._triangle_index, packing._triangle_index, packing._mirror_index):
         tables.cache_clear()  # which the plan counts
     allocated = AllocatedBytes()
     with allocated:

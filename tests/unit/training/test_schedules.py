@@ -1,10 +1,11 @@
 """Eq. 13-16 against numbers worked out by hand and against the recurrence."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from kfac_dist.config.schema import ConstantSchedule, CosineSchedule, OneCycleSchedule, PolynomialSchedule
+from kfac_dist.config.schedule import ConstantSchedule, CosineSchedule, OneCycleSchedule, PolynomialSchedule
 from kfac_dist.errors import InputError
 from kfac_dist.training import schedules
 
@@ -100,3 +101,20 @@ def test_schedules_from_configuration() -> None:
     assert [schedule.at(epoch) for epoch in (0.0, 50.0)] == [0.3, 0.3]
     schedule = schedules.LearningRateSchedule.from_config(ConstantSchedule(kind="constant", warmup_epochs=2.0), 0.3)
     assert schedule.at(1.0) == pytest.approx(0.15, rel=1e-14)
+
+
+def test_a_kind_that_nobody_made_a_learning_rate_for_is_no_constant_one() -> None:
+    """Defect: a kind that was added to the configuration alone trained at a constant rate, without a word."""
+    with pytest.raises(AssertionError, match="stairs"):
+        schedules.LearningRateSchedule.from_config(SimpleNamespace(kind="stairs", warmup_epochs=0.0), 0.3)
+
+
+def test_a_parameter_group_gets_the_settings_that_it_has_and_no_others() -> None:
+    """Defect: AdamW's groups, and so its states, had a momentum that nothing reads."""
+    groups = [{"lr": 1.0, "momentum": 0.5, "damping": 1.0}, {"lr": 1.0, "betas": (0.9, 0.99)}, {"lr": 1, "lr_ratio": 2}]
+    schedules.Settings(learning_rate=0.1, momentum=0.9, damping=0.01).apply_to(groups)
+    assert groups == [
+        {"lr": 0.1, "momentum": 0.9, "damping": 0.01},
+        {"lr": 0.1, "betas": (0.9, 0.99)},
+        {"lr": 0.2, "lr_ratio": 2},
+    ]

@@ -1,4 +1,4 @@
-"""Σ a aᵀ over the patches of a 3×3 convolution from the image's correlation with itself.
+"""Σ a aᵀ over the patches of a 3×3 convolution from the image's autocorrelation.
 
 A block of the sum, one for each pair of places in the kernel, takes the products of pixels that lie a fixed shift
 apart. Pairs with the same shift take the same pixels, but for those at the image's border that the patch of an output

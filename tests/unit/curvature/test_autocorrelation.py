@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kfac_dist.curvature import shifts
+from kfac_dist.curvature import autocorrelation
 from kfac_dist.curvature.blocks.conv2d import Conv2dBlock
 from kfac_dist.curvature.chunks import sample_chunks
 from kfac_dist.curvature.patches import Patches, patch_moment
@@ -45,8 +45,8 @@ def test_equals_the_plain_sum(shape: tuple[int, int, int, int], ones: bool, chun
     out = torch.empty(triangle_numel(9 * shape[1] + ones), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kfac_dist.curvature.chunks.CACHED_NUMEL", chunk)
-        patch.setattr(shifts, "sample_chunks", lambda x, sum_numel: sample_chunks(x))  # however large the sum is
-        shifts.pack_patch_moment(x, ones, 0.25, out)
+        patch.setattr(autocorrelation, "sample_chunks", lambda x, sum_numel: sample_chunks(x))  # of any sum
+        autocorrelation.pack_patch_moment(x, ones, 0.25, out)
     close(out, packed(0.25 * patch_moment(x, patches, ones)))
 
 
@@ -54,7 +54,7 @@ def test_equals_the_plain_sum(shape: tuple[int, int, int, int], ones: bool, chun
 def test_half_precision_is_summed_in_fp32(dtype: torch.dtype) -> None:
     x = (100 * torch.rand(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))).to(dtype)
     out = torch.empty(triangle_numel(36))
-    shifts.pack_patch_moment(x, False, 1.0, out)
+    autocorrelation.pack_patch_moment(x, False, 1.0, out)
     assert out.max() > 65_504  # more than fp16 can hold
     close(
         out, packed(patch_moment(x.double(), Patches.of(nn.Conv2d(4, 2, 3, padding=1)), False)).float(), FP32_TOLERANCE
@@ -81,23 +81,23 @@ PLAIN = Patches.of(nn.Conv2d(8, 8, 3, padding=1))
     ],
 )
 def test_where_it_is_used(patches: Patches, expected: bool) -> None:
-    assert shifts.pays(torch.zeros(2, 8, 5, 5), patches) is expected
+    assert autocorrelation.pays(torch.zeros(2, 8, 5, 5), patches) is expected
 
 
 def test_one_sample_without_a_batch_dimension() -> None:
-    assert shifts.pays(torch.zeros(8, 5, 5), PLAIN)
+    assert autocorrelation.pays(torch.zeros(8, 5, 5), PLAIN)
 
 
 def test_not_on_a_gpu() -> None:
     """It has not been measured there."""
-    assert not shifts.pays(torch.zeros(2, 8, 5, 5, device="meta"), PLAIN)
+    assert not autocorrelation.pays(torch.zeros(2, 8, 5, 5, device="meta"), PLAIN)
 
 
 def test_not_where_convolutions_have_no_fast_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """There it takes two to three times as long as the plain way."""
-    assert not shifts.pays(torch.zeros(2, 8, 5, 5, dtype=torch.float64), PLAIN)
+    assert not autocorrelation.pays(torch.zeros(2, 8, 5, 5, dtype=torch.float64), PLAIN)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not shifts.pays(torch.zeros(2, 8, 5, 5), PLAIN)
+    assert not autocorrelation.pays(torch.zeros(2, 8, 5, 5), PLAIN)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -108,7 +108,7 @@ def test_a_layers_packed_factors(
 ) -> None:
     """`pack_factor` is `factor` in packed form, whichever way the layer takes."""
     if "stride" not in layer:
-        monkeypatch.setattr(shifts, "pays", lambda x, patches: True)  # also in float64, for the tolerance
+        monkeypatch.setattr(autocorrelation, "pays", lambda x, patches: True)  # also in float64, for the tolerance
     module = nn.Conv2d(8, 5, 3, bias=bias, **layer).double()  # type: ignore[arg-type]
     block = Conv2dBlock("conv", module, list(module.parameters()))
     x = torch.randn(6, 8, 8, 8, dtype=torch.float64)

@@ -1,22 +1,19 @@
-"""From the `kfac` section of a configuration to schedules and settings; the spectrum of a matrix. One process."""
+"""From the `kfac` section of a configuration to schedules and settings. One process."""
 
-import math
 from typing import Any
 
 import pytest
-import torch
 
 from kfac_dist import KFAC, SGD, create_communicator
 from kfac_dist.config.load import load_config
 from kfac_dist.config.schema import Config
-from kfac_dist.curvature.spectrum import spectrum
 from kfac_dist.data.sampling import SlotSampler
 from kfac_dist.errors import InputError
 from kfac_dist.timing import StageTimer
 from kfac_dist.training.build import Parts, create_optimizer, create_refresh
 from kfac_dist.training.schedules import Schedules
 from tests.paths import QUICKSTART
-from tests.small_net import make_kfac, make_net, train
+from tests.small_net import make_net, train
 
 
 def schedules(config: Config) -> Schedules:
@@ -34,7 +31,7 @@ def intervals(schedule: Any, iterations: list[int], matrix: str = "G") -> list[i
     return [schedule.expected_interval(("layer", matrix), iteration) for iteration in iterations]
 
 
-def test_every_with_a_stretch_for_each_kind_of_matrix():
+def test_every_with_a_multiplier_for_each_kind_of_matrix():
     schedule = refresh_of(
         "kfac.refresh={schedule: every, interval: 2, interval_multiplier: {input_factor: 5, batchnorm: 3}}"
     )
@@ -87,24 +84,3 @@ def test_settings_reach_the_optimizers():
     sgd = create_optimizer(config, Parts(make_net(), communicator, 1, schedules(config), StageTimer()))
     assert isinstance(sgd, SGD)
     assert (sgd.param_groups[0]["lr"], sgd.param_groups[0]["weight_decay"]) == (0.03, 0.02)
-
-
-def test_spectrum_of_known_matrices():
-    stack = torch.stack([torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([0.0, 1.0]))]).double()
-    smallest, largest, rank = spectrum(stack).tolist()
-    entropy = -(0.25 * math.log(0.25) * 2 + 0.5 * math.log(0.5))
-    assert (smallest, largest) == (0.0, 2.0)
-    assert rank == pytest.approx(math.exp(entropy))
-    assert spectrum(torch.eye(7)[None])[2].item() == pytest.approx(7)
-    ones = torch.ones(1, 5, 5)
-    assert spectrum(ones)[2].item() == pytest.approx(1, abs=1e-4)
-
-
-def test_the_optimizers_spectra_are_those_of_its_running_matrices():
-    net = make_net()
-    optimizer = make_kfac(net)
-    train(net, optimizer, steps=1)
-    spectra = optimizer.spectra()
-    running = optimizer.state_dict()["kfac"]["blocks"]["4"]["running"]["G"]
-    assert spectra["4", "G"] == tuple(spectrum(running).tolist())
-    assert len(spectra) == 5

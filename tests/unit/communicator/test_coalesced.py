@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from kfac_dist.communicator.base import ReduceOp
+from kfac_dist.communicator.coalesced import mean_over_ranks
 from kfac_dist.communicator.local import LocalCommunicator
-from kfac_dist.communicator.together import mean_over_ranks
 
 
 class Doubling(LocalCommunicator):
