@@ -57,16 +57,21 @@ def environment(num_gpus: int = 1) -> dict[str, str]:
 
 
 def _headers() -> list[Path] | None:
-    """Folders of headers: Triton's wheel has all of CUDA's, those of CUDA's own lack some."""
-    found = []
-    for package, folder, header in (
-        ("triton", "backends/nvidia/include", "cuda_runtime_api.h"),
-        ("nvidia", "nccl/include", "nccl.h"),
-    ):
-        spec = importlib.util.find_spec(package)
-        places = [Path(place) / folder for place in (spec.submodule_search_locations or [])] if spec else []
-        found += [place for place in places if (place / header).is_file()][:1]
-    return found if len(found) == 2 else None
+    """Folders of headers, in the order to look into them.
+
+    CUDA's own wheel is of torch's version but lacks some that hardly change; Triton's, of another version, has all.
+    """
+    cuda = _folders_with("cuda_runtime_api.h", "nvidia", "cu*/include")
+    triton = _folders_with("crt/host_defines.h", "triton", "backends/nvidia/include")
+    nccl = _folders_with("nccl.h", "nvidia", "nccl/include")
+    return [*cuda[:1], triton[0], nccl[0]] if triton and nccl else None
+
+
+def _folders_with(header: str, package: str, folder: str) -> list[Path]:
+    """Folders of an installed package, given as a pattern, that hold the header."""
+    spec = importlib.util.find_spec(package)
+    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    return [found for place in places for found in sorted(place.glob(folder)) if (found / header).is_file()]
 
 
 def _cuda_version(headers: list[Path]) -> str:

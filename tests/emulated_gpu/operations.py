@@ -190,6 +190,12 @@ def _emulated(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """The operation, or what stands for it where the CPU has none."""
     if name in ("mm", "bmm") and func._overloadname == "dtype":  # out_dtype
         left, right, dtype = args
+        is_half = left.dtype in (torch.float16, torch.bfloat16)
+        if left.dtype != right.dtype or dtype not in (left.dtype, torch.float32 if is_half else left.dtype):
+            raise RuntimeError(
+                f"{func} of {left.dtype} and {right.dtype} to {dtype}: input dtypes must be the same, and "
+                "out_dtype theirs, or fp32 for fp16 and bf16"
+            )
         return getattr(torch, name)(left.to(dtype), right.to(dtype))
     if name == "batch_norm_stats":
         x, eps = args

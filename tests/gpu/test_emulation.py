@@ -22,6 +22,19 @@ def test_tensors_of_two_devices_are_refused() -> None:
     assert float((there * torch.tensor(2.0)).sum()) == 6, "scalars of the CPU are taken"
 
 
+def test_products_to_another_type_are_refused_as_on_a_gpu() -> None:
+    half, single = torch.ones(2, 3, 3, device="cuda", dtype=torch.bfloat16), torch.ones(2, 3, 3, device="cuda")
+    for product, left, right in ((torch.bmm, half, single), (torch.mm, half[0], single[0])):
+        assert product(left, left, out_dtype=torch.float32).dtype == torch.float32
+        for pair, dtype in (
+            ((left, right), torch.float32),
+            ((right, right), torch.float64),
+            ((left, left), torch.half),
+        ):
+            with pytest.raises(RuntimeError, match="must be the same"):
+                product(*pair, out_dtype=dtype)
+
+
 def test_an_asynchronous_copy_is_late() -> None:
     host = torch.zeros(3, pin_memory=True)
     before, after = torch.cuda.Event(), torch.cuda.Event()

