@@ -1,9 +1,9 @@
 """Hooks that turn a training step's forward and backward into the local Fisher factors (stages 1 and 2).
 
-A forward hook keeps the layer's input and puts a *tensor* hook on its output; the matrices are built when the
-output's gradient arrives. A tensor hook, unlike a full backward hook, allows in-place activations. Building A in the
-backward, too, means that a forward without a backward (evaluation, a probe, recomputation under activation
-checkpointing) leaves no trace.
+A forward hook keeps the layer's input and puts a hook on the graph's node that made its output; the matrices are built
+when that node gets the output's gradient, after all that hooks of others on the output make of it. Unlike a full
+backward hook, it allows in-place activations. Building A in the backward, too, means that a forward without a backward
+(evaluation, a probe, recomputation under activation checkpointing) leaves no trace.
 
 The input is kept as autograd keeps what it saves: activation checkpointing frees it until it is recomputed, and a
 change in place is found out. A copied or pickled model carries hooks that do nothing, and hooks go with the `Capture`.
@@ -158,14 +158,15 @@ class Capture:
         block = self._blocks[name]
         wanted = [matrix for matrix in block.factor_shapes if (name, matrix) in self._destinations]
         weight = block.parameters[0]
-        if wanted and module.training and output.requires_grad and output.numel() and weight.requires_grad:
+        node = output.grad_fn
+        if wanted and module.training and node is not None and output.numel() and weight.requires_grad:
             place = self._destinations[name, wanted[0]].device
             if output.device != place:
                 raise ValueError(
                     f"{name} computes on {output.device}, but the optimizer was made for a model on {place}: move the "
                     "model first, then make the optimizer (its state_dict can be loaded into the new one)"
                 )
-            output.register_hook(
+            node.register_prehook(
                 GradientHook(
                     self,
                     self._generation,
@@ -174,6 +175,7 @@ class Capture:
                     Saved.of(x),
                     self.num_samples,
                     get_gradient_edge(weight).node,
+                    output.output_nr,
                 )
             )
 

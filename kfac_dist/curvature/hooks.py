@@ -62,13 +62,14 @@ class LayerHook:
 
 
 class GradientHook:
-    """The hook on a layer's output, with what belongs to that call of the layer.
+    """The hook on the node that made a layer's output, with what belongs to that call of the layer.
 
     Attributes:
         block: The layer's block then.
         saved: The input, until it is taken.
         num_samples: N of the call, or None.
         accumulation: The node of the graph that adds to the weight's `.grad`.
+        output_number: Which of the node's outputs is the layer's.
         enclosing: The backward pass in which the call was computed again, if one.
         is_differentiated: Whether a backward pass that did not count can itself be differentiated.
     """
@@ -82,6 +83,7 @@ class GradientHook:
         saved: Tensor,
         num_samples: int | None,
         accumulation: Node,
+        output_number: int,
     ) -> None:
         self._capture = weakref.ref(capture)
         self.generation = generation
@@ -91,12 +93,13 @@ class GradientHook:
         self.saved: Tensor | None = saved
         self.num_samples = num_samples
         self.accumulation = accumulation
+        self.output_number = output_number
         self.enclosing = torch._C._current_graph_task_id()
         self.is_differentiated = False
 
-    def __call__(self, g: Tensor) -> None:
-        capture = self._capture()
-        if capture is not None:
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        capture, g = self._capture(), gradients[self.output_number]
+        if capture is not None and g is not None:
             capture.on_gradient(self, g)
 
     def take_input(self) -> Tensor:

@@ -33,6 +33,31 @@ def test_a_hook_that_replaces_the_output_may_be_older_or_younger():
     assert_same(recorders[2], recorders[0])
 
 
+@pytest.mark.parametrize("order", ["tensor", "layer before", "layer after"])
+def test_a_hook_that_changes_the_gradient_of_a_layers_output_counts(order):
+    """Defect: G was that of the gradient before hooks of `Tensor.register_hook`, the weight's gradient that after."""
+
+    class Halve(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.view_as(x))
+        backward = staticmethod(lambda ctx, g: g / 2)
+
+    x, y = batch()
+    model = small_cnn(inplace=False)
+    expected = Recorder(model)
+    F.cross_entropy(model[1:](Halve.apply(model[0](x))), y).backward()
+    expected.capture.close()
+    if order == "layer before":
+        model[0].register_full_backward_pre_hook(lambda layer, gradients: (gradients[0] / 2,))
+    recorder = Recorder(model)
+    if order == "layer after":
+        model[0].register_full_backward_pre_hook(lambda layer, gradients: (gradients[0] / 2,))
+    hidden = model[0](x)
+    if order == "tensor":
+        hidden.register_hook(lambda g: g / 2)
+    F.cross_entropy(model[1:](hidden), y).backward()
+    assert_same(recorder, expected)
+
+
 def attack(way, loss, x, weights):
     """A backward pass that computes the input's gradient and no weight's."""
     if way == "grad":
