@@ -157,27 +157,29 @@ class Capture:
             self._forget_if_dropped(name)
         block = self._blocks[name]
         wanted = [matrix for matrix in block.factor_shapes if (name, matrix) in self._destinations]
-        weight = block.parameters[0]
-        node = output.grad_fn
-        if wanted and module.training and node is not None and output.numel() and weight.requires_grad:
-            place = self._destinations[name, wanted[0]].device
-            if output.device != place:
-                raise ValueError(
-                    f"{name} computes on {output.device}, but the optimizer was made for a model on {place}: move the "
-                    "model first, then make the optimizer (its state_dict can be loaded into the new one)"
-                )
-            node.register_prehook(
-                GradientHook(
-                    self,
-                    self._generation,
-                    block,
-                    wanted,
-                    Saved.of(x),
-                    self.num_samples,
-                    get_gradient_edge(weight).node,
-                    output.output_nr,
-                )
+        weight, node = block.parameters[0], output.grad_fn
+        if not wanted or not module.training or node is None or not output.numel() or not weight.requires_grad:
+            return
+        if not block.is_in_place:  # torch.func.functional_call has put something else there
+            return
+        place = self._destinations[name, wanted[0]].device
+        if output.device != place:
+            raise ValueError(
+                f"{name} computes on {output.device}, but the optimizer was made for a model on {place}: move the "
+                "model first, then make the optimizer (its state_dict can be loaded into the new one)"
             )
+        node.register_prehook(
+            GradientHook(
+                self,
+                self._generation,
+                block,
+                wanted,
+                Saved.of(x),
+                self.num_samples,
+                get_gradient_edge(weight).node,
+                output.output_nr,
+            )
+        )
 
     def on_weight_gradient(self, name: str) -> None:
         """Called by the hook on the first parameter of the block: its `.grad` has been added up."""

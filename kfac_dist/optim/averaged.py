@@ -15,7 +15,7 @@ from kfac_dist.communicator import Communicator
 from kfac_dist.optim.agreement import agree_on_group, agree_on_step
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.gradient_messages import Message, cut_for_backward
-from kfac_dist.optim.guards import broadcast_model, check_arguments, placements, refuse_converted
+from kfac_dist.optim.guards import broadcast_model, check_arguments, placements, refuse_converted, refuse_replaced
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import rescale_weights_, rescaled_weights
@@ -96,6 +96,14 @@ class AveragedOptimizer(DistributedOptimizer):
             self._names = {id(parameter): name for name, parameter in model.named_parameters()}
             self._rescalable = list(rescaled_weights(model))
 
+    def _refuse_replaced(self) -> None:
+        """Refuse to train parameters that are not the model's any more."""
+        model = self._model()
+        held = self._names if model is None else {id(parameter) for parameter in model.parameters()}
+        for parameter in self._parameters():
+            if id(parameter) in self._names and id(parameter) not in held:
+                refuse_replaced(self._names[id(parameter)])
+
     def _parameters(self) -> list[Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
@@ -156,8 +164,8 @@ class AveragedOptimizer(DistributedOptimizer):
 
         Raises:
             TypeError: If a `torch.amp.GradScaler` drives it.
-            ValueError: If a gradient is sparse, the model was converted, or settings or what is frozen differ on other
-                ranks.
+            ValueError: If a gradient is sparse, the model was converted, its parameters were replaced, or settings or
+                what is frozen differ on other ranks.
             RuntimeError: After `close`.
         """
         self.refuse_closed()
@@ -167,6 +175,7 @@ class AveragedOptimizer(DistributedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         refuse_converted(self._parameters(), self._placements, self._names)
+        self._refuse_replaced()
         self._follow_freezing()
         self._messages.begin_step()
         agreed = agree_on_step(

@@ -18,7 +18,7 @@ from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedul
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.buffers import add_weight_decay
 from kfac_dist.optim.distributed_fisher import DistributedFisher
-from kfac_dist.optim.guards import broadcast_model, check_arguments, placements, refuse_converted
+from kfac_dist.optim.guards import broadcast_model, check_arguments, placements, refuse_converted, refuse_replaced
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.optim.shared_blocks import SharedBlocks
@@ -226,8 +226,9 @@ class KFAC(DistributedOptimizer):
 
         Raises:
             TypeError: If a `torch.amp.GradScaler` drives it.
-            ValueError: If a setting is out of range, a gradient is sparse, the model was converted, other parameters
-                are frozen on other ranks, or other settings or states are there.
+            ValueError: If a setting is out of range, a gradient is sparse, the model was converted, a layer's
+                parameters were replaced, other parameters are frozen on other ranks, or other settings or states are
+                there.
             RuntimeError: After `close`.
         """
         self.refuse_closed()
@@ -251,6 +252,9 @@ class KFAC(DistributedOptimizer):
         refuse_converted(self._parameters(), self._placements, self._names)
         self._messages.begin_step()
         self._follow_freezing()
+        for block in self.blocks:
+            if not block.is_in_place:
+                refuse_replaced(block.name)
         fisher, updates = self._fisher, self._shared.updates
         agreed, present = fisher.agree(self._parameters(), self._names, self._messages.was_overlapped, self._settings())
         moved = agreed.with_gradient

@@ -50,6 +50,13 @@ class Block(ABC):
         self.module = module
         self.parameters = list(parameters)
         self.num_values = sum(parameter.numel() for parameter in self.parameters)
+        own = {id(parameter) for parameter in self.parameters}
+        self._places = {place: p for place, p in module._parameters.items() if id(p) in own}
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the layer uses the block's parameters as it did: none was replaced, pruned or parametrized since."""
+        return all(self.module._parameters.get(place) is parameter for place, parameter in self._places.items())
 
     def is_like(self, other: "Block") -> bool:
         """Whether both are the same kind of block of the same parameters, so that one may go on for the other."""
@@ -154,6 +161,11 @@ class Block(ABC):
         Returns:
             A stack of the same shape.
         """
+
+
+def holds(module: nn.Module, parameter: Parameter) -> bool:
+    """Whether the parameter is the module's, under whichever name, or a part's of it such as a parametrization."""
+    return any(parameter is own for own in module.parameters())
 
 
 def weight_and_bias(module: nn.Module, parameters: Sequence[Parameter]) -> list[Parameter]:
