@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
-from kfac_dist.curvature.hooks import NO_GRAPH_TASK, GradientHook, GradientMark, LayerHook, Saved, will_run
+from kfac_dist.curvature.hooks import NO_GRAPH_TASK, Goes, GradientHook, LayerHook, Saved, gradient_goes
 from kfac_dist.tensors.full_precision import full_fp32_products
 
 
@@ -46,7 +46,7 @@ class Capture:
         self._destinations: Mapping[FactorKey, Tensor] = {}
         self._weights: dict[FactorKey, float] = {}  # of what each factor has so far: positions for G, else calls
         self._passes: dict[str, set[int]] = {}  # by block the backward passes that reached it
-        self._marked: set[str] = set()  # blocks whose first parameter was given a gradient
+        self._given: set[str] = set()  # blocks of which a pass captured something, or began to, and adds to `.grad`
         self._enclosing: dict[int, int] = {}  # of a backward pass within another one, that other one
         self._generation = 0
         self._handles: list[Any] = []
@@ -62,10 +62,6 @@ class Capture:
         for name, block in before.items():
             if self._blocks.get(name) is not block:
                 self._forget_block(name)
-        self._handles += [
-            block.parameters[0].register_post_accumulate_grad_hook(GradientMark(self, name))
-            for name, block in self._blocks.items()
-        ]
         self._handles += [
             # First of all, as the hooks of others may replace the layer's output.
             block.module.register_forward_hook(LayerHook(self, name), prepend=True, with_kwargs=True)
@@ -89,7 +85,7 @@ class Capture:
         self._weights = {}
         self._passes = {}
         self._enclosing = {}
-        self._marked = set()
+        self._given = set()
 
     def move(self, destinations: Mapping[FactorKey, Tensor]) -> None:
         """Go on at other places, with what was captured so far."""
@@ -99,18 +95,21 @@ class Capture:
         self._destinations = destinations
 
     def forget_dropped(self) -> None:
-        """Forget each block whose parameters' gradients were all set to None since its backward."""
-        for name in list(self.captured):
+        """Forget each block whose parameters' gradients were all set to None since its backward, or never came.
+
+        They do not where the pass ended in an exception, for want of memory say.
+        """
+        for name in list(self._given):
             self._forget_if_dropped(name)
 
     def _forget_if_dropped(self, name: str) -> None:
         # A gradient that torch.autograd.grad returned was never there, and is not gone.
-        if name in self._marked and all(parameter.grad is None for parameter in self._blocks[name].parameters):
+        if name in self._given and all(parameter.grad is None for parameter in self._blocks[name].parameters):
             self._forget_block(name)
 
     def _forget_block(self, name: str) -> None:
         self.captured.discard(name)
-        self._marked.discard(name)
+        self._given.discard(name)
         self._passes.pop(name, None)
         self._weights = {key: weight for key, weight in self._weights.items() if key[0] != name}
 
@@ -151,16 +150,12 @@ class Capture:
         Raises:
             ValueError: If the model was moved since.
         """
-        if (
-            name in self.captured and torch._C._current_graph_task_id() == NO_GRAPH_TASK
-        ):  # no recomputation amid a backward
+        if torch._C._current_graph_task_id() == NO_GRAPH_TASK:  # no recomputation amid a backward
             self._forget_if_dropped(name)
         block = self._blocks[name]
         wanted = [matrix for matrix in block.factor_shapes if (name, matrix) in self._destinations]
         weight, node = block.parameters[0], output.grad_fn
         if not wanted or not module.training or node is None or not output.numel() or not weight.requires_grad:
-            return
-        if not block.is_in_place:  # torch.func.functional_call has put something else there
             return
         place = self._destinations[name, wanted[0]].device
         if output.device != place:
@@ -168,6 +163,8 @@ class Capture:
                 f"{name} computes on {output.device}, but the optimizer was made for a model on {place}: move the "
                 "model first, then make the optimizer (its state_dict can be loaded into the new one)"
             )
+        if not block.is_in_place:  # torch.func.functional_call has put something else there
+            return
         node.register_prehook(
             GradientHook(
                 self,
@@ -181,16 +178,13 @@ class Capture:
             )
         )
 
-    def on_weight_gradient(self, name: str) -> None:
-        """Called by the hook on the first parameter of the block: its `.grad` has been added up."""
-        self._marked.add(name)
-
     def on_gradient(self, hook: "GradientHook", g: Tensor) -> None:
         """Called by the output's hook: build the matrices of one call of the layer."""
         block = hook.block
         if hook.generation != self._generation or self._blocks.get(hook.name) is not block:
             return
-        if not will_run(hook.accumulation):
+        goes = gradient_goes(hook.accumulation)
+        if goes is Goes.NOWHERE:
             hook.is_differentiated |= torch.is_grad_enabled()
             return
         if hook.saved is None or hook.is_differentiated:
@@ -202,6 +196,8 @@ class Capture:
         x = hook.take_input()
         graph_task = torch._C._current_graph_task_id()
         self._passes.setdefault(hook.name, set()).add(graph_task)
+        if goes is Goes.TO_GRAD:
+            self._given.add(hook.name)
         if hook.enclosing not in (NO_GRAPH_TASK, graph_task):
             self._enclosing[graph_task] = hook.enclosing
         num_samples = hook.num_samples

@@ -332,6 +332,34 @@ def test_a_layer_whose_gradients_were_dropped_last_gives_no_factors() -> None:
     assert {name.split(".")[0] for name in running(optimizer)} == {"0", "1"}
 
 
+@pytest.mark.parametrize("where", ["layer", "capture"])
+def test_a_pass_that_failed_and_was_dropped_by_the_model_leaves_no_factors(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loops that skip a batch for which memory was short. Defect: the next pass was counted as the second."""
+    nets = make_net(), make_net()
+    clean, failing = (make_kfac(net, momentum=0.0) for net in nets)
+    nets[1][1].momentum = 0.0
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError
+
+    x, y = make_batch(9)
+    out = nets[1](x)
+    with monkeypatch.context() as context:
+        if where == "layer":
+            out.grad_fn.register_prehook(fail)
+        else:
+            context.setattr(type(failing.blocks[2]), "output_moment", fail)
+        with pytest.raises(MemoryError):
+            F.cross_entropy(out, y).backward()
+    nets[1].zero_grad()
+    for net, optimizer in zip(nets, (clean, failing), strict=True):
+        backward(net)
+        optimizer.step()
+    assert_equal(weights(nets[1]), weights(nets[0]))
+
+
 def test_gradients_that_autograd_returns_were_not_dropped() -> None:
     """Two passes whose gradients are added up by hand equal two backward passes."""
     nets = make_net(), make_net()
@@ -427,9 +455,9 @@ def test_a_models_copy_has_no_hooks_of_the_optimizer() -> None:
     optimizer = make_kfac(net)
     copied = copy.deepcopy(net)
     backward(copied)
-    assert not optimizer._fisher.capture._marked
+    assert not optimizer._fisher.capture._given
     backward(net)
-    assert optimizer._fisher.capture._marked == {"0", "1", "4"}
+    assert optimizer._fisher.capture._given == {"0", "1", "4"}
 
 
 # Settings --------------------------------------------------------------------------------------------------
