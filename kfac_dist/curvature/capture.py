@@ -193,7 +193,7 @@ class Capture:
                 "whole loss at once: add the losses up and call backward once; where the loss holds a gradient itself "
                 "(a gradient penalty), leave the layer out with skip"
             )
-        x = hook.take_input()
+        x, g = block.batched(hook.take_input(), g)
         graph_task = torch._C._current_graph_task_id()
         self._passes.setdefault(hook.name, set()).add(graph_task)
         if goes is Goes.TO_GRAD:

@@ -87,13 +87,17 @@ class Block(ABC):
         """Whether K-FAC covers the layer."""
         return not self.reason
 
+    def batched(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """A call's input and output gradient with a first dimension of samples, where it had none."""
+        return x, g
+
     @abstractmethod
     def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         """The matrix as one call of the layer in training mode gives it.
 
         Args:
             matrix: A key of `factor_shapes`.
-            x: The call's input.
+            x: The call's input, samples first.
             g: Gradient of the mean loss at the call's output, in the precision that the layer ran in.
             num_samples: N where it is not the size of the first dimension; BatchNorm's always is.
 
@@ -106,7 +110,7 @@ class Block(ABC):
 
         Args:
             matrix: A key of `factor_shapes`.
-            x: The call's input.
+            x: The call's input, samples first.
             g: Gradient of the mean loss at the call's output.
             num_samples: N where it is not the size of the first dimension, or None.
             out: (count·n(n+1)/2,), contiguous, of any precision; overwritten.
@@ -120,7 +124,7 @@ class Block(ABC):
 
         Args:
             matrix: A key of `factor_shapes`.
-            x: The call's input.
+            x: The call's input, samples first.
             g: Gradient of the mean loss over *all* samples at the call's output.
             num_samples: N where it is not the size of the first dimension, or None.
             fraction: Of the samples, in (0, 1].

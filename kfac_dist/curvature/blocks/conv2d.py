@@ -38,6 +38,4 @@ class Conv2dBlock(KroneckerBlock):
         if matrix != "A" or not shifts.pays(x, self.patches):
             super().pack_factor(matrix, x, g, num_samples, out)
             return
-        if x.dim() == self.sample_dims:
-            x, g = x[None], g[None]
         shifts.pack_patch_moment(x.to(g.dtype), self.has_bias, 1 / (num_samples or g.shape[0]), out)
