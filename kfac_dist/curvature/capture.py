@@ -155,9 +155,11 @@ class Capture:
         block = self._blocks[name]
         wanted = [matrix for matrix in block.factor_shapes if (name, matrix) in self._destinations]
         weight, node = block.parameters[0], output.grad_fn
-        if not wanted or not module.training or node is None or not output.numel() or not weight.requires_grad:
+        if not self._destinations or not module.training or node is None:
             return
-        place = self._destinations[name, wanted[0]].device
+        if not output.numel() or not weight.requires_grad:
+            return
+        place = next(iter(self._destinations.values())).device
         if output.device != place:
             raise ValueError(
                 f"{name} computes on {output.device}, but the optimizer was made for a model on {place}: move the "
@@ -171,7 +173,7 @@ class Capture:
                 self._generation,
                 block,
                 wanted,
-                Saved.of(x),
+                Saved.of(x) if wanted else None,  # else its passes are counted, on which the others' scale depends
                 self.num_samples,
                 get_gradient_edge(weight).node,
                 output.output_nr,
@@ -187,19 +189,21 @@ class Capture:
         if goes is Goes.NOWHERE:
             hook.is_differentiated |= torch.is_grad_enabled()
             return
-        if hook.saved is None or hook.is_differentiated:
+        if hook.wanted and (hook.saved is None or hook.is_differentiated):
             raise RuntimeError(
                 f"{hook.name}: a second backward pass went through one forward pass. K-FAC needs the gradient of the "
                 "whole loss at once: add the losses up and call backward once; where the loss holds a gradient itself "
                 "(a gradient penalty), leave the layer out with skip"
             )
-        x, g = block.batched(hook.take_input(), g)
         graph_task = torch._C._current_graph_task_id()
         self._passes.setdefault(hook.name, set()).add(graph_task)
         if goes is Goes.TO_GRAD:
             self._given.add(hook.name)
         if hook.enclosing not in (NO_GRAPH_TASK, graph_task):
             self._enclosing[graph_task] = hook.enclosing
+        if not hook.wanted:
+            return
+        x, g = block.batched(hook.take_input(), g)
         num_samples = hook.num_samples
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_fp32_products():
             for matrix in hook.wanted:

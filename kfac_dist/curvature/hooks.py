@@ -64,7 +64,7 @@ class GradientHook:
 
     Attributes:
         block: The layer's block then.
-        saved: The input, until it is taken.
+        saved: The input, until it is taken, where a matrix is wanted.
         num_samples: N of the call, or None.
         accumulation: The node of the graph that adds to the weight's `.grad`.
         output_number: Which of the node's outputs is the layer's.
@@ -78,7 +78,7 @@ class GradientHook:
         generation: int,
         block: Block,
         wanted: Sequence[str],
-        saved: Tensor,
+        saved: Tensor | None,
         num_samples: int | None,
         accumulation: Node,
         output_number: int,

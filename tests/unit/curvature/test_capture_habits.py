@@ -160,6 +160,24 @@ def test_a_layer_used_twice_under_checkpointing_counts_one_pass(use_reentrant, n
     assert_same(run(Recorder, True), run(Recorder, False))
 
 
+def test_a_pass_counts_where_it_reaches_nothing_that_is_due():
+    """A head for each of two micro-batches. Defect: G and A were scaled as if there had been one pass."""
+    recorders = []
+    for due in (("trunk", "first", "second"), ("first", "second")):
+        model = seeded(nn.ModuleDict({"trunk": nn.Linear(3, 4), "first": nn.Linear(4, 2), "second": nn.Linear(4, 2)}))
+        recorder = Recorder(model)
+        recorder.raw = {key: values for key, values in recorder.raw.items() if key[0] in due}
+        recorder.capture.begin(recorder.raw)
+        for seed, head in enumerate(("first", "second")):
+            loss = F.cross_entropy(model[head](model["trunk"](random(5, 3, seed=seed))), torch.tensor([0, 1, 0, 1, 1]))
+            (loss / 2).backward()
+        assert recorder.capture.num_passes == 2
+        recorders.append(recorder)
+    del recorders[0].raw["trunk", "A"], recorders[0].raw["trunk", "G"]
+    recorders[0].capture.move(recorders[0].raw)
+    assert_same(*recorders)
+
+
 def test_num_samples_is_that_of_the_forward():
     def run(forwards_first):
         model = seeded(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
