@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
+from kfac_dist.curvature.blocks.base import holds
 from kfac_dist.optim.agreement import agree_on_group, agree_on_step
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.gradient_messages import Message, cut_for_backward
@@ -95,13 +96,21 @@ class AveragedOptimizer(DistributedOptimizer):
         if model is not None:
             self._names = {id(parameter): name for name, parameter in model.named_parameters()}
             self._rescalable = list(rescaled_weights(model))
+            self._places = [
+                (weakref.ref(module), place, parameter)
+                for module in model.modules()
+                for place, parameter in module._parameters.items()
+                if parameter is not None
+            ]
 
     def _refuse_replaced(self) -> None:
-        """Refuse to train parameters that are not the model's any more."""
-        model = self._model()
-        held = self._names if model is None else {id(parameter) for parameter in model.parameters()}
-        for parameter in self._parameters():
-            if id(parameter) in self._names and id(parameter) not in held:
+        """Refuse to train parameters in whose place a layer has others now; a layer that is gone does no harm."""
+        model, given = self._model(), {id(parameter) for parameter in self._parameters()}
+        for layer, place, parameter in self._places:
+            module = layer()
+            if module is None or module._parameters.get(place) is parameter or id(parameter) not in given:
+                continue
+            if model is not None and not holds(model, parameter):
                 refuse_replaced(self._names[id(parameter)])
 
     def _parameters(self) -> list[Parameter]:

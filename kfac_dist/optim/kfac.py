@@ -69,7 +69,7 @@ class KFAC(DistributedOptimizer):
 
     `lr`, `momentum`, `damping`, `batchnorm_damping_ratio`, `weight_decay` and `weight_rescaling` are settings of
     parameter groups and are read at every step, so that learning-rate schedulers work; a layer takes its damping
-    from the group of its first parameter.
+    from the group of its first parameter, whenever its matrices are refreshed.
 
     As in torch, a parameter that has no gradient (None, on any rank) stays as it is, and so does all else if none has
     one. A layer that is frozen keeps its momentum and its Fisher for when it returns with the same parameters trained.

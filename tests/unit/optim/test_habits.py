@@ -127,6 +127,21 @@ def test_a_layer_whose_parameters_are_others_than_before_is_refused(kind: type[K
         train(net, optimizer)
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_layer_that_the_model_gave_up_does_no_harm(kind: type[KFAC | SGD]) -> None:
+    """An auxiliary head."""
+    net = make_net()
+    net.append(nn.Linear(4, 4).double())
+    optimizer = make(kind, net)
+    train(net, optimizer)
+    head = net[5] if kind is KFAC else None
+    del net[5]
+    before = weights(net)
+    train(net, optimizer)
+    assert not torch.equal(weights(net)[0], before[0])
+    assert head is None or head.weight.grad is None
+
+
 def test_a_layer_with_a_plain_gradient_may_be_pruned_and_parametrized() -> None:
     net = make_net()
     optimizer = make_kfac(net, skip=["0", "4"])
