@@ -1,9 +1,9 @@
 """Hooks that turn a training step's forward and backward into the local Fisher factors (stages 1 and 2).
 
-A forward hook keeps the layer's input and puts a *tensor* hook on its output; the matrices are built when the
-output's gradient arrives. A tensor hook, unlike a full backward hook, allows in-place activations. Building A in the
-backward, too, means that a forward without a backward (evaluation, a probe, recomputation under activation
-checkpointing) leaves no trace.
+A forward hook keeps the layer's input and puts a hook on the graph's node that made its output; the matrices are built
+when that node gets the output's gradient, after all that hooks of others on the output make of it. Unlike a full
+backward hook, it allows in-place activations. Building A in the backward, too, means that a forward without a backward
+(evaluation, a probe, recomputation under activation checkpointing) leaves no trace.
 
 The input is kept as autograd keeps what it saves: activation checkpointing frees it until it is recomputed, and a
 change in place is found out. A copied or pickled model carries hooks that do nothing, and hooks go with the `Capture`.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from kfac_dist.curvature.blocks.base import Block, FactorKey
-from kfac_dist.curvature.hooks import NO_GRAPH_TASK, GradientHook, GradientMark, LayerHook, Saved, will_run
+from kfac_dist.curvature.hooks import NO_GRAPH_TASK, Goes, GradientHook, LayerHook, Saved, gradient_goes
 from kfac_dist.tensors.full_precision import full_fp32_products
 
 
@@ -46,7 +46,7 @@ class Capture:
         self._destinations: Mapping[FactorKey, Tensor] = {}
         self._weights: dict[FactorKey, float] = {}  # of what each factor has so far: positions for G, else calls
         self._passes: dict[str, set[int]] = {}  # by block the backward passes that reached it
-        self._marked: set[str] = set()  # blocks whose first parameter was given a gradient
+        self._given: set[str] = set()  # blocks of which a pass captured something, or began to, and adds to `.grad`
         self._enclosing: dict[int, int] = {}  # of a backward pass within another one, that other one
         self._generation = 0
         self._handles: list[Any] = []
@@ -62,10 +62,6 @@ class Capture:
         for name, block in before.items():
             if self._blocks.get(name) is not block:
                 self._forget_block(name)
-        self._handles += [
-            block.parameters[0].register_post_accumulate_grad_hook(GradientMark(self, name))
-            for name, block in self._blocks.items()
-        ]
         self._handles += [
             # First of all, as the hooks of others may replace the layer's output.
             block.module.register_forward_hook(LayerHook(self, name), prepend=True, with_kwargs=True)
@@ -89,7 +85,7 @@ class Capture:
         self._weights = {}
         self._passes = {}
         self._enclosing = {}
-        self._marked = set()
+        self._given = set()
 
     def move(self, destinations: Mapping[FactorKey, Tensor]) -> None:
         """Go on at other places, with what was captured so far."""
@@ -99,18 +95,21 @@ class Capture:
         self._destinations = destinations
 
     def forget_dropped(self) -> None:
-        """Forget each block whose parameters' gradients were all set to None since its backward."""
-        for name in list(self.captured):
+        """Forget each block whose parameters' gradients were all set to None since its backward, or never came.
+
+        They do not where the pass ended in an exception, for want of memory say.
+        """
+        for name in list(self._given):
             self._forget_if_dropped(name)
 
     def _forget_if_dropped(self, name: str) -> None:
         # A gradient that torch.autograd.grad returned was never there, and is not gone.
-        if name in self._marked and all(parameter.grad is None for parameter in self._blocks[name].parameters):
+        if name in self._given and all(parameter.grad is None for parameter in self._blocks[name].parameters):
             self._forget_block(name)
 
     def _forget_block(self, name: str) -> None:
         self.captured.discard(name)
-        self._marked.discard(name)
+        self._given.discard(name)
         self._passes.pop(name, None)
         self._weights = {key: weight for key, weight in self._weights.items() if key[0] != name}
 
@@ -151,55 +150,60 @@ class Capture:
         Raises:
             ValueError: If the model was moved since.
         """
-        if (
-            name in self.captured and torch._C._current_graph_task_id() == NO_GRAPH_TASK
-        ):  # no recomputation amid a backward
+        if torch._C._current_graph_task_id() == NO_GRAPH_TASK:  # no recomputation amid a backward
             self._forget_if_dropped(name)
         block = self._blocks[name]
         wanted = [matrix for matrix in block.factor_shapes if (name, matrix) in self._destinations]
-        weight = block.parameters[0]
-        if wanted and module.training and output.requires_grad and output.numel() and weight.requires_grad:
-            place = self._destinations[name, wanted[0]].device
-            if output.device != place:
-                raise ValueError(
-                    f"{name} computes on {output.device}, but the optimizer was made for a model on {place}: move the "
-                    "model first, then make the optimizer (its state_dict can be loaded into the new one)"
-                )
-            output.register_hook(
-                GradientHook(
-                    self,
-                    self._generation,
-                    block,
-                    wanted,
-                    Saved.of(x),
-                    self.num_samples,
-                    get_gradient_edge(weight).node,
-                )
+        weight, node = block.parameters[0], output.grad_fn
+        if not self._destinations or not module.training or node is None:
+            return
+        if not output.numel() or not weight.requires_grad:
+            return
+        place = next(iter(self._destinations.values())).device
+        if output.device != place:
+            raise ValueError(
+                f"{name} computes on {output.device}, but the optimizer was made for a model on {place}: move the "
+                "model first, then make the optimizer (its state_dict can be loaded into the new one)"
             )
-
-    def on_weight_gradient(self, name: str) -> None:
-        """Called by the hook on the first parameter of the block: its `.grad` has been added up."""
-        self._marked.add(name)
+        if not block.is_in_place:  # torch.func.functional_call has put something else there
+            return
+        node.register_prehook(
+            GradientHook(
+                self,
+                self._generation,
+                block,
+                wanted,
+                Saved.of(x) if wanted else None,  # else its passes are counted, on which the others' scale depends
+                self.num_samples,
+                get_gradient_edge(weight).node,
+                output.output_nr,
+            )
+        )
 
     def on_gradient(self, hook: "GradientHook", g: Tensor) -> None:
         """Called by the output's hook: build the matrices of one call of the layer."""
         block = hook.block
         if hook.generation != self._generation or self._blocks.get(hook.name) is not block:
             return
-        if not will_run(hook.accumulation):
+        goes = gradient_goes(hook.accumulation)
+        if goes is Goes.NOWHERE:
             hook.is_differentiated |= torch.is_grad_enabled()
             return
-        if hook.saved is None or hook.is_differentiated:
+        if hook.wanted and (hook.saved is None or hook.is_differentiated):
             raise RuntimeError(
                 f"{hook.name}: a second backward pass went through one forward pass. K-FAC needs the gradient of the "
                 "whole loss at once: add the losses up and call backward once; where the loss holds a gradient itself "
                 "(a gradient penalty), leave the layer out with skip"
             )
-        x = hook.take_input()
         graph_task = torch._C._current_graph_task_id()
         self._passes.setdefault(hook.name, set()).add(graph_task)
+        if goes is Goes.TO_GRAD:
+            self._given.add(hook.name)
         if hook.enclosing not in (NO_GRAPH_TASK, graph_task):
             self._enclosing[graph_task] = hook.enclosing
+        if not hook.wanted:
+            return
+        x, g = block.batched(hook.take_input(), g)
         num_samples = hook.num_samples
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), full_fp32_products():
             for matrix in hook.wanted:

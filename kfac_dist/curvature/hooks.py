@@ -1,7 +1,8 @@
-"""The hooks on a layer, on its output and on its weight. What comes of them is up to the `Capture` that they tell."""
+"""The hooks on a layer and on its output. What comes of them is up to the `Capture` that they tell."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum, auto
 from typing import Any, Protocol
 
 import torch
@@ -22,9 +23,6 @@ class Listener(Protocol):
 
     def on_gradient(self, hook: "GradientHook", g: Tensor) -> None:
         """The gradient of a layer's output is there."""
-
-    def on_weight_gradient(self, name: str) -> None:
-        """The `.grad` of a layer's first parameter has been added up."""
 
 
 @not_compiled
@@ -62,13 +60,14 @@ class LayerHook:
 
 
 class GradientHook:
-    """The hook on a layer's output, with what belongs to that call of the layer.
+    """The hook on the node that made a layer's output, with what belongs to that call of the layer.
 
     Attributes:
         block: The layer's block then.
-        saved: The input, until it is taken.
+        saved: The input, until it is taken, where a matrix is wanted.
         num_samples: N of the call, or None.
         accumulation: The node of the graph that adds to the weight's `.grad`.
+        output_number: Which of the node's outputs is the layer's.
         enclosing: The backward pass in which the call was computed again, if one.
         is_differentiated: Whether a backward pass that did not count can itself be differentiated.
     """
@@ -79,9 +78,10 @@ class GradientHook:
         generation: int,
         block: Block,
         wanted: Sequence[str],
-        saved: Tensor,
+        saved: Tensor | None,
         num_samples: int | None,
         accumulation: Node,
+        output_number: int,
     ) -> None:
         self._capture = weakref.ref(capture)
         self.generation = generation
@@ -91,12 +91,13 @@ class GradientHook:
         self.saved: Tensor | None = saved
         self.num_samples = num_samples
         self.accumulation = accumulation
+        self.output_number = output_number
         self.enclosing = torch._C._current_graph_task_id()
         self.is_differentiated = False
 
-    def __call__(self, g: Tensor) -> None:
-        capture = self._capture()
-        if capture is not None:
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        capture, g = self._capture(), gradients[self.output_number]
+        if capture is not None and g is not None:
             capture.on_gradient(self, g)
 
     def take_input(self) -> Tensor:
@@ -119,19 +120,6 @@ class GradientHook:
         return x
 
 
-class GradientMark:
-    """The hook on a parameter that has been given its gradient."""
-
-    def __init__(self, capture: Listener, name: str) -> None:
-        self._capture = weakref.ref(capture)
-        self._name = name
-
-    def __call__(self, parameter: Tensor) -> None:
-        capture = self._capture()
-        if capture is not None:
-            capture.on_weight_gradient(self._name)
-
-
 class Saved(torch.autograd.Function):
     """Keeps a tensor the way autograd keeps what a layer saves: hooks on saved tensors apply, versions are checked."""
 
@@ -151,12 +139,18 @@ class Saved(torch.autograd.Function):
         return None, None
 
 
-def will_run(accumulation: Node) -> bool:
-    """Whether the backward pass that is running computes the gradient that this node adds to a weight's `.grad`."""
+class Goes(Enum):
+    """What becomes of a weight's gradient in the backward pass that is running."""
+
+    NOWHERE = auto()
+    TO_GRAD = auto()
+    TO_CALLER = auto()
+
+
+def gradient_goes(accumulation: Node) -> Goes:
+    """What becomes of the gradient that this node of the graph adds to a weight's `.grad`."""
     will_run: Callable[[Node], bool] | None = getattr(torch._C, "_will_engine_execute_node", None)
-    if will_run is None:
-        return True
     try:
-        return will_run(accumulation)
+        return Goes.TO_GRAD if will_run is None or will_run(accumulation) else Goes.NOWHERE
     except RuntimeError:  # `autograd.grad` for the weight returns the gradient in place of adding it
-        return True
+        return Goes.TO_CALLER

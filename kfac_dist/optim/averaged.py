@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
+from kfac_dist.curvature.blocks.base import holds
 from kfac_dist.optim.agreement import agree_on_group, agree_on_step
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.gradient_messages import Message, cut_for_backward
-from kfac_dist.optim.guards import check_arguments, placements, refuse_converted
+from kfac_dist.optim.guards import check_arguments, placements, refuse_converted, refuse_replaced
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.optim.update import rescale_weights_, rescaled_weights
@@ -103,6 +104,22 @@ class AveragedOptimizer(DistributedOptimizer):
         if model is not None:
             self._names = {id(parameter): name for name, parameter in model.named_parameters()}
             self._rescalable = list(rescaled_weights(model))
+            self._places = [
+                (weakref.ref(module), place, parameter)
+                for module in model.modules()
+                for place, parameter in module._parameters.items()
+                if parameter is not None
+            ]
+
+    def _refuse_replaced(self) -> None:
+        """Refuse to train parameters in whose place a layer has others now; a layer that is gone does no harm."""
+        model, given = self._model(), {id(parameter) for parameter in self._parameters()}
+        for layer, place, parameter in self._places:
+            module = layer()
+            if module is None or module._parameters.get(place) is parameter or id(parameter) not in given:
+                continue
+            if model is not None and not holds(model, parameter):
+                refuse_replaced(self._names[id(parameter)])
 
     def _parameters(self) -> list[Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -164,8 +181,8 @@ class AveragedOptimizer(DistributedOptimizer):
 
         Raises:
             TypeError: If a `torch.amp.GradScaler` drives it.
-            ValueError: If a gradient is sparse, the model was converted, or settings or what is frozen differ on other
-                ranks.
+            ValueError: If a gradient is sparse, the model was converted, its parameters were replaced, or settings or
+                what is frozen differ on other ranks.
             RuntimeError: After `close`.
         """
         self.refuse_closed()
@@ -175,6 +192,7 @@ class AveragedOptimizer(DistributedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         refuse_converted(self._parameters(), self._placements, self._names)
+        self._refuse_replaced()
         self._follow_freezing()
         self._messages.begin_step()
         agreed = agree_on_step(

@@ -91,6 +91,21 @@ def refuse_converted(parameters: Sequence[Parameter], made_for: Sequence[Placeme
             )
 
 
+def refuse_replaced(name: str) -> None:
+    """Refuse to train what the model uses no longer, or otherwise than when the optimizer was made.
+
+    Args:
+        name: Of the layer or parameter.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"{name} was replaced (load_state_dict(assign=True), an assigned Parameter, …), pruned or parametrized since "
+        "the optimizer was made: do that first, then make the optimizer"
+    )
+
+
 def refuse_sparse(name: str, gradient: Tensor) -> None:
     """Refuse a sparse gradient.
 

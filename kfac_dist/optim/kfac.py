@@ -1,7 +1,7 @@
 """Distributed K-FAC as a `torch.optim.Optimizer`: stages 3 to 6 of Algorithm 1 (CVPR 2019)."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -18,7 +18,7 @@ from kfac_dist.curvature.refresh_schedule import IntervalRefresh, RefreshSchedul
 from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.buffers import add_weight_decay
 from kfac_dist.optim.distributed_fisher import DistributedFisher
-from kfac_dist.optim.guards import check_arguments, placements, refuse_converted
+from kfac_dist.optim.guards import check_arguments, placements, refuse_converted, refuse_replaced
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.optim.settings import refuse_as_attributes
 from kfac_dist.optim.shared_blocks import SharedBlocks
@@ -69,7 +69,7 @@ class KFAC(DistributedOptimizer):
 
     `lr`, `momentum`, `damping`, `batchnorm_damping_ratio`, `weight_decay` and `weight_rescaling` are settings of
     parameter groups and are read at every step, so that learning-rate schedulers work; a layer takes its damping
-    from the group of its first parameter.
+    from the group of its first parameter, whenever its matrices are refreshed.
 
     As in torch, a parameter that has no gradient (None, on any rank) stays as it is, and so does all else if none has
     one. A layer that is frozen keeps its momentum and its Fisher for when it returns with the same parameters trained.
@@ -238,8 +238,9 @@ class KFAC(DistributedOptimizer):
 
         Raises:
             TypeError: If a `torch.amp.GradScaler` drives it.
-            ValueError: If a setting is out of range, a gradient is sparse, the model was converted, other parameters
-                are frozen on other ranks, or other settings or states are there.
+            ValueError: If a setting is out of range, a gradient is sparse, the model was converted, a layer's
+                parameters were replaced, other parameters are frozen on other ranks, or other settings or states are
+                there.
             RuntimeError: After `close`.
         """
         self.refuse_closed()
@@ -263,6 +264,9 @@ class KFAC(DistributedOptimizer):
         refuse_converted(self._parameters(), self._placements, self._names)
         self._messages.begin_step()
         self._follow_freezing()
+        for block in self.blocks:
+            if not block.is_in_place:
+                refuse_replaced(block.name)
         fisher, updates = self._fisher, self._shared.updates
         agreed, present = fisher.agree(self._parameters(), self._names, self._messages.was_overlapped, self._settings())
         moved = agreed.with_gradient
@@ -463,11 +467,23 @@ class KFAC(DistributedOptimizer):
         if curvature_state is None:
             raise ValueError('the state has no "kfac" entry: it was not saved by a KFAC optimizer')
         self._fisher.check_state(curvature_state)
+        self._check_order(state["param_groups"])
         super().load_state_dict(state)
         self._index_groups()
         self._fisher.load_state_dict(curvature_state, self._device, self._dtype)
         # The buffers are laid out by the state's owners.
         self._hook_gradients(self._shared.buffers.messages, self._comm_dtypes.gradients, self._names)
+
+    def _check_order(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a state whose parameters are in another order, by which torch gives each its momentum."""
+        for group, saved in zip(self.param_groups, groups, strict=False):
+            pairs = zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False)
+            for here, there in pairs:
+                if here != there:
+                    raise ValueError(
+                        f"the state's parameters are in another order than this optimizer's: {there} in the place of "
+                        f"{here}. Build the model's layers, or the groups, in the same order before load_state_dict"
+                    )
 
 
 def _refresh_schedule(refresh: RefreshSchedule | int) -> RefreshSchedule:

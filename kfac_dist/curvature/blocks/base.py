@@ -50,6 +50,13 @@ class Block(ABC):
         self.module = module
         self.parameters = list(parameters)
         self.num_values = sum(parameter.numel() for parameter in self.parameters)
+        own = {id(parameter) for parameter in self.parameters}
+        self._places = {place: p for place, p in module._parameters.items() if id(p) in own}
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the layer uses the block's parameters as it did: none was replaced, pruned or parametrized since."""
+        return all(self.module._parameters.get(place) is parameter for place, parameter in self._places.items())
 
     def is_like(self, other: "Block") -> bool:
         """Whether both are the same kind of block of the same parameters, so that one may go on for the other."""
@@ -80,13 +87,17 @@ class Block(ABC):
         """Whether K-FAC covers the layer."""
         return not self.reason
 
+    def batched(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """A call's input and output gradient with a first dimension of samples, where it had none."""
+        return x, g
+
     @abstractmethod
     def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         """The matrix as one call of the layer in training mode gives it.
 
         Args:
             matrix: A key of `factor_shapes`.
-            x: The call's input.
+            x: The call's input, samples first.
             g: Gradient of the mean loss at the call's output, in the precision that the layer ran in.
             num_samples: N where it is not the size of the first dimension; BatchNorm's always is.
 
@@ -99,7 +110,7 @@ class Block(ABC):
 
         Args:
             matrix: A key of `factor_shapes`.
-            x: The call's input.
+            x: The call's input, samples first.
             g: Gradient of the mean loss at the call's output.
             num_samples: N where it is not the size of the first dimension, or None.
             out: (count·n(n+1)/2,), contiguous, of any precision; overwritten.
@@ -113,7 +124,7 @@ class Block(ABC):
 
         Args:
             matrix: A key of `factor_shapes`.
-            x: The call's input.
+            x: The call's input, samples first.
             g: Gradient of the mean loss over *all* samples at the call's output.
             num_samples: N where it is not the size of the first dimension, or None.
             fraction: Of the samples, in (0, 1].
@@ -154,6 +165,11 @@ class Block(ABC):
         Returns:
             A stack of the same shape.
         """
+
+
+def holds(module: nn.Module, parameter: Parameter) -> bool:
+    """Whether the parameter is the module's, under whichever name, or a part's of it such as a parametrization."""
+    return any(parameter is own for own in module.parameters())
 
 
 def weight_and_bias(module: nn.Module, parameters: Sequence[Parameter]) -> list[Parameter]:

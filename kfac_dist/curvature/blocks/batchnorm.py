@@ -27,7 +27,7 @@ class BatchNormBlock(Block):
     ):
         super().__init__(name, module, weight_and_bias(module, parameters))
         self.form: BatchNormForm = form
-        self.eps = module.eps
+        self.module: nn.BatchNorm1d | nn.BatchNorm2d = module
         self.factor_shapes = {"F": stack_shape(module.num_features, form)}
 
     @classmethod
@@ -43,7 +43,7 @@ class BatchNormBlock(Block):
         return "scale or shift is frozen or not given to the optimizer"
 
     def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
-        return batchnorm_fisher(x, g, self.eps, self.form)
+        return batchnorm_fisher(x, g, self.module.eps, self.form)
 
     @staticmethod
     def shifts(mean_diagonals: Matrices, damping: Tensor) -> Matrices:

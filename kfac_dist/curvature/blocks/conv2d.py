@@ -18,7 +18,12 @@ class Conv2dBlock(KroneckerBlock):
 
     def __init__(self, name: str, module: nn.Conv2d, parameters: Sequence[Parameter]):
         super().__init__(name, module, parameters, module.groups)
-        self.patches = Patches.of(module)
+        self.module: nn.Conv2d = module
+
+    @property
+    def patches(self) -> Patches:
+        """As the layer's settings are now, which users change: stride and padding, of a backbone say."""
+        return Patches.of(self.module)
 
     def feature_rows(self, values: Tensor) -> Tensor:
         return pixel_rows(values, self.groups)
@@ -33,6 +38,4 @@ class Conv2dBlock(KroneckerBlock):
         if matrix != "A" or not autocorrelation.pays(x, self.patches):
             super().pack_factor(matrix, x, g, num_samples, out)
             return
-        if x.dim() == self.sample_dims:
-            x, g = x[None], g[None]
         autocorrelation.pack_patch_moment(x.to(g.dtype), self.has_bias, 1 / (num_samples or g.shape[0]), out)

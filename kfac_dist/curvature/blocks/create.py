@@ -98,6 +98,8 @@ def _create_block(
         reason = f"{type(module).__name__} has no K-FAC form here"
     elif tied:
         reason = "a parameter is shared with another layer"
+    elif "forward" in vars(module):
+        reason = "its forward was replaced"
     else:
         reason = block_type.why_not(module, own)
     if reason or block_type is None:

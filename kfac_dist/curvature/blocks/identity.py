@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from kfac_dist.curvature.blocks.base import Block, Matrices
+from kfac_dist.curvature.blocks.base import Block, Matrices, holds
 from kfac_dist.curvature.solvers import Solver
 
 
@@ -18,6 +18,10 @@ class IdentityBlock(Block):
         super().__init__(name, module, parameters)
         self.reason = reason
         self.factor_shapes = {}
+
+    @property
+    def is_in_place(self) -> bool:
+        return super().is_in_place or all(holds(self.module, parameter) for parameter in self.parameters)
 
     def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
         raise AssertionError(f"{self.name} has no Fisher matrices")

@@ -68,9 +68,10 @@ class KroneckerBlock(Block):
         """Σ_n Σ_t g gᵀ of the gradients at the layer's output, (groups, n, n)."""
         return second_moment(self.feature_rows(g))
 
+    def batched(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return (x[None], g[None]) if x.dim() == self.sample_dims else (x, g)
+
     def factor(self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None = None) -> Tensor:
-        if x.dim() == self.sample_dims:
-            x, g = x[None], g[None]
         num_samples = num_samples or g.shape[0]
         if matrix == "A":
             # Autocast casts the layer's input, too, to the precision that it runs in.
@@ -82,7 +83,7 @@ class KroneckerBlock(Block):
         self, matrix: str, x: Tensor, g: Tensor, num_samples: int | None, fraction: float, out: Tensor
     ) -> None:
         """`pack_factor` from the first samples; from all where they do not lie in the first dimension."""
-        if fraction == 1 or num_samples is not None or x.dim() == self.sample_dims:
+        if fraction == 1 or num_samples is not None:
             self.pack_factor(matrix, x, g, num_samples, out)
             return
         count = num_taken(fraction, len(g))

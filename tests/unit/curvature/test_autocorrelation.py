@@ -113,7 +113,7 @@ def test_a_layers_packed_factors(
     block = Conv2dBlock("conv", module, list(module.parameters()))
     x = torch.randn(6, 8, 8, 8, dtype=torch.float64)
     g = torch.randn_like(module(x))
-    for values, gradients in ((x, g), (x[0], g[0])):  # a call without a batch dimension is one sample
+    for values, gradients in ((x, g), block.batched(x[0], g[0])):  # a call without a batch dimension is one sample
         for matrix, (_, size) in block.factor_shapes.items():
             out = torch.empty(triangle_numel(size), dtype=torch.float64)
             block.pack_factor(matrix, values, gradients, num_samples, out)

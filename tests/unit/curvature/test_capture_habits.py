@@ -33,6 +33,31 @@ def test_a_hook_that_replaces_the_output_may_be_older_or_younger():
     assert_same(recorders[2], recorders[0])
 
 
+@pytest.mark.parametrize("order", ["tensor", "layer before", "layer after"])
+def test_a_hook_that_changes_the_gradient_of_a_layers_output_counts(order):
+    """Defect: G was that of the gradient before hooks of `Tensor.register_hook`, the weight's gradient that after."""
+
+    class Halve(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.view_as(x))
+        backward = staticmethod(lambda ctx, g: g / 2)
+
+    x, y = batch()
+    model = small_cnn(inplace=False)
+    expected = Recorder(model)
+    F.cross_entropy(model[1:](Halve.apply(model[0](x))), y).backward()
+    expected.capture.close()
+    if order == "layer before":
+        model[0].register_full_backward_pre_hook(lambda layer, gradients: (gradients[0] / 2,))
+    recorder = Recorder(model)
+    if order == "layer after":
+        model[0].register_full_backward_pre_hook(lambda layer, gradients: (gradients[0] / 2,))
+    hidden = model[0](x)
+    if order == "tensor":
+        hidden.register_hook(lambda g: g / 2)
+    F.cross_entropy(model[1:](hidden), y).backward()
+    assert_same(recorder, expected)
+
+
 def attack(way, loss, x, weights):
     """A backward pass that computes the input's gradient and no weight's."""
     if way == "grad":
@@ -133,6 +158,24 @@ def test_a_layer_used_twice_under_checkpointing_counts_one_pass(use_reentrant, n
         return recorder
 
     assert_same(run(Recorder, True), run(Recorder, False))
+
+
+def test_a_pass_counts_where_it_reaches_nothing_that_is_due():
+    """A head for each of two micro-batches. Defect: G and A were scaled as if there had been one pass."""
+    recorders = []
+    for due in (("trunk", "first", "second"), ("first", "second")):
+        model = seeded(nn.ModuleDict({"trunk": nn.Linear(3, 4), "first": nn.Linear(4, 2), "second": nn.Linear(4, 2)}))
+        recorder = Recorder(model)
+        recorder.raw = {key: values for key, values in recorder.raw.items() if key[0] in due}
+        recorder.capture.begin(recorder.raw)
+        for seed, head in enumerate(("first", "second")):
+            loss = F.cross_entropy(model[head](model["trunk"](random(5, 3, seed=seed))), torch.tensor([0, 1, 0, 1, 1]))
+            (loss / 2).backward()
+        assert recorder.capture.num_passes == 2
+        recorders.append(recorder)
+    del recorders[0].raw["trunk", "A"], recorders[0].raw["trunk", "G"]
+    recorders[0].capture.move(recorders[0].raw)
+    assert_same(*recorders)
 
 
 def test_num_samples_is_that_of_the_forward():

@@ -297,3 +297,10 @@ def test_a_state_saved_between_unfreezing_and_a_step_fits_the_model_as_it_is(ful
     model.requires_grad_(True)
     state = optimizer.full_state_dict() if full else optimizer.state_dict()
     KFAC(model, lr=0.1).load_state_dict(state)
+
+
+def test_a_state_whose_parameters_are_in_another_order_is_refused() -> None:
+    """Defect: layers of one shape took each other's momentum."""
+    first, second = (make_kfac(nn.ModuleDict({name: nn.Linear(3, 3) for name in names})) for names in ("ab", "ba"))
+    with pytest.raises(ValueError, match=r"another order .*: a\.weight in the place of b\.weight"):
+        second.load_state_dict(first.state_dict())

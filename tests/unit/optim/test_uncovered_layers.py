@@ -291,6 +291,24 @@ def test_a_sample_without_a_batch_dimension_is_a_batch_of_one(layer: str) -> Non
         torch.testing.assert_close(weight, batched_weight, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_a_sample_without_a_batch_dimension_counts_as_much_beside_a_batch(layer: str) -> None:
+    """The last micro-batch of one image, squeezed. Defect: the positions of its gradients had another weight."""
+    results = []
+    for squeezed in (False, True):
+        torch.manual_seed(0)
+        model = (nn.Linear(5, 4) if layer == "linear" else nn.Conv2d(2, 4, 5)).double()
+        optimizer = make_kfac(model)
+        for part in make_batch()[0].split(7):
+            x = part[:, 0, 0] if layer == "linear" else part
+            x = x.squeeze(0) if squeezed else x
+            (model(x).square().sum(-1).mean() / 2).backward()
+        optimizer.step()
+        results.append([*weights(model), *running(optimizer).values()])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_a_pattern_that_fits_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match=r"skip must hold patterns .* got 'head\*', which fits none"):
         make_kfac(make_net(), skip=["0", "head*"])
