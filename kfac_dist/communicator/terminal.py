@@ -57,9 +57,23 @@ class _Outliving:
 
     def _lose(self, error: OSError) -> None:
         if isinstance(error, BlockingIOError):
-            return  # the reader is slow, and misses this
+            self._drop_pending()
+            return
         if error.errno not in self._lost_by:
             raise error
+        self._lead_nowhere()
+
+    def _drop_pending(self) -> None:
+        """The reader is slow, and misses this: Python 3.14 would keep it all, and fail to write it at the end."""
+        reader = os.dup(self._stream.fileno())
+        try:
+            self._lead_nowhere()
+            self._stream.flush()
+        finally:
+            os.dup2(reader, self._stream.fileno())
+            os.close(reader)
+
+    def _lead_nowhere(self) -> None:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
 
