@@ -12,6 +12,7 @@ from torch import nn
 from kfac_dist.checkpoints.manifest import MANIFEST_FILE, Manifest
 from kfac_dist.checkpoints.save import MODEL_FILE
 from kfac_dist.checkpoints.shard import read_tensors
+from kfac_dist.checkpoints.store import CheckpointStore
 from kfac_dist.communicator import Communicator
 from kfac_dist.communicator.together import mean_over_ranks
 from kfac_dist.config.load import check_resumable
@@ -170,7 +171,11 @@ def resume(trainer: Run, place: Path) -> ResumedRun | None:
 
 
 def load_checkpoint(trainer: Run, found: Found) -> int:
-    """Put a trainer where this checkpoint was made; how long the metrics were then. Collective."""
+    """Put a trainer where this checkpoint was made; how long the metrics were then. Collective.
+
+    Later checkpoints of the run, damaged ones or of a future that is given up, are set aside: the next `--resume auto`
+    would else go on from them.
+    """
     communicator = trainer.communicator
     with communicator.raise_on_all_ranks():
         blocks = trainer.optimizer.owned_blocks(first_only=False)
@@ -179,11 +184,24 @@ def load_checkpoint(trainer: Run, found: Found) -> int:
     with communicator.raise_on_all_ranks():
         try:
             restore_state(trainer, state)
-            return int(state.run["metrics_bytes"])
+            metrics_bytes = int(state.run["metrics_bytes"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{found.path}: does not hold the state of such a run ({error!r:.200})") from error
+    with communicator.raise_on_all_ranks():
+        if communicator.is_main:
+            _set_aside_later(found)
+    return metrics_bytes
+
+
+def _set_aside_later(found: Found) -> None:
+    try:
+        moved = CheckpointStore(run_of(found.path)).set_aside_after(found.manifest.iteration)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be renamed ({error.strerror}); move it out of the run") from error
+    for path in moved:
+        logger.warning("a later checkpoint is set aside, as %s: delete it if it is not wanted", path)
 
 
 def run_of(place: Path) -> Path:
