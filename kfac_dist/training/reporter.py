@@ -14,10 +14,11 @@ from kfac_dist.config.schema import Config
 from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.runs.environment import describe_environment
+from kfac_dist.runs.folders import claim_run_directory
 from kfac_dist.runs.lock import RunLock
 from kfac_dist.runs.log import RunLog
 from kfac_dist.runs.progress import Progress
-from kfac_dist.runs.writer import RunWriter, claim_run_directory
+from kfac_dist.runs.writer import RunWriter
 from kfac_dist.tensors.host_copy import HostCopy
 from kfac_dist.timing import StageSeconds
 from kfac_dist.training.schedules import Schedules, Settings

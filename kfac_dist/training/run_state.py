@@ -1,6 +1,7 @@
 """A trainer's state as a checkpoint holds it: when it is saved, and how a run goes on from it."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +27,9 @@ from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.distributed_fisher import BLOCKS
 from kfac_dist.optim.kfac import STATE_KEY
 from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.runs.folders import last_run_directory, run_of_job
 from kfac_dist.runs.lock import RunLock
-from kfac_dist.runs.writer import DONE_FILE, last_run_directory
+from kfac_dist.runs.writer import DONE_FILE
 from kfac_dist.training.checkpoint import (
     Checkpointer,
     Found,
@@ -213,12 +215,13 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
     """Which run to go on with; collective, rank 0 looks.
 
     Args:
-        wanted: "auto" for the last run of the configured name, or a path.
+        wanted: "auto" for the last run of the configured name, "job" for that which this job of Slurm's began, or a
+            path.
         config: The section `run`.
         communicator: Of all ranks.
 
     Returns:
-        The folder of a run or of a checkpoint, None if "auto" finds no run; and whether it is finished.
+        The folder of a run or of a checkpoint, None if "auto" or "job" finds no run; and whether it is finished.
 
     Raises:
         AgreedInputError: If there is nothing at the path.
@@ -227,11 +230,20 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
         place: Path | None = Path(wanted).expanduser()
         if wanted == "auto":
             place = last_run_directory(config.output_dir, config.name)
+        elif wanted == "job":
+            place = run_of_job(config.output_dir, config.name, _slurm_job())
         elif communicator.is_main and not Path(wanted).expanduser().is_dir():
-            raise InputError(f"--resume must be auto, or the folder of a run or of a checkpoint, got {wanted}")
+            raise InputError(f"--resume must be auto, job, or the folder of a run or of a checkpoint, got {wanted}")
         told = f"{place or ''}\n{int(place is not None and (place / DONE_FILE).exists())}"
     path, is_done = communicator.gather_bytes(told.encode())[0].decode().split("\n")
     return Path(path) if path else None, bool(int(is_done))
+
+
+def _slurm_job() -> str:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not job:
+        raise InputError("--resume job needs the variable SLURM_JOB_ID, which Slurm sets; elsewhere use --resume auto")
+    return job
 
 
 def load_weights(trainer: Run, wanted: str) -> Path:

@@ -95,7 +95,7 @@ def test_only_a_job_that_stopped_in_order_is_requeued(
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), stopped.log
     first, *_, last = [line for line in stopped.log.splitlines() if line.startswith("asked: ")]
     assert first.endswith("train.py x")
-    assert last.endswith("finished.py x --resume auto")
+    assert last.endswith("finished.py x --resume job")
 
 
 def test_a_stop_that_is_asked_for_while_ranks_start_is_no_reason_to_requeue(

@@ -238,6 +238,13 @@ def test_a_mistyped_option(word: str, meant: str, command: Command) -> None:
     assert "did you mean" not in command(QUICKSTART, "--qqq").err
 
 
+@pytest.mark.parametrize("option", ["--resume", "--evaluate"])
+def test_an_empty_path_is_not_a_new_run(option: str, command: Command) -> None:
+    finished = command(QUICKSTART, option, "")
+    assert finished.code == 2
+    assert finished.err.startswith(f"error: argument {option}: must not be empty\nusage: ")
+
+
 def test_one_rank_is_one(command: Command) -> None:
     assert "on digits with kfac, 1 rank\n" in command(QUICKSTART, "--explain", "--ranks", "1").out
     assert "on digits with kfac, 2 ranks\n" in command(QUICKSTART, "--explain", "--ranks", "2").out

@@ -33,7 +33,8 @@ def make(tmp_path: Path) -> Make:
 def resume(trainer: Trainer, place: Path) -> None:
     """Resume, and end before anything is trained."""
     assert trainer.resume(place)
-    assert trainer.resumed is not None and trainer.resumed.lock is not None
+    assert trainer.resumed is not None
+    assert trainer.resumed.lock is not None
     trainer.resumed.lock.release()
 
 
