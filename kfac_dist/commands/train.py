@@ -1,6 +1,7 @@
 """What `kfac-dist train`, `evaluate`, `explain` and `train.py` do on all ranks, after `commands/early.py`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,6 +72,13 @@ def _run(parse: Callable[[], argparse.Namespace], setup: Communicator, log: RunL
 
 def _train(config: Config, arguments: argparse.Namespace, setup: Communicator, log: RunLog) -> int:
     threads = launch.set_threads_per_rank(setup.local_size)
+    tasks = launch.unused_tasks(os.environ)
+    if tasks and setup.size == 1 and not arguments.evaluate:
+        raise AgreedInputError(
+            f"this process was started by neither mpirun nor srun, in an allocation of {tasks} tasks "
+            f"(SLURM_NTASKS={tasks}), and would train alone: mpirun -n {tasks}, or srun --mpi=pmix, starts as many ranks. If "
+            f"1 is what you want, set {launch.ALLOW_SIZE_VARIABLE}=1"
+        )
     with setup.raise_on_all_ranks():
         device = choose_device(config.run.device, setup.local_rank)
         check_precision(config.train.precision, device)

@@ -1,4 +1,4 @@
-"""Which folder a run gets, and in which one it is found again: NAME, NAME-2, NAME-3, …"""
+"""Which folder a run gets (NAME, NAME-2, NAME-3, …), and in which one it is found again."""
 
 import json
 import re

@@ -115,7 +115,7 @@ def test_srun_that_starts_each_rank_alone_is_refused(cluster: Cluster, tmp_path:
     job = train(cluster, tmp_path, "apart", KFAC_DIST_LAUNCHER="srun", KFAC_DIST_LAUNCH_FLAGS="--mpi=none")
     shown = job.wait()
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0"), job.log
-    assert "(SLURM_NTASKS=2) but MPI sees 1: every process would train alone" in job.log
+    assert "(SLURM_STEP_NUM_TASKS=2) but MPI sees 1: every process would train alone" in job.log
     assert not list(tmp_path.iterdir())
 
 
