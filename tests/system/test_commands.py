@@ -84,7 +84,7 @@ def test_explain_on_3_ranks(command: Command, tmp_path: Path) -> None:
     finished = command(QUICKSTART, "--explain", "--ranks", "3", "batch.global_size=192", f"run.output_dir={output_dir}")
     assert finished.code == 0, finished.err
     assert "3 ranks" in finished.out
-    assert "1 slots of 64 a rank" in finished.out
+    assert "1 slot of 64 a rank" in finished.out
     owners = owner_column(finished.out)
     assert tuple(owners) == LAYERS
     assert all(len(ranks) == 1 for ranks in owners.values())
