@@ -6,6 +6,7 @@ Units: ``top1`` and ``top5`` are percentages (0 to 100), times are seconds, ``ep
 import errno
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -111,10 +112,20 @@ class RunWriter:
         except OSError as error:
             raise self._failed(METRICS_FILE, error) from error
 
-    @property
-    def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl so far; 0 where this rank does not write."""
-        return self._stream.tell() if self._stream is not None else 0
+    def sync(self) -> int:
+        """Put metrics.jsonl on the disk, as the checkpoint that counts on it will be; its length, 0 on other ranks.
+
+        Raises:
+            RankFailed: If that fails, as where a network's file system tells only now that the disk is full.
+        """
+        if self._stream is None:
+            return 0
+        try:
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):  # not every file system can
+                raise self._failed(METRICS_FILE, error) from error
+        return self._stream.tell()
 
     def cut(self, metrics_bytes: int) -> None:
         """Drop the metrics after this length, because the run goes back to where they had it.
@@ -132,6 +143,7 @@ class RunWriter:
     def finish(self) -> None:
         """Close the files and mark the run as finished: DONE holds the time (UTC), and comes last."""
         is_main = self._stream is not None
+        self.sync()
         self.close()
         if is_main:
             try:
@@ -150,7 +162,7 @@ class RunWriter:
 
     def _failed(self, name: str, error: OSError) -> RankFailed:
         return RankFailed(
-            f"cannot write {name} in {self.directory} ({error.strerror}): make room there and start again"
+            f"cannot write {name} in {self.directory} ({error.strerror}): make room there and go on with --resume auto"
         )
 
 
@@ -158,7 +170,10 @@ def _cut_metrics(path: Path, size: int) -> TextIO:
     """Open the metrics of a run that goes on, without what was written after its checkpoint."""
     found = path.stat().st_size if path.exists() else 0
     if found < size:
-        raise InputError(f"{path}: must have at least {size} bytes, as when its checkpoint was made, got {found}")
+        raise InputError(
+            f"{path}: must have at least {size} bytes, as when its checkpoint was made, got {found}: it was cut off. "
+            "Go on from an older checkpoint of the run, with --resume PATH, or begin a new run with model.pretrained"
+        )
     stream = path.open("r+", encoding="utf-8")
     stream.seek(size)
     stream.truncate()

@@ -215,10 +215,9 @@ class Reporter:
             self.event(iteration, "skipped_picture", problem=problem)
             self._progress.say(f"skipped: {problem}")
 
-    @property
-    def metrics_bytes(self) -> int:
-        """Length of the metrics so far; 0 on ranks that do not write."""
-        return self._writer.metrics_bytes
+    def sync(self) -> int:
+        """Put the metrics on the disk; their length so far, 0 on ranks that do not write."""
+        return self._writer.sync()
 
     def event(self, iteration: int, event: str, **fields: Any) -> None:
         """Report something out of the ordinary."""

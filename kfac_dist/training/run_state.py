@@ -29,6 +29,7 @@ from kfac_dist.optim.kfac import STATE_KEY
 from kfac_dist.optim.loss_scale import LossScaler
 from kfac_dist.runs.folders import last_run_directory, run_of_job
 from kfac_dist.runs.lock import RunLock
+from kfac_dist.runs.reader import METRICS_FILE
 from kfac_dist.runs.writer import DONE_FILE
 from kfac_dist.training.checkpoint import (
     Checkpointer,
@@ -93,7 +94,7 @@ class RunSaver:
             wait: Return when it is on the disk.
         """
         trainer, start = self._trainer, time.perf_counter()
-        state = take_state(trainer, self._reporter.metrics_bytes)
+        state = take_state(trainer, self._reporter.sync())
         fine = self._checkpointer.save(state, trainer.optimizer.owned_blocks(first_only=True), self._manifest(), wait)
         self._saved_at = time.monotonic()
         self._seconds_blocked += time.perf_counter() - start
@@ -142,14 +143,14 @@ class RunSaver:
 
 
 def resume(trainer: Run, place: Path) -> ResumedRun | None:
-    """Put a new trainer where a run was last saved whole; collective. None, and no change, if it never was.
+    """Put a new trainer where a run was last saved whole; collective. None, and no change, if it never was saved.
 
     Args:
         trainer: That has not trained yet.
         place: A run's folder, or a checkpoint's.
 
     Raises:
-        AgreedInputError: If the run's configuration, data or network was another.
+        AgreedInputError: If the run's configuration, data or network was another, or no checkpoint of it can be used.
     """
     communicator = trainer.communicator
     run = run_of(place)
@@ -159,6 +160,12 @@ def resume(trainer: Run, place: Path) -> ResumedRun | None:
     if found is None:
         if lock is not None:
             lock.release()
+        with communicator.raise_on_all_ranks():
+            if communicator.is_main and CheckpointStore(run).newest_first():
+                raise InputError(
+                    f"{place} has no checkpoint that can be used, a warning above says why. Without --resume a new run "
+                    "begins"
+                )
         return None
     with communicator.raise_on_all_ranks():
         check_resumable(found.manifest.config, trainer.config)
@@ -232,11 +239,15 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
             place = last_run_directory(config.output_dir, config.name)
         elif wanted == "job":
             place = run_of_job(config.output_dir, config.name, _slurm_job())
-        elif communicator.is_main and not Path(wanted).expanduser().is_dir():
+        elif communicator.is_main and not _is_resumable(Path(wanted).expanduser()):
             raise InputError(f"--resume must be auto, job, or the folder of a run or of a checkpoint, got {wanted}")
         told = f"{place or ''}\n{int(place is not None and (place / DONE_FILE).exists())}"
     path, is_done = communicator.gather_bytes(told.encode())[0].decode().split("\n")
     return Path(path) if path else None, bool(int(is_done))
+
+
+def _is_resumable(place: Path) -> bool:
+    return (place / METRICS_FILE).is_file() or (place / MANIFEST_FILE).is_file()
 
 
 def _slurm_job() -> str:

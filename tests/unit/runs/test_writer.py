@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import multiprocessing
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -344,3 +346,31 @@ def test_no_room_for_the_marker(tmp_path, make_writer):
     (tmp_path / "run" / "DONE").symlink_to("/dev/full")
     with pytest.raises(RankFailed, match=r"cannot write DONE in .*No space left"):
         writer.finish()
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_counts_on_them(tmp_path, make_writer, monkeypatch):
+    writer = make_writer(tmp_path / "run")
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").resolve().name))
+    writer.write("train", **TRAIN)
+    assert writer.sync() == (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
+    assert synced == ["metrics.jsonl"]
+    assert make_writer(tmp_path / "run", is_main=False).sync() == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EINVAL])
+def test_a_disk_that_tells_late_that_it_is_full(tmp_path, make_writer, monkeypatch, number):
+    """As NFS does; where fsync is not known, nothing has failed."""
+
+    def fail(number_of_file):
+        raise OSError(number, os.strerror(number))
+
+    writer = make_writer(tmp_path / "run")
+    monkeypatch.setattr("os.fsync", fail)
+    writer.write("train", **TRAIN)
+    if number == errno.EINVAL:
+        writer.finish()
+    else:
+        with pytest.raises(RankFailed, match=r"cannot write metrics.jsonl .* go on with --resume auto"):
+            writer.finish()
+    assert (tmp_path / "run" / "DONE").exists() == (number == errno.EINVAL)

@@ -12,6 +12,7 @@ from kfac_dist import create_communicator
 from kfac_dist.config.schema import RunConfig
 from kfac_dist.errors import InputError
 from kfac_dist.training.run_state import find_run
+from tests.paths import QUICKSTART
 
 
 def test_a_jobs_own_run_though_another_has_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +31,13 @@ def test_a_jobs_own_run_though_another_has_the_name(tmp_path: Path, monkeypatch:
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(InputError, match="--resume job needs the variable SLURM_JOB_ID"):
         find_run("job", config, communicator)
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    communicator = create_communicator("reduce", device=torch.device("cpu"))
+    config = RunConfig(name="a", output_dir=str(tmp_path))
+    for wanted in (tmp_path, tmp_path / "nowhere", QUICKSTART):
+        with pytest.raises(InputError, match="--resume must be auto, job, or the folder of a run or of a checkpoint"):
+            find_run(str(wanted), config, communicator)
+    (tmp_path / "metrics.jsonl").touch()
+    assert find_run(str(tmp_path), config, communicator) == (tmp_path, False)

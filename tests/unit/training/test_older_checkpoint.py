@@ -10,7 +10,9 @@ pytest.importorskip("pydantic")  # a machine with a GPU may have little else ins
 pytest.importorskip("sklearn")
 
 from kfac_dist import create_communicator
+from kfac_dist.checkpoints.store import CheckpointStore
 from kfac_dist.config.load import load_config
+from kfac_dist.errors import InputError
 from kfac_dist.runs.reader import read_metrics
 from kfac_dist.training.trainer import Trainer
 from tests.paths import QUICKSTART
@@ -20,11 +22,11 @@ Make = Callable[..., Trainer]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """A trainer of 36 iterations that saves after 12, 23 and 34 of them, and at the end."""
+    """A trainer of three iterations that saves after each."""
 
-    def make(*overrides: str) -> Trainer:
-        settings = ["train.epochs=3", "schedule.end_epoch=3", "checkpoint={every_epochs: 1, keep: 9}"]
-        config = load_config(QUICKSTART, [*settings, f"run.output_dir={tmp_path}", *overrides])
+    def make() -> Trainer:
+        settings = ["train.epochs=3", "data.train_limit=128", "data.eval_limit=32", f"run.output_dir={tmp_path}"]
+        config = load_config(QUICKSTART, [*settings, "checkpoint={every_epochs: 1, keep: 9}"])
         return Trainer(config, create_communicator("reduce", "mpi", torch.device("cpu")), torch.device("cpu"))
 
     return make
@@ -62,10 +64,20 @@ def test_later_checkpoints_are_set_aside(make: Make, tmp_path: Path, caplog: pyt
     assert losses[0] == losses[1]
 
 
-def test_what_was_set_aside_before_stays(make: Make, tmp_path: Path) -> None:
+def test_what_was_set_aside_before_stays(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for name in ("iteration-00000009", "iteration-00000010", "iteration-100000000", "unused-iteration-00000010"):
+        (store.folder / name).mkdir(parents=True)
+    moved = store.set_aside_after(9)
+    assert [path.name for path in moved] == ["unused-iteration-100000000", "unused-iteration-00000010-2"]
+    assert names(tmp_path) == ["iteration-00000009", "unused-iteration-00000010", *sorted(path.name for path in moved)]
+
+
+def test_a_run_of_which_no_checkpoint_can_be_used_is_not_begun_anew(make: Make, tmp_path: Path) -> None:
     run = tmp_path / "quickstart"
     make().train()
-    first, second, *_ = names(run)
-    (run / "checkpoints" / f"unused-{second}").mkdir()
-    resume(make(), run / "checkpoints" / first)
-    assert {f"unused-{second}", f"unused-{second}-2"} < set(names(run))
+    for path in (run / "checkpoints").iterdir():
+        (path / "manifest.json").write_text("{")
+    for place in (run, next((run / "checkpoints").iterdir())):
+        with pytest.raises(InputError, match="has no checkpoint that can be used"):
+            make().resume(place)
