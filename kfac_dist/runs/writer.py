@@ -71,7 +71,8 @@ class RunWriter:
                 self._stream = metrics.open("a", encoding="utf-8")
             (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
             record = json.dumps(_json_value(environment), indent=2, ensure_ascii=False, allow_nan=False)
-            (directory / ENVIRONMENT_FILE).write_text(record + "\n", encoding="utf-8")
+            # Paths may be no text; what stands for such bytes is an escape of JSON's, too.
+            (directory / ENVIRONMENT_FILE).write_text(record + "\n", encoding="utf-8", errors="backslashreplace")
         except FileExistsError as error:
             raise InputError(
                 f"run.output_dir, run.name: {error.filename} already exists and is never overwritten; "

@@ -25,6 +25,8 @@ from kfac_dist.training.schedules import Schedules, Settings
 
 logger = logging.getLogger(__name__)
 
+_ANY = "surrogateescape"  # a path may be no text
+
 
 @dataclass(frozen=True)
 class IterationResult:
@@ -136,7 +138,7 @@ class Reporter:
             if communicator.is_main:
                 chosen = resumed.directory if resumed else claim_run_directory(config.run.output_dir, config.run.name)
                 self._lock = self._lock or RunLock(chosen)
-        self.directory = Path(communicator.gather_bytes(str(chosen).encode())[0].decode())
+        self.directory = Path(communicator.gather_bytes(str(chosen).encode(errors=_ANY))[0].decode(errors=_ANY))
         hosts = [name.decode() for name in communicator.gather_bytes(socket.gethostname().encode())]
         environment = describe_environment(library_version(), hosts)
         with communicator.raise_on_all_ranks():

@@ -46,6 +46,8 @@ from kfac_dist.training.reporter import Reporter, ResumedRun
 
 logger = logging.getLogger(__name__)
 
+_ANY = "surrogateescape"  # a path may be no text
+
 
 class Run(Protocol):
     """What a trainer has that a checkpoint holds, or needs to know; see `Trainer`."""
@@ -242,7 +244,7 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
         elif communicator.is_main and not _is_resumable(Path(wanted).expanduser()):
             raise InputError(f"--resume must be auto, job, or the folder of a run or of a checkpoint, got {wanted}")
         told = f"{place or ''}\n{int(place is not None and (place / DONE_FILE).exists())}"
-    path, is_done = communicator.gather_bytes(told.encode())[0].decode().split("\n")
+    path, is_done = communicator.gather_bytes(told.encode(errors=_ANY))[0].decode(errors=_ANY).rsplit("\n", 1)
     return Path(path) if path else None, bool(int(is_done))
 
 

@@ -1,5 +1,6 @@
 """log.txt has what the terminal shows, with time, rank and level, and the warnings of all ranks."""
 
+import json
 import logging
 import os
 import re
@@ -115,3 +116,23 @@ def test_its_rights_are_those_that_the_user_wants(tmp_path: Path) -> None:
         "log.txt": "0o664",
         ".lock": "0o664",
     }
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    """As one that was named under another encoding; the run goes on there and is evaluated."""
+    folder = tmp_path / os.fsdecode(b"b\xe4d")
+    folder.mkdir()
+    settings = [QUICKSTART, "train.epochs=1", "data={name: digits, train_limit: 128, eval_limit: 32}"]
+    for words in (settings, [*settings, "--resume", folder / "runs/quickstart"]):
+        done = subprocess.run(
+            [sys.executable, ROOT / "train.py", *words],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "is finished: nothing to do" in done.stdout
+    record = json.loads((folder / "runs/quickstart/environment.json").read_text(encoding="utf-8"))
+    assert record["working_directory"] == str(folder)
