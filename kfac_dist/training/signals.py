@@ -9,6 +9,7 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 class StopSignals:
     """While it is entered, SIGUSR1, SIGTERM, SIGHUP and the first SIGINT are remembered; a second SIGINT interrupts.
+
     SIGHUP, which comes when a terminal closes, stays ignored where it is, as under nohup.
 
     Python runs the handler when the call that the main thread is in returns, such as a collective.
