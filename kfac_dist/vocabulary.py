@@ -1,4 +1,4 @@
-"""Names that a user chooses from, in a configuration or in a call: each list of them stands here, once.
+"""Names that a user chooses from, in a configuration or in a call: each list of them stands here, once; and counts.
 
 This module imports nothing, so that the configuration need not load torch, nor the library the configuration.
 """
@@ -39,3 +39,8 @@ Preprocessing = Literal["paper", "random_resized_crop"]
 """How ImageNet's images are cut out; see `kfac_dist.data.imagenet.crops`."""
 FinalMetric = Literal["train_loss", "test_top1"]
 """What a study's trial ends with; see `kfac_dist.study.results`."""
+
+
+def counted(number: int, noun: str) -> str:
+    """For texts: ``1 layer``, ``2 layers``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -14,6 +14,7 @@ from kfac_dist.errors import InputError
 FOLDER = "checkpoints"
 _COMPLETE = re.compile(r"iteration-(\d{8,})")
 _UNFINISHED = (".saving-", ".deleting-")
+_ASIDE = "unused-"
 
 
 class CheckpointStore:
@@ -82,6 +83,27 @@ class CheckpointStore:
             if path not in kept:
                 self._remove(path)
         self.discard_unfinished()
+
+    def set_aside_after(self, iteration: int) -> list[Path]:
+        """Rename the checkpoints of later iterations: the run goes on from this one, and they are not of its future.
+
+        Returns:
+            Where they are now; nothing but the user deletes them.
+
+        Raises:
+            OSError: If one cannot be renamed.
+        """
+        moved = []
+        for path in self.newest_first():
+            if int(path.name.rpartition("-")[2]) <= iteration:
+                break
+            number, place = 1, self.folder / f"{_ASIDE}{path.name}"
+            while place.exists():
+                number += 1
+                place = self.folder / f"{_ASIDE}{path.name}-{number}"
+            path.rename(place)
+            moved.append(place)
+        return moved
 
     def discard_unfinished(self) -> None:
         """Delete what was left half written, by a crash or a full disk; call it while nothing is being written."""

@@ -19,7 +19,7 @@ from kfac_dist.communicator.devices import check_precision, choose_device
 from kfac_dist.config.load import load_config
 from kfac_dist.config.schema import Config
 from kfac_dist.errors import AgreedInputError, InputError
-from kfac_dist.planning.plan import Plan, make_plan
+from kfac_dist.planning.plan import Plan, batches_on, make_plan
 from kfac_dist.planning.plan_text import describe_plan
 from kfac_dist.planning.profile import Profile, load_profile
 from kfac_dist.training.command_line import parse_plan
@@ -72,7 +72,9 @@ def _profile(options: argparse.Namespace, config: Config, setup: Communicator) -
     launch.set_threads_per_rank(setup.local_size)
     with setup.raise_on_all_ranks():
         if setup.is_main:
-            _check_writable(options.measure, "--measure")  # before the half minute that measuring takes
+            # Before the half minute that measuring takes.
+            _check_writable(options.measure, "--measure")
+            batches_on(config, options.numbers, options.grow_batch)
         device = choose_device(config.run.device, setup.local_rank)
         check_precision(config.train.precision, device)
     communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend, device)

@@ -1,6 +1,7 @@
 """What `kfac-dist train`, `evaluate`, `explain` and `train.py` do on all ranks, after `commands/early.py`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from kfac_dist.runs.log import RunLog, logger
 from kfac_dist.training.command_line import Parse, parse_train
 from kfac_dist.training.run_state import find_run, load_weights
 from kfac_dist.training.trainer import Trainer
+from kfac_dist.vocabulary import counted
 
 
 def main(arguments: Sequence[str] | None = None, parse: Parse = parse_train) -> int:
@@ -71,11 +73,18 @@ def _run(parse: Callable[[], argparse.Namespace], setup: Communicator, log: RunL
 
 def _train(config: Config, arguments: argparse.Namespace, setup: Communicator, log: RunLog) -> int:
     threads = launch.set_threads_per_rank(setup.local_size)
+    tasks = launch.unused_tasks(os.environ)
+    if tasks and setup.size == 1 and not arguments.evaluate:
+        raise AgreedInputError(
+            f"this process was started by neither mpirun nor srun, in an allocation of {tasks} tasks "
+            f"(SLURM_NTASKS={tasks}), and would train alone: mpirun -n {tasks}, or srun --mpi=pmix, starts as many. If "
+            f"1 is what you want, set {launch.ALLOW_SIZE_VARIABLE}=1"
+        )
     with setup.raise_on_all_ranks():
         device = choose_device(config.run.device, setup.local_rank)
         check_precision(config.train.precision, device)
     communicator = create_communicator(config.communication.reduce_scatter, config.communication.backend, device)
-    logger.info("%s, %d threads a rank", communicator.description, threads)
+    logger.info("%s, %s a rank", communicator.description, counted(threads, "thread"))
     trainer = Trainer(config, communicator, device, log)
     if arguments.evaluate:
         path = load_weights(trainer, arguments.evaluate)
@@ -91,7 +100,7 @@ def _train(config: Config, arguments: argparse.Namespace, setup: Communicator, l
             )
             return 0
         if place is not None and not trainer.resume(place):
-            log.show(f"{place} has no checkpoint that is whole: starting a new run")
+            log.show(f"{place} has no checkpoint yet: starting a new run")
     result = trainer.train()
     log.show(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")
     return 0

@@ -25,6 +25,7 @@ from kfac_dist.communicator.launcher_variables import (
     launched_by_mpi,
     launched_by_torchrun,
     promised_size,
+    unused_tasks,
 )
 from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.errors import InputError
@@ -77,6 +78,10 @@ def create_communicator(
         install_abort_on_exception()
     with host.raise_on_all_ranks():
         check_world_size(host.size, os.environ)
+    if (tasks := unused_tasks(os.environ)) and host.size == 1:
+        logger.warning(
+            "one rank, in an allocation of SLURM_NTASKS=%d tasks: mpirun or srun --mpi=pmix starts more", tasks
+        )
     devices = [RankDevice.from_bytes(message) for message in host.gather_bytes(describe_device(device).to_bytes())]
     has_nccl = _all_have_nccl(host)
     by_nccl = _takes_nccl(backend, devices, has_nccl)

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 
 from kfac_dist.communicator.abort import EXIT_FAILED, abort, abort_on_exception
-from kfac_dist.communicator.launcher_variables import ALLOW_SIZE_VARIABLE, check_world_size, promised_size
+from kfac_dist.communicator.launcher_variables import ALLOW_SIZE_VARIABLE, check_world_size, promised_size, unused_tasks
 from kfac_dist.communicator.terminal import outliving_readers
 from kfac_dist.errors import InputError, RankFailed
 
@@ -29,6 +29,7 @@ __all__ = [
     "promised_size",
     "run",
     "set_threads_per_rank",
+    "unused_tasks",
 ]
 
 EXIT_BAD_INPUT = 2

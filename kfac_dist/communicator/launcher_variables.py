@@ -12,7 +12,8 @@ ALLOW_SIZE_VARIABLE = "KFAC_DIST_ALLOW_SIZE_MISMATCH"
 
 # MPI's own variables come before Slurm's: inside sbatch, mpirun's daemons run under srun and SLURM_* describe those.
 # So does torchrun's: one torchrun a host is started by srun.
-_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "SLURM_NTASKS")
+# What an allocation has room for (SLURM_NTASKS) is no promise: only srun sets the number of a step's tasks.
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _MPI_VARIABLES = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE", "PALS_RANKID")
 _TORCH_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 
@@ -29,6 +30,15 @@ def promised_size(environment: Mapping[str, str]) -> tuple[str, int] | None:
         if value.isdigit():
             return variable, int(value)
     return None
+
+
+def unused_tasks(environment: Mapping[str, str]) -> int:
+    """Tasks of Slurm's allocation, where this process was started in it by no launcher and they are more; else 0."""
+    tasks = environment.get("SLURM_NTASKS", "")
+    by_launcher = promised_size(environment) is not None or any(name in environment for name in _MPI_VARIABLES)
+    if by_launcher or not tasks.isdigit() or int(tasks) < 2 or environment.get(ALLOW_SIZE_VARIABLE) == "1":
+        return 0
+    return int(tasks)
 
 
 def launched_by_mpi(environment: Mapping[str, str]) -> bool:

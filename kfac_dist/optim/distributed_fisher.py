@@ -21,6 +21,7 @@ from kfac_dist.optim.buffers import all_factor_keys
 from kfac_dist.optim.shared_blocks import SharedBlocks
 from kfac_dist.tensors.nested_state import decode, encode
 from kfac_dist.tensors.packing import FlatBuffer, unpack_symmetric
+from kfac_dist.vocabulary import counted
 
 BLOCKS = "blocks"
 """Key of a state under which each owner's part stands, by name of the block; all else is alike on every rank."""
@@ -132,10 +133,10 @@ class DistributedFisher:
             self._warned_of_kept = True
             if self._communicator.is_main:
                 logger.warning(
-                    "K-FAC could not factorise the Fisher of %d blocks even with more damping, so they go on with "
+                    "K-FAC could not factorise the Fisher of %s even with more damping, so they go on with "
                     "their previous inverse: larger damping, or a look at the loss for values that are not finite, "
                     "helps. report.kept_inverses counts them in every step",
-                    num_kept,
+                    counted(num_kept, "block"),
                 )
 
     def warn_of_absent(self, present: Mapping[str, int]) -> None:
@@ -276,7 +277,7 @@ class DistributedFisher:
         missing = sorted({block.name for block, ranks in owners if rank in ranks} - set(state[BLOCKS]))
         if missing:
             raise ValueError(
-                f"the state lacks the Fisher of {len(missing)} blocks that rank {rank} owns "
+                f"the state lacks the Fisher of {counted(len(missing), 'block')} that rank {rank} owns "
                 f"({missing[0]}, …): it was saved by another rank, number of ranks or model. A state of "
                 "full_state_dict() has all blocks"
             )

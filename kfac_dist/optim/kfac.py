@@ -37,7 +37,7 @@ from kfac_dist.optim.validation import (
 )
 from kfac_dist.tensors.full_precision import full_fp32_products
 from kfac_dist.timing import StageTimer
-from kfac_dist.vocabulary import BatchNormForm, WeightRescaling
+from kfac_dist.vocabulary import BatchNormForm, WeightRescaling, counted
 
 STATE_KEY = "kfac"
 
@@ -416,7 +416,7 @@ class KFAC(DistributedOptimizer):
         warnings = self._fisher.warnings_of_size() if self._comm_dtypes.factors is not None else []
         fraction = self._fisher.capture.sample_fraction
         part = f", A and G from the first {100 * fraction:.4g} % of each pass's samples" if fraction < 1 else ""
-        return [f"K-FAC covers {covered} layers{part}", *reasons, *warnings]
+        return [f"K-FAC covers {counted(covered, 'layer')}{part}", *reasons, *warnings]
 
     def spectra(self) -> dict[FactorKey, tuple[float, float, float]]:
         """Smallest and largest eigenvalue and effective rank of each running matrix; collective, and not fast."""

@@ -17,6 +17,7 @@ from kfac_dist.models import create_model
 from kfac_dist.optim.buffers import StageBuffers, all_factor_keys
 from kfac_dist.tensors.packing import triangle_numel
 from kfac_dist.training.schedules import Schedules
+from kfac_dist.vocabulary import counted
 
 
 def explain(config: Config, num_ranks: int) -> str:
@@ -40,8 +41,8 @@ def explain(config: Config, num_ranks: int) -> str:
     lines = [
         f"{config.run.name}: {config.model.name} on {config.data.name} with {config.optimizer.name}, "
         f"{ranks_in_words(num_ranks)}",
-        f"{schedules.num_iterations} iterations ({config.train.epochs:g} epochs of {data.num_train} images) of "
-        f"{batch.global_size} images: {slots} slots of {batch.per_rank} a rank",
+        f"{counted(schedules.num_iterations, 'iteration')} ({config.train.epochs:g} epochs of {data.num_train} images) "
+        f"of {batch.global_size} images: {counted(slots, 'slot')} of {batch.per_rank} a rank",
     ]
     lines += [f"warning: {warning}" for warning in warnings_of(config, data.num_train)]
     model = create_model(

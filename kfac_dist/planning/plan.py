@@ -96,9 +96,7 @@ def make_plan(config: Config, profile: Profile, ranks: Sequence[int] | None, gro
     Raises:
         InputError: If the batch does not divide over a number of ranks, or the model does not fit the data.
     """
-    batches = {number: _batch(config, number, grow_batch) for number in ranks or _possible(config, grow_batch)}
-    for number, batch in batches.items():
-        _check_divides(config, batch, number)
+    batches = batches_on(config, ranks, grow_batch)
     simulation = Simulation(config, profile)
     points = [simulation.predict(number, batches[number]) for number in sorted(batches)]
     speeds = [point.batch / point.seconds / point.num_ranks for point in points]
@@ -126,6 +124,14 @@ def make_plan(config: Config, profile: Profile, ranks: Sequence[int] | None, gro
         slot_sizes=slot_sizes,
         best_slot_size=min(fitting, key=lambda size: slot_sizes[size].seconds, default=None),
     )
+
+
+def batches_on(config: Config, ranks: Sequence[int] | None, grow_batch: bool) -> dict[int, BatchConfig]:
+    """The batch on each number of ranks; arguments and errors are those of `make_plan`."""
+    batches = {number: _batch(config, number, grow_batch) for number in ranks or _possible(config, grow_batch)}
+    for number, batch in batches.items():
+        _check_divides(config, batch, number)
+    return batches
 
 
 def _batch(config: Config, num_ranks: int, grow: bool) -> BatchConfig:

@@ -158,7 +158,7 @@ def _made_with(run: RunRecord) -> Iterator[Block]:
             ["started", str(environment.get("started", NONE))],
             ["packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version)],
             ["Python", str(environment.get("python", NONE))],
-            ["processor", f"{cpu.get('model', NONE)}, {cpu.get('torch_threads', NONE)} threads a rank"],
+            ["processor", f"{cpu.get('model', NONE)}, threads a rank: {cpu.get('torch_threads', NONE)}"],
             ["GPUs of rank 0", ", ".join(environment.get("gpus") or []) or "none"],
             ["commit", f"{git.get('commit', NONE)}{' with changes' if git.get('modified') else ''}"],
         ]

@@ -29,7 +29,7 @@ class RunLock:
         """
         path = directory / LOCK_FILE
         try:
-            self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise InputError(f"{directory}: cannot be locked ({error.strerror}); choose a writable folder") from error
         deadline = time.monotonic() + _PATIENCE_SECONDS

@@ -61,7 +61,14 @@ class RunLog(logging.Handler):
         """Print a line on rank 0, to standard output unless told otherwise, and record it."""
         if self._rank == 0:
             self.write(level, text)
-            print(text, file=stream or sys.stdout, flush=True)
+            stream = stream or sys.stdout
+            try:
+                print(text, file=stream, flush=True)
+            except OSError:  # a full disk; what stands in log.txt is not lost, and no reason for another exit code
+                if self._file is None:
+                    raise
+                with open(os.devnull, "wb") as nowhere:  # else Python tries again at its end
+                    os.dup2(nowhere.fileno(), stream.fileno())
 
     def exception(self) -> None:
         """Record the exception that is being handled; whoever ends the process prints it."""
@@ -108,7 +115,7 @@ class RunLog(logging.Handler):
     def _opened(self) -> int | None:
         if self._file is None and self._path is not None:
             with suppress(OSError):  # a full disk, or a folder that this host does not see
-                self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         return self._file
 
     def _append(self, text: str) -> None:

@@ -11,6 +11,9 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 """The resolved configuration."""
 
+ENVIRONMENT_FILE = "environment.json"
+"""What the run was made with."""
+
 
 def read_metrics(directory: str | Path) -> list[dict[str, Any]]:
     """Read a run's metrics.jsonl; a last line that was cut off in the middle is left out.

@@ -6,6 +6,7 @@ Units: ``top1`` and ``top5`` are percentages (0 to 100), times are seconds, ``ep
 import errno
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -17,7 +18,8 @@ import torch
 
 from kfac_dist.errors import InputError, RankFailed
 from kfac_dist.runs.event_files import EventFiles
-from kfac_dist.runs.reader import CONFIG_FILE, METRICS_FILE
+from kfac_dist.runs.folders import not_writable
+from kfac_dist.runs.reader import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE
 
 KINDS = ("train", "eval", "fisher", "event", "summary")
 
@@ -27,70 +29,13 @@ DONE_FILE = "DONE"
 _SCALAR_KINDS = ("train", "eval", "fisher")  # those that TensorBoard shows
 
 
-def choose_run_directory(output_dir: str | Path, name: str) -> Path:
-    """Return ``output_dir/name``, or the first of ``name-2``, ``name-3``, … that holds no run yet.
-
-    A directory holds a run when it has a ``metrics.jsonl``. Nothing is created; see :func:`claim_run_directory`.
-
-    Raises:
-        InputError: If one cannot look there.
-    """
-    return _first_free_and_last_taken(output_dir, name)[0]
-
-
-def last_run_directory(output_dir: str | Path, name: str) -> Path | None:
-    """The newest run of this name: the last of ``name``, ``name-2``, … that holds one; None if none does.
-
-    Raises:
-        InputError: If one cannot look there.
-    """
-    return _first_free_and_last_taken(output_dir, name)[1]
-
-
-def _first_free_and_last_taken(output_dir: str | Path, name: str) -> tuple[Path, Path | None]:
-    folder = Path(output_dir).expanduser()
-    candidate, taken = folder / name, None
-    number = 1
-    try:
-        while (candidate / METRICS_FILE).exists():
-            number += 1
-            candidate, taken = folder / f"{name}-{number}", candidate
-    except OSError as error:  # no permission, or a name that the file system finds too long
-        raise InputError(
-            f"run.output_dir, run.name: cannot use {candidate} ({error.strerror}); choose another folder or name"
-        ) from error
-    return candidate, taken
-
-
-def claim_run_directory(output_dir: str | Path, name: str) -> Path:
-    """Like :func:`choose_run_directory`, and take it with an empty ``metrics.jsonl``, which only one process can make.
-
-    Call it on one rank and broadcast the answer.
-
-    Raises:
-        InputError: If one cannot look or write there.
-    """
-    while True:
-        directory = choose_run_directory(output_dir, name)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / METRICS_FILE).touch(exist_ok=False)
-        except FileExistsError as error:
-            if not directory.is_dir():
-                raise _not_writable(directory, error) from error
-        except OSError as error:
-            raise _not_writable(directory, error) from error
-        else:
-            return directory
-
-
 class RunWriter:
     """Writes one run's directory: config.yaml, environment.json, metrics.jsonl, TensorBoard events, DONE.
 
     Every rank makes one and calls the same methods; only the main rank touches the disk.
 
     Args:
-        directory: From :func:`claim_run_directory`; created with its parents if need be.
+        directory: From :func:`kfac_dist.runs.folders.claim_run_directory`; created with its parents if need be.
         is_main: Whether this rank writes.
         config: The resolved configuration as YAML text.
         environment: From :func:`kfac_dist.runs.environment.describe_environment`.
@@ -126,14 +71,15 @@ class RunWriter:
                 self._stream = metrics.open("a", encoding="utf-8")
             (directory / CONFIG_FILE).write_text(config, encoding="utf-8")
             record = json.dumps(_json_value(environment), indent=2, ensure_ascii=False, allow_nan=False)
-            (directory / "environment.json").write_text(record + "\n", encoding="utf-8")
+            # Paths may be no text; what stands for such bytes is an escape of JSON's, too.
+            (directory / ENVIRONMENT_FILE).write_text(record + "\n", encoding="utf-8", errors="backslashreplace")
         except FileExistsError as error:
             raise InputError(
                 f"run.output_dir, run.name: {error.filename} already exists and is never overwritten; "
                 "choose another name"
             ) from error
         except OSError as error:
-            raise _not_writable(directory, error) from error
+            raise not_writable(directory, error) from error
         self._event_files = EventFiles(directory)
 
     def write(self, kind: str, **fields: Any) -> None:
@@ -167,10 +113,20 @@ class RunWriter:
         except OSError as error:
             raise self._failed(METRICS_FILE, error) from error
 
-    @property
-    def metrics_bytes(self) -> int:
-        """Length of metrics.jsonl so far; 0 where this rank does not write."""
-        return self._stream.tell() if self._stream is not None else 0
+    def sync(self) -> int:
+        """Put metrics.jsonl on the disk, as the checkpoint that counts on it will be; its length, 0 on other ranks.
+
+        Raises:
+            RankFailed: If that fails, as where a network's file system tells only now that the disk is full.
+        """
+        if self._stream is None:
+            return 0
+        try:
+            os.fsync(self._stream.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):  # not every file system can
+                raise self._failed(METRICS_FILE, error) from error
+        return self._stream.tell()
 
     def cut(self, metrics_bytes: int) -> None:
         """Drop the metrics after this length, because the run goes back to where they had it.
@@ -188,6 +144,7 @@ class RunWriter:
     def finish(self) -> None:
         """Close the files and mark the run as finished: DONE holds the time (UTC), and comes last."""
         is_main = self._stream is not None
+        self.sync()
         self.close()
         if is_main:
             try:
@@ -206,21 +163,18 @@ class RunWriter:
 
     def _failed(self, name: str, error: OSError) -> RankFailed:
         return RankFailed(
-            f"cannot write {name} in {self.directory} ({error.strerror}): make room there and start again"
+            f"cannot write {name} in {self.directory} ({error.strerror}): make room there and go on with --resume auto"
         )
-
-
-def _not_writable(directory: Path, error: OSError) -> InputError:
-    return InputError(
-        f"run.output_dir: cannot write the run's directory {directory} ({error.strerror}); choose a writable folder"
-    )
 
 
 def _cut_metrics(path: Path, size: int) -> TextIO:
     """Open the metrics of a run that goes on, without what was written after its checkpoint."""
     found = path.stat().st_size if path.exists() else 0
     if found < size:
-        raise InputError(f"{path}: must have at least {size} bytes, as when its checkpoint was made, got {found}")
+        raise InputError(
+            f"{path}: must have at least {size} bytes, as when its checkpoint was made, got {found}: it was cut off. "
+            "Go on from an older checkpoint of the run, with --resume PATH, or begin a new run with model.pretrained"
+        )
     stream = path.open("r+", encoding="utf-8")
     stream.seek(size)
     stream.truncate()

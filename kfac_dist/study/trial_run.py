@@ -16,8 +16,8 @@ from kfac_dist.config.schema import Config
 from kfac_dist.data.create import create_dataset
 from kfac_dist.errors import EndNotSaved, InputError, TrainingDiverged
 from kfac_dist.runs.environment import cpu_model
+from kfac_dist.runs.folders import choose_run_directory
 from kfac_dist.runs.reader import read_metrics
-from kfac_dist.runs.writer import choose_run_directory
 from kfac_dist.study.definition import Study
 from kfac_dist.study.results import summarise
 from kfac_dist.study.trials import Trial

@@ -28,6 +28,8 @@ from kfac_dist.tensors.nested_state import flatten, unflatten
 
 logger = logging.getLogger(__name__)
 
+_ANY = "surrogateescape"  # a path may be no text
+
 
 @dataclass(frozen=True)
 class RankState:
@@ -194,8 +196,8 @@ def find_checkpoint(place: Path, communicator: Communicator) -> Found | None:
     with communicator.raise_on_all_ranks():
         candidates = [place] if (place / MANIFEST_FILE).exists() else CheckpointStore(place).newest_first()
         names = [str(path) for path in candidates]
-    chosen = communicator.gather_bytes("\n".join(names).encode())[0].decode()
-    for path in map(Path, chosen.splitlines()):
+    chosen = communicator.gather_bytes("\0".join(names).encode(errors=_ANY))[0].decode(errors=_ANY)
+    for path in map(Path, filter(None, chosen.split("\0"))):
         problem = ""
         manifest = None
         try:
@@ -205,7 +207,7 @@ def find_checkpoint(place: Path, communicator: Communicator) -> Found | None:
                     check_file(path / name, record)
         except InputError as error:
             problem = str(error)
-        problems = [text.decode() for text in communicator.gather_bytes(problem.encode()) if text]
+        problems = [text.decode(errors=_ANY) for text in communicator.gather_bytes(problem.encode(errors=_ANY)) if text]
         if not problems and manifest is not None:
             return Found(path, manifest)
         if communicator.is_main:

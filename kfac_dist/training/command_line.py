@@ -46,11 +46,15 @@ def parse_train(arguments: Sequence[str], program: str = "train.py") -> argparse
     parser.add_argument("--explain", action="store_true", help="show layers, owners, bytes and schedules, and stop")
     _add_ranks_(parser, "ranks that --explain assumes (default: those there are)")
     parser.add_argument(
-        "--resume", metavar="auto|PATH",
-        help="go on with a run's folder or checkpoint; auto: with the last run of run.name, if it was not finished",
+        "--resume", metavar="auto|job|PATH", type=_given,
+        help="go on with a run's folder or checkpoint; auto: with the last run of run.name, if it was not finished; "
+        "job: with the one that this job of Slurm's began",
     )  # fmt: skip
     parser.add_argument(
-        "--evaluate", metavar="PATH", help="show the accuracy of a run's newest checkpoint, or of this one, and stop"
+        "--evaluate",
+        metavar="PATH",
+        type=_given,
+        help="show the accuracy of a run's newest checkpoint, or of this one, and stop",
     )
     found = _parse(parser, arguments)
     if found.resume and found.evaluate:
@@ -156,6 +160,13 @@ def parse_evaluate(arguments: Sequence[str]) -> argparse.Namespace:
         found.evaluate = found.config
         found.config = _configuration_of(Path(found.evaluate))
     return found
+
+
+def _given(value: str) -> str:
+    """Refuse nothing at all, as of a shell's variable that is not set: it would mean a new run."""
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
 
 
 def _configuration_of(place: Path) -> Path:

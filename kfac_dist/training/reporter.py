@@ -14,15 +14,18 @@ from kfac_dist.config.schema import Config
 from kfac_dist.curvature.blocks.base import FactorKey
 from kfac_dist.optim.step_report import StepReport
 from kfac_dist.runs.environment import describe_environment
+from kfac_dist.runs.folders import claim_run_directory
 from kfac_dist.runs.lock import RunLock
 from kfac_dist.runs.log import RunLog
 from kfac_dist.runs.progress import Progress
-from kfac_dist.runs.writer import RunWriter, claim_run_directory
+from kfac_dist.runs.writer import RunWriter
 from kfac_dist.tensors.host_copy import HostCopy
 from kfac_dist.timing import StageSeconds
 from kfac_dist.training.schedules import Schedules, Settings
 
 logger = logging.getLogger(__name__)
+
+_ANY = "surrogateescape"  # a path may be no text
 
 
 class Totals(NamedTuple):
@@ -154,7 +157,7 @@ class Reporter:
             if communicator.is_main:
                 chosen = resumed.directory if resumed else claim_run_directory(config.run.output_dir, config.run.name)
                 self._lock = self._lock or RunLock(chosen)
-        self.directory = Path(communicator.gather_bytes(str(chosen).encode())[0].decode())
+        self.directory = Path(communicator.gather_bytes(str(chosen).encode(errors=_ANY))[0].decode(errors=_ANY))
         hosts = [name.decode() for name in communicator.gather_bytes(socket.gethostname().encode())]
         environment = describe_environment(library_version(), hosts)
         with communicator.raise_on_all_ranks():
@@ -233,10 +236,9 @@ class Reporter:
             self.event(iteration, "skipped_picture", problem=problem)
             self._progress.say(f"skipped: {problem}")
 
-    @property
-    def metrics_bytes(self) -> int:
-        """Length of the metrics so far; 0 on ranks that do not write."""
-        return self._writer.metrics_bytes
+    def sync(self) -> int:
+        """Put the metrics on the disk; their length so far, 0 on ranks that do not write."""
+        return self._writer.sync()
 
     def event(self, iteration: int, event: str, **fields: Any) -> None:
         """Report something out of the ordinary."""

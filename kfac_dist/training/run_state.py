@@ -1,6 +1,7 @@
 """A trainer's state as a checkpoint holds it: when it is saved, and how a run goes on from it."""
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from kfac_dist.checkpoints.manifest import MANIFEST_FILE, Manifest
 from kfac_dist.checkpoints.save import MODEL_FILE
 from kfac_dist.checkpoints.shard import read_tensors
+from kfac_dist.checkpoints.store import CheckpointStore
 from kfac_dist.communicator import Communicator
 from kfac_dist.communicator.coalesced import mean_over_ranks
 from kfac_dist.config.load import check_resumable
@@ -25,8 +27,10 @@ from kfac_dist.optim.base import DistributedOptimizer
 from kfac_dist.optim.distributed_fisher import BLOCKS
 from kfac_dist.optim.kfac import STATE_KEY
 from kfac_dist.optim.loss_scale import LossScaler
+from kfac_dist.runs.folders import last_run_directory, run_of_job
 from kfac_dist.runs.lock import RunLock
-from kfac_dist.runs.writer import DONE_FILE, last_run_directory
+from kfac_dist.runs.reader import METRICS_FILE
+from kfac_dist.runs.writer import DONE_FILE
 from kfac_dist.training.checkpoint import (
     Checkpointer,
     Found,
@@ -41,6 +45,8 @@ from kfac_dist.training.recovery import Recovery
 from kfac_dist.training.reporter import Reporter, ResumedRun
 
 logger = logging.getLogger(__name__)
+
+_ANY = "surrogateescape"  # a path may be no text
 
 
 class Run(Protocol):
@@ -90,7 +96,7 @@ class RunSaver:
             wait: Return when it is on the disk.
         """
         trainer, start = self._trainer, time.perf_counter()
-        state = take_state(trainer, self._reporter.metrics_bytes)
+        state = take_state(trainer, self._reporter.sync())
         fine = self._checkpointer.save(state, trainer.optimizer.owned_blocks(first_only=True), self._manifest(), wait)
         self._saved_at = time.monotonic()
         self._seconds_blocked += time.perf_counter() - start
@@ -139,14 +145,14 @@ class RunSaver:
 
 
 def resume(trainer: Run, place: Path) -> ResumedRun | None:
-    """Put a new trainer where a run was last saved whole; collective. None, and no change, if it never was.
+    """Put a new trainer where a run was last saved whole; collective. None, and no change, if it never was saved.
 
     Args:
         trainer: That has not trained yet.
         place: A run's folder, or a checkpoint's.
 
     Raises:
-        AgreedInputError: If the run's configuration, data or network was another.
+        AgreedInputError: If the run's configuration, data or network was another, or no checkpoint of it can be used.
     """
     communicator = trainer.communicator
     run = run_of(place)
@@ -156,6 +162,12 @@ def resume(trainer: Run, place: Path) -> ResumedRun | None:
     if found is None:
         if lock is not None:
             lock.release()
+        with communicator.raise_on_all_ranks():
+            if communicator.is_main and CheckpointStore(run).newest_first():
+                raise InputError(
+                    f"{place} has no checkpoint that can be used, a warning above says why. Without --resume a new run "
+                    "begins"
+                )
         return None
     with communicator.raise_on_all_ranks():
         check_resumable(found.manifest.config, trainer.config)
@@ -170,7 +182,11 @@ def resume(trainer: Run, place: Path) -> ResumedRun | None:
 
 
 def load_checkpoint(trainer: Run, found: Found) -> int:
-    """Put a trainer where this checkpoint was made; how long the metrics were then. Collective."""
+    """Put a trainer where this checkpoint was made; how long the metrics were then. Collective.
+
+    Later checkpoints of the run, damaged ones or of a future that is given up, are set aside: the next `--resume auto`
+    would else go on from them.
+    """
     communicator = trainer.communicator
     with communicator.raise_on_all_ranks():
         blocks = trainer.optimizer.owned_blocks(first_only=False)
@@ -179,11 +195,24 @@ def load_checkpoint(trainer: Run, found: Found) -> int:
     with communicator.raise_on_all_ranks():
         try:
             restore_state(trainer, state)
-            return int(state.run["metrics_bytes"])
+            metrics_bytes = int(state.run["metrics_bytes"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{found.path}: does not hold the state of such a run ({error!r:.200})") from error
+    with communicator.raise_on_all_ranks():
+        if communicator.is_main:
+            _set_aside_later(found)
+    return metrics_bytes
+
+
+def _set_aside_later(found: Found) -> None:
+    try:
+        moved = CheckpointStore(run_of(found.path)).set_aside_after(found.manifest.iteration)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be renamed ({error.strerror}); move it out of the run") from error
+    for path in moved:
+        logger.warning("a later checkpoint is set aside, as %s: delete it if it is not wanted", path)
 
 
 def run_of(place: Path) -> Path:
@@ -195,12 +224,13 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
     """Which run to go on with; collective, rank 0 looks.
 
     Args:
-        wanted: "auto" for the last run of the configured name, or a path.
+        wanted: "auto" for the last run of the configured name, "job" for that which this job of Slurm's began, or a
+            path.
         config: The section `run`.
         communicator: Of all ranks.
 
     Returns:
-        The folder of a run or of a checkpoint, None if "auto" finds no run; and whether it is finished.
+        The folder of a run or of a checkpoint, None if "auto" or "job" finds no run; and whether it is finished.
 
     Raises:
         AgreedInputError: If there is nothing at the path.
@@ -209,11 +239,24 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
         place: Path | None = Path(wanted).expanduser()
         if wanted == "auto":
             place = last_run_directory(config.output_dir, config.name)
-        elif communicator.is_main and not Path(wanted).expanduser().is_dir():
-            raise InputError(f"--resume must be auto, or the folder of a run or of a checkpoint, got {wanted}")
+        elif wanted == "job":
+            place = run_of_job(config.output_dir, config.name, _slurm_job())
+        elif communicator.is_main and not _is_resumable(Path(wanted).expanduser()):
+            raise InputError(f"--resume must be auto, job, or the folder of a run or of a checkpoint, got {wanted}")
         told = f"{place or ''}\n{int(place is not None and (place / DONE_FILE).exists())}"
-    path, is_done = communicator.gather_bytes(told.encode())[0].decode().split("\n")
+    path, is_done = communicator.gather_bytes(told.encode(errors=_ANY))[0].decode(errors=_ANY).rsplit("\n", 1)
     return Path(path) if path else None, bool(int(is_done))
+
+
+def _is_resumable(place: Path) -> bool:
+    return (place / METRICS_FILE).is_file() or (place / MANIFEST_FILE).is_file()
+
+
+def _slurm_job() -> str:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not job:
+        raise InputError("--resume job needs the variable SLURM_JOB_ID, which Slurm sets; elsewhere use --resume auto")
+    return job
 
 
 def load_weights(trainer: Run, wanted: str) -> Path:

@@ -4,11 +4,13 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:
-    """While it is entered, SIGUSR1, SIGTERM and the first SIGINT are remembered; a second SIGINT interrupts at once.
+    """While it is entered, SIGUSR1, SIGTERM, SIGHUP and the first SIGINT are remembered; a second SIGINT interrupts.
+
+    SIGHUP, which comes when a terminal closes, stays ignored where it is, as under nohup.
 
     Python runs the handler when the call that the main thread is in returns, such as a collective.
 
@@ -23,6 +25,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         for number in _SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._remember)
         return self
 

@@ -25,6 +25,7 @@ from kfac_dist.training.restarts import count_restart, note_start
 from kfac_dist.training.run_state import RunSaver, resume, run_of
 from kfac_dist.training.signals import StopSignals
 from kfac_dist.training.watchdog import Watchdog
+from kfac_dist.vocabulary import counted
 
 logger = logging.getLogger(__name__)
 
@@ -189,9 +190,10 @@ class Trainer(Learner):
 
     def _log_start(self) -> None:
         logger.info(
-            "%d training and %d test images, %d classes; %d iterations of %d images: %d slots of %d a rank",
-            self.dataset.num_train, self.dataset.num_eval, self.dataset.num_classes, self.schedules.num_iterations,
-            self.sampler.global_size, self.num_local_slots, self.sampler.per_slot,
+            "%d training and %d test images, %d classes; %s of %d images: %s of %d a rank",
+            self.dataset.num_train, self.dataset.num_eval, self.dataset.num_classes,
+            counted(self.schedules.num_iterations, "iteration"), self.sampler.global_size,
+            counted(self.num_local_slots, "slot"), self.sampler.per_slot,
         )  # fmt: skip
         for warning in warnings_of(self.config, self.dataset.num_train):
             logger.warning("warning: %s", warning)

@@ -7,6 +7,8 @@ die() { say "error: $*" >&2; exit 2; }
 
 # Sources the cluster's own settings, and says what may be wrong with them.
 load_settings() {
+    unset SLURM_EXPORT_ENV # of `sbatch --export=NONE`: srun, and so mpirun's daemons, would start without PATH
+    [ -z "${SLURM_HET_SIZE:-}" ] || die "a heterogeneous job's ranks are of its first component only: submit one without \":\""
     local site="${KFAC_DIST_SITE:-$home/scripts/slurm/site.sh}"
     if [ -f "$site" ]; then
         set +eu # `module` and conda's scripts do not stand them

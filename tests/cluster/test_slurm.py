@@ -95,7 +95,7 @@ def test_only_a_job_that_stopped_in_order_is_requeued(
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), stopped.log
     first, *_, last = [line for line in stopped.log.splitlines() if line.startswith("asked: ")]
     assert first.endswith("train.py x")
-    assert last.endswith("finished.py x --resume auto")
+    assert last.endswith("finished.py x --resume job")
 
 
 def test_a_stop_that_is_asked_for_while_ranks_start_is_no_reason_to_requeue(
@@ -115,7 +115,7 @@ def test_srun_that_starts_each_rank_alone_is_refused(cluster: Cluster, tmp_path:
     job = train(cluster, tmp_path, "apart", KFAC_DIST_LAUNCHER="srun", KFAC_DIST_LAUNCH_FLAGS="--mpi=none")
     shown = job.wait()
     assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "2:0", "0"), job.log
-    assert "(SLURM_NTASKS=2) but MPI sees 1: every process would train alone" in job.log
+    assert "(SLURM_STEP_NUM_TASKS=2) but MPI sees 1: every process would train alone" in job.log
     assert not list(tmp_path.iterdir())
 
 

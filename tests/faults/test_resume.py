@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train: Run, wh
 def test_nothing_at_the_path(train: Run, tmp_path: Path) -> None:
     refused = train(1, "part", "--resume", str(tmp_path / "nowhere"))
     assert refused.returncode == 2
-    assert "--resume must be auto, or the folder of a run" in refused.stderr
+    assert "--resume must be auto, job, or the folder of a run" in refused.stderr
 
 
 def test_the_manifest_says_what_it_is(train: Run, tmp_path: Path) -> None:

@@ -127,13 +127,13 @@ ELASTIC = TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}
         ({}, False, False),
         (TORCHRUN, True, False),
         (ELASTIC, True, False),
-        (ELASTIC | {"SLURM_NTASKS": "2", "PMIX_RANK": "0"}, True, False),
+        (ELASTIC | {"SLURM_STEP_NUM_TASKS": "2", "PMIX_RANK": "0"}, True, False),
         ({"WORLD_SIZE": "2", "RANK": "0"}, False, False),
         (TORCHRUN | {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, False, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False, True),
         ({"PMI_RANK": "0"}, False, True),
-        ({"SLURM_NTASKS": "2"}, False, True),
-        ({"SLURM_NTASKS": "1"}, False, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, False, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False, False),
     ],
 )
 def test_who_launched(environment: dict[str, str], by_torchrun: bool, by_mpi: bool) -> None:

@@ -15,7 +15,13 @@ from PIL import Image
 from kfac_dist.commands.train import main
 from tests.paths import ROOT
 
-LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "KFAC_DIST_ALLOW_SIZE_MISMATCH")
+LAUNCHER_VARIABLES = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "SLURM_NTASKS",
+    "SLURM_STEP_NUM_TASKS",
+    "KFAC_DIST_ALLOW_SIZE_MISMATCH",
+)
 CIFAR_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 
 

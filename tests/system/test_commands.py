@@ -84,7 +84,7 @@ def test_explain_on_3_ranks(command: Command, tmp_path: Path) -> None:
     finished = command(QUICKSTART, "--explain", "--ranks", "3", "batch.global_size=192", f"run.output_dir={output_dir}")
     assert finished.code == 0, finished.err
     assert "3 ranks" in finished.out
-    assert "1 slots of 64 a rank" in finished.out
+    assert "1 slot of 64 a rank" in finished.out
     owners = owner_column(finished.out)
     assert tuple(owners) == LAYERS
     assert all(len(ranks) == 1 for ranks in owners.values())
@@ -236,6 +236,13 @@ def test_a_mistyped_option(word: str, meant: str, command: Command) -> None:
     assert finished.code == 2
     assert finished.err.startswith(f"error: unrecognized arguments: {word}; did you mean {meant}?\nusage: ")
     assert "did you mean" not in command(QUICKSTART, "--qqq").err
+
+
+@pytest.mark.parametrize("option", ["--resume", "--evaluate"])
+def test_an_empty_path_is_not_a_new_run(option: str, command: Command) -> None:
+    finished = command(QUICKSTART, option, "")
+    assert finished.code == 2
+    assert finished.err.startswith(f"error: argument {option}: must not be empty\nusage: ")
 
 
 def test_one_rank_is_one(command: Command) -> None:

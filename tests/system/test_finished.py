@@ -38,6 +38,17 @@ def test_the_last_run_of_the_name_counts(finished, tmp_path: Path, capsys: pytes
     assert finished(*place) == 0
 
 
+def test_another_jobs_run_of_the_name_does_not_count(finished, tmp_path: Path, monkeypatch) -> None:
+    for name, job in (("quickstart", "7"), ("quickstart-2", "8")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+        (tmp_path / name / "environment.json").write_text(f'{{"variables": {{"SLURM_JOB_ID": "{job}"}}}}')
+    (tmp_path / "quickstart-2/DONE").touch()
+    for job, resume, code in (("7", (), 75), ("8", (), 0), ("7", ("--resume", "job"), 75), ("9", (), 0)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert finished(QUICKSTART, f"run.output_dir={tmp_path}", *resume) == code
+
+
 @pytest.mark.parametrize("option", [("--help",), ("--print-config",), ("--explain",), ("--evaluate", "runs/x")])
 def test_what_does_not_train_leaves_no_marker(finished, tmp_path: Path, option: tuple[str, ...]) -> None:
     assert finished(QUICKSTART, f"run.output_dir={tmp_path}", *option) == 0

@@ -1,13 +1,18 @@
 """log.txt has what the terminal shows, with time, rank and level, and the warnings of all ranks."""
 
+import json
 import logging
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
+from kfac_dist.runs.lock import RunLock
 from kfac_dist.runs.log import RunLog
 from tests.paths import QUICKSTART, ROOT
 
@@ -85,3 +90,49 @@ def test_text_and_stacks_are_one_write(tmp_path: Path, monkeypatch: pytest.Monke
     (record,) = written
     assert b" rank 0 ERROR a text\n" in record
     assert b"in test_text_and_stacks_are_one_write\n" in record
+
+
+def test_a_finished_run_ends_with_0_where_its_output_cannot_be_written(tmp_path: Path) -> None:
+    words = [ROOT / "train.py", QUICKSTART, f"run.output_dir={tmp_path}", "train.epochs=1", "data.train_limit=128"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, *words], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "quickstart" / "DONE").exists()
+    assert lines(tmp_path / "quickstart")[-1][2].startswith("test accuracy ")
+
+
+def test_its_rights_are_those_that_the_user_wants(tmp_path: Path) -> None:
+    """With umask 002, colleagues of a group go on with each other's runs."""
+    before = os.umask(0o002)
+    try:
+        with RunLog(0) as log:
+            log.open(tmp_path)
+            log.write("INFO", "here")
+        RunLock(tmp_path).release()
+    finally:
+        os.umask(before)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {
+        "log.txt": "0o664",
+        ".lock": "0o664",
+    }
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    """As one that was named under another encoding; the run goes on there and is evaluated."""
+    folder = tmp_path / os.fsdecode(b"b\xe4d")
+    folder.mkdir()
+    settings = [QUICKSTART, "train.epochs=1", "data={name: digits, train_limit: 128, eval_limit: 32}"]
+    for words in (settings, [*settings, "--resume", folder / "runs/quickstart"]):
+        done = subprocess.run(
+            [sys.executable, ROOT / "train.py", *words],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "is finished: nothing to do" in done.stdout
+    record = json.loads((folder / "runs/quickstart/environment.json").read_text(encoding="utf-8"))
+    assert record["working_directory"] == str(folder)

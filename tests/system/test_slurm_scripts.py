@@ -66,6 +66,14 @@ def test_mpirun_on_all_ranks(submitted: Submitted) -> None:
     ]
 
 
+def test_what_the_scripts_start_gets_their_environment(submitted: Submitted) -> None:
+    """Slurm leaves NONE there after `sbatch --export=NONE`, and srun would pass nothing on."""
+    launcher = submitted.home / "scripts/mpirun.sh"
+    launcher.write_text('#!/bin/bash\necho "export: ${SLURM_EXPORT_ENV-all}" >>"$LOG"\n')
+    submitted.run("train.sbatch", "c.yaml", SLURM_EXPORT_ENV="NONE")
+    assert set(submitted.calls()) == {"export: all"}
+
+
 def test_apptainer_under_mpirun_with_gpus(submitted: Submitted) -> None:
     env = {"KFAC_DIST_CONTAINER": "/images/kfac.sif", "KFAC_DIST_CONTAINER_MOUNTS": "/data:/data"}
     submitted.run("train.sbatch", "c.yaml", SLURM_GPUS_ON_NODE="4", **env)
@@ -93,6 +101,7 @@ def test_pyxis_under_srun(submitted: Submitted) -> None:
         ({"KFAC_DIST_CONTAINER_RUNTIME": "docker"}, "must be apptainer or pyxis, got docker"),
         ({"KFAC_DIST_CONTAINER": "x", "KFAC_DIST_CONTAINER_RUNTIME": "pyxis"}, "set KFAC_DIST_LAUNCHER=srun as well"),
         ({"KFAC_DIST_SITE": "/none"}, "KFAC_DIST_SITE must name a file to source, got /none"),
+        ({"SLURM_HET_SIZE": "2"}, "a heterogeneous job's ranks are of its first component only"),
         ({"SLURM_SUBMIT_DIR": "/"}, "submit from the checkout of kfac_dist, or set KFAC_DIST_HOME to it, got /"),
     ],
 )
@@ -113,7 +122,7 @@ def test_without_arguments_the_usage_is_shown(submitted: Submitted, script: str)
 @pytest.mark.parametrize(
     ("given", "after"),
     [
-        (("c.yaml", "x=1"), "c.yaml x=1 --resume auto"),
+        (("c.yaml", "x=1"), "c.yaml x=1 --resume job"),
         (("c.yaml", "--resume", "auto"), "c.yaml --resume auto"),
         (("--resume=runs/a/checkpoints/iteration-00000008/", "c.yaml"), "c.yaml --resume runs/a"),
         (("c.yaml", "--evaluate", "runs/a"), "c.yaml --evaluate runs/a"),

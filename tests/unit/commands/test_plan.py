@@ -113,3 +113,15 @@ def test_looking_whether_a_profile_can_be_written_leaves_everything_as_it_is(
             main([*RECIPE, "--measure", str(path)])
     assert old.read_text(encoding="utf-8") == "kept"
     assert not new.exists()
+
+
+def test_wrong_ranks_are_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(*arguments: object) -> None:
+        raise AssertionError("measured, which takes half a minute")
+
+    monkeypatch.setattr("kfac_dist.planning.measure.measure_profile", measure)
+    assert main([*RECIPE, "--measure", str(tmp_path / "here.yaml"), "--ranks", "3"]) == 2
+    assert "--ranks 3: batch.global_size must be a multiple of batch.per_rank x ranks" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -34,9 +34,9 @@ def test_launcher(environment: dict[str, str], words: str) -> None:
         (1, {}, "ok"),
         (2, {"OMPI_COMM_WORLD_SIZE": "2"}, "ok"),
         (1, {"OMPI_COMM_WORLD_SIZE": "4"}, "error"),
-        (1, {"SLURM_NTASKS": "4"}, "error"),
-        (1, {"SLURM_NTASKS": "4", "KFAC_DIST_ALLOW_SIZE_MISMATCH": "1"}, "note"),
-        (4, {"SLURM_NTASKS": "2", "PMI_SIZE": "4"}, "ok"),
+        (1, {"SLURM_STEP_NUM_TASKS": "4"}, "error"),
+        (1, {"SLURM_STEP_NUM_TASKS": "4", "KFAC_DIST_ALLOW_SIZE_MISMATCH": "1"}, "note"),
+        (4, {"SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "4"}, "ok"),
     ],
 )
 def test_world_size(size: int, environment: dict[str, str], status: Status) -> None:

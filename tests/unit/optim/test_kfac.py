@@ -319,8 +319,8 @@ def test_a_layer_that_this_rank_did_not_capture_contributes_zeros(monkeypatch: p
 
 def test_the_log_tells_of_a_part_of_the_samples() -> None:
     layer, part = nn.Linear(6, 4), ", A and G from the first 6.25 % of each pass's samples"
-    assert KFAC(layer, sample_fraction=0.0625).describe() == [f"K-FAC covers 1 layers{part}"]
-    assert KFAC(layer).describe() == ["K-FAC covers 1 layers"]
+    assert KFAC(layer, sample_fraction=0.0625).describe() == [f"K-FAC covers 1 layer{part}"]
+    assert KFAC(layer).describe() == ["K-FAC covers 1 layer"]
 
 
 def test_many_copies_of_factors_in_half_precision_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

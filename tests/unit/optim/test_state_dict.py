@@ -222,7 +222,7 @@ def test_the_state_of_another_optimizer_or_model_is_refused_and_changes_nothing(
     partial = copy.deepcopy(before)
     del partial["kfac"]["blocks"]["1"]
     partial["kfac"]["iteration"] = 77
-    with pytest.raises(ValueError, match=r"lacks the Fisher of 1 blocks that rank 0 owns \(1"):
+    with pytest.raises(ValueError, match=r"lacks the Fisher of 1 block that rank 0 owns \(1"):
         optimizer.load_state_dict(partial)
     after = optimizer.state_dict()
     assert after["kfac"]["iteration"] == 1

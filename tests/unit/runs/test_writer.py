@@ -4,16 +4,19 @@ import errno
 import json
 import math
 import multiprocessing
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from kfac_dist.errors import InputError, RankFailed
-from kfac_dist.runs import writer as writer_module
+from kfac_dist.runs import folders
+from kfac_dist.runs.folders import choose_run_directory, claim_run_directory, last_run_directory, run_of_job
 from kfac_dist.runs.reader import read_metrics
-from kfac_dist.runs.writer import KINDS, RunWriter, choose_run_directory, claim_run_directory
+from kfac_dist.runs.writer import KINDS, RunWriter
 
 TRAIN = {
     "iteration": 7,
@@ -65,6 +68,38 @@ def test_folder_names_count_up_past_folders_that_hold_a_run(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def run_there(folder, name, config="", job=None):
+    (folder / name).mkdir()
+    (folder / name / "metrics.jsonl").touch()
+    (folder / name / "config.yaml").write_text(config)
+    if job is not None:
+        (folder / name / "environment.json").write_text(json.dumps({"variables": {"SLURM_JOB_ID": job}}))
+
+
+def test_the_last_run_is_found_though_an_earlier_one_was_deleted(tmp_path):
+    assert last_run_directory(tmp_path, "a") is None
+    run_there(tmp_path, "a-2", "run: {name: a}")
+    assert last_run_directory(tmp_path, "a") == tmp_path / "a-2"
+    assert choose_run_directory(tmp_path, "a") == tmp_path / "a-3", "the newest has the highest number"
+    run_there(tmp_path, "a-7", "run: {name: a-7}")  # the only run of another name
+    run_there(tmp_path, "a-9", "run: [")
+    run_there(tmp_path, "a-x", "run: {name: a}")
+    assert last_run_directory(tmp_path, "a") == tmp_path / "a-2"
+    run_there(tmp_path, "a-3")
+    run_there(tmp_path, "a", "run: {name: a}")  # without a gap the folder's name is enough
+    assert last_run_directory(tmp_path, "a") == tmp_path / "a-3"
+    run_there(tmp_path, "a-6", "run: {name: a}")
+    assert choose_run_directory(tmp_path, "a") == tmp_path / "a-8"
+
+
+def test_the_run_of_a_job(tmp_path):
+    for name, job in (("a", "7"), ("a-2", "7"), ("a-3", "8"), ("a-4", None), ("b", "9")):
+        run_there(tmp_path, name, f"run: {{name: {name[0]}}}", job)
+    (tmp_path / "a-4" / "environment.json").write_text("{")
+    assert run_of_job(tmp_path, "a", "7") == tmp_path / "a-2"
+    assert run_of_job(tmp_path, "a", "9") is None
+
+
 def claim(folder, start, names):
     start.wait()
     names.put(claim_run_directory(folder, "a").name)
@@ -91,7 +126,7 @@ def test_a_folder_that_another_takes_in_between_is_left_to_it(tmp_path, monkeypa
             (chosen / "metrics.jsonl").touch()
         return chosen
 
-    monkeypatch.setattr(writer_module, "choose_run_directory", choose)
+    monkeypatch.setattr(folders, "choose_run_directory", choose)
     assert claim_run_directory(tmp_path, "a") == tmp_path / "a-2"
 
 
@@ -311,3 +346,31 @@ def test_no_room_for_the_marker(tmp_path, make_writer):
     (tmp_path / "run" / "DONE").symlink_to("/dev/full")
     with pytest.raises(RankFailed, match=r"cannot write DONE in .*No space left"):
         writer.finish()
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_counts_on_them(tmp_path, make_writer, monkeypatch):
+    writer = make_writer(tmp_path / "run")
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").resolve().name))
+    writer.write("train", **TRAIN)
+    assert writer.sync() == (tmp_path / "run" / "metrics.jsonl").stat().st_size > 0
+    assert synced == ["metrics.jsonl"]
+    assert make_writer(tmp_path / "run", is_main=False).sync() == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EINVAL])
+def test_a_disk_that_tells_late_that_it_is_full(tmp_path, make_writer, monkeypatch, number):
+    """As NFS does; where fsync is not known, nothing has failed."""
+
+    def fail(number_of_file):
+        raise OSError(number, os.strerror(number))
+
+    writer = make_writer(tmp_path / "run")
+    monkeypatch.setattr("os.fsync", fail)
+    writer.write("train", **TRAIN)
+    if number == errno.EINVAL:
+        writer.finish()
+    else:
+        with pytest.raises(RankFailed, match=r"cannot write metrics.jsonl .* go on with --resume auto"):
+            writer.finish()
+    assert (tmp_path / "run" / "DONE").exists() == (number == errno.EINVAL)

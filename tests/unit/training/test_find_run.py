@@ -1,0 +1,43 @@
+"""Which run `--resume` means."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic")  # a machine with a GPU may have little else installed
+
+from kfac_dist import create_communicator
+from kfac_dist.config.schema import RunConfig
+from kfac_dist.errors import InputError
+from kfac_dist.training.run_state import find_run
+from tests.paths import QUICKSTART
+
+
+def test_a_jobs_own_run_though_another_has_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last run of the name is another job's, and finished: this job's own is the one to go on with."""
+    for name, job in (("a", "7"), ("a-2", "8")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+        (tmp_path / name / "environment.json").write_text(json.dumps({"variables": {"SLURM_JOB_ID": job}}))
+    (tmp_path / "a-2" / "DONE").touch()
+    communicator = create_communicator("reduce", device=torch.device("cpu"))
+    config = RunConfig(name="a", output_dir=str(tmp_path))
+    assert find_run("auto", config, communicator) == (tmp_path / "a-2", True)
+    for job, expected in (("7", (tmp_path / "a", False)), ("8", (tmp_path / "a-2", True)), ("9", (None, False))):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert find_run("job", config, communicator) == expected
+    monkeypatch.delenv("SLURM_JOB_ID")
+    with pytest.raises(InputError, match="--resume job needs the variable SLURM_JOB_ID"):
+        find_run("job", config, communicator)
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    communicator = create_communicator("reduce", device=torch.device("cpu"))
+    config = RunConfig(name="a", output_dir=str(tmp_path))
+    for wanted in (tmp_path, tmp_path / "nowhere", QUICKSTART):
+        with pytest.raises(InputError, match="--resume must be auto, job, or the folder of a run or of a checkpoint"):
+            find_run(str(wanted), config, communicator)
+    (tmp_path / "metrics.jsonl").touch()
+    assert find_run(str(tmp_path), config, communicator) == (tmp_path, False)
