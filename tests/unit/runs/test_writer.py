@@ -341,6 +341,17 @@ def test_metrics_that_cannot_be_written_end_the_run_with_the_folder(tmp_path, ma
     assert not (tmp_path / "run" / "DONE").exists()
 
 
+def test_a_run_that_cannot_begin_is_not_the_last_one(tmp_path, make_writer):
+    """Defect: after a start on a full disk `--resume auto` meant the empty folder, and trained from scratch."""
+    make_writer(tmp_path / "run").write("train", **TRAIN)
+    claimed = claim_run_directory(tmp_path, "run")
+    (claimed / "environment.json").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="No space left"):
+        make_writer(claimed)
+    assert last_run_directory(tmp_path, "run") == tmp_path / "run"
+    assert choose_run_directory(tmp_path, "run") == claimed
+
+
 def test_no_room_for_the_marker(tmp_path, make_writer):
     writer = make_writer(tmp_path / "run")
     (tmp_path / "run" / "DONE").symlink_to("/dev/full")
