@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from kfac_dist.communicator import Communicator
@@ -18,6 +18,10 @@ DIGEST_LIMIT = 2**20
 
 _SAME_LAYERS = "Build the same on every rank: layers and parameters in the same order, of the same shapes, frozen alike"
 _SAME_ARGUMENTS = "Give the same on every rank: what is drawn at random is drawn on one rank and sent to the others"
+_SAME_WEIGHTS = (
+    "What changes weights after the optimizer was made, as load_state_dict does, must do so on every rank; before it "
+    "is made rank 0's are enough, which all take then"
+)
 _SAME_SETTINGS = (
     "Set the same on every rank: a scheduler that looks at a loss, as ReduceLROnPlateau does, needs the mean over the "
     "ranks, and a LossScaler the same num_losses"
@@ -57,6 +61,28 @@ def agree_on_group(names: Mapping[int, str], group: Sequence[Parameter], communi
     """`agree_on_model` for a parameter group that is added later; `names` are the model's by id."""
     lines = [_line(names.get(id(p), "a parameter"), p) for p in group]
     _agree_on_lines(lines, "parameter groups", communicator, _SAME_LAYERS)
+
+
+def agree_on_weights(parameters: Sequence[Parameter], names: Mapping[int, str], communicator: Communicator) -> None:
+    """Refuse ranks whose parameters hold other values; collective, and waits for the GPU.
+
+    Args:
+        parameters: What the optimizer was given; the same on every rank.
+        names: Of the parameters, by id.
+        communicator: The ranks.
+
+    Raises:
+        AgreedInputError: On every rank, naming the first parameter that differs.
+    """
+    sums = torch.stack([_sum_of_bits(parameter) for parameter in parameters]).tolist()
+    lines = [f"{names.get(id(p), 'a parameter')} (bits {total:x})" for p, total in zip(parameters, sums, strict=True)]
+    _agree_on_lines(lines, "weights", communicator, _SAME_WEIGHTS)
+
+
+def _sum_of_bits(values: Tensor) -> Tensor:
+    """A number that is the same on every machine, whatever order it adds in, where the values are."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.detach().view(integer).sum(dtype=torch.int64)
 
 
 def _agree_on_lines(lines: Sequence[str], what: str, communicator: Communicator, remedy: str) -> None:

@@ -202,6 +202,7 @@ class AveragedOptimizer(DistributedOptimizer):
             has_sent=self._messages.was_overlapped,
             settings=self._settings(),
         )
+        self._agree_on_first_weights(self._parameters(), self._names)
         moved = agreed.with_gradient
         if not agreed.all_sent:  # a rank dropped its gradients since
             self._messages.discard()

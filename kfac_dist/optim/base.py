@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from kfac_dist.communicator import Communicator
 from kfac_dist.communicator.local import LocalCommunicator
 from kfac_dist.curvature.blocks.base import FactorKey
+from kfac_dist.optim.agreement import agree_on_weights
 from kfac_dist.optim.gradient_messages import GradientMessages, Message
 from kfac_dist.optim.guards import broadcast_model, clip_
 from kfac_dist.optim.loss_scale import LossScaler
@@ -64,6 +65,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     _loss_scaler: LossScaler | None = None
     _max_grad_norm: float | None = None
     _is_closed = False
+    _has_stepped = False
 
     # A GradScaler then leaves the gradients alone and hands its scale over, by which it is recognised.
     _step_supports_amp_scaling = True
@@ -136,6 +138,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """`broadcast_model`, where every rank gave these arguments alike; collective."""
         lines = [type(self).__name__, *(f"{name}={_shown(value)}" for name, value in arguments.items())]
         broadcast_model(model, self.communicator, trained, lines)
+
+    def _agree_on_first_weights(self, trained: Sequence[Parameter], names: Mapping[int, str]) -> None:
+        """In the first step `agree_on_weights`: one rank alone may have loaded others since the optimizer was made."""
+        if not self._has_stepped:
+            agree_on_weights(trained, names, self.communicator)
+            self._has_stepped = True
 
     def _settings(self) -> list[str]:
         """A line for each parameter group with what `step` takes from it, and what undoes the loss scale."""

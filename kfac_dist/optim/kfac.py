@@ -269,6 +269,7 @@ class KFAC(DistributedOptimizer):
                 refuse_replaced(block.name)
         fisher, updates = self._fisher, self._shared.updates
         agreed, present = fisher.agree(self._parameters(), self._names, self._messages.was_overlapped, self._settings())
+        self._agree_on_first_weights(self._parameters(), self._names)
         moved = agreed.with_gradient
         if not agreed.all_sent:  # a rank dropped its gradients since
             self._messages.discard()

@@ -80,6 +80,13 @@ def test_settings_that_differ_are_refused(kind: str, said: dict[tuple[str, int],
 
 
 @pytest.mark.parametrize("kind", ["kfac", "sgd"])
+def test_weights_that_one_rank_alone_loaded_are_refused(kind: str, said: dict[tuple[str, int], str]) -> None:
+    """Defect: the ranks trained weights that stayed apart, without a word."""
+    for rank in (0, 1):
+        assert said[f"{kind} loads weights", rank].startswith("the ranks' weights differ: 0.weight (bits ")
+
+
+@pytest.mark.parametrize("kind", ["kfac", "sgd"])
 def test_losses_that_are_scaled_otherwise_on_each_rank_are_refused(kind: str, said: dict[tuple[str, int], str]) -> None:
     """Defect: each rank undid its own scale on what it owned of the average, which was another for each layer."""
     for rank in (0, 1):

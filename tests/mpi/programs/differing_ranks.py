@@ -99,6 +99,16 @@ def check_one_rank_sets_another_rate(kind: str, communicator: Communicator) -> N
     say(communicator, f"{kind} sets", lambda: train(model, optimizer, communicator.rank))
 
 
+def check_one_rank_loads_weights(kind: str, communicator: Communicator) -> None:
+    """After the optimizer was made; frozen layers count, too."""
+    model = make_net()
+    model[0].requires_grad_(False)
+    optimizer = KINDS[kind](model, communicator, lr=0.01)
+    if not communicator.rank:
+        model.load_state_dict({name: value + 1e-3 for name, value in model.state_dict().items()})
+    say(communicator, f"{kind} loads weights", lambda: train(model, optimizer, communicator.rank))
+
+
 def check_one_rank_scales_losses_otherwise(kind: str, communicator: Communicator) -> None:
     """Averages of gradients that were scaled otherwise on each rank have no scale that could be undone."""
     model, scaler = make_net(), LossScaler(num_losses=2 + communicator.rank)
@@ -207,6 +217,7 @@ def main() -> int:
         check_one_rank_freezes(kind, communicator)
         check_one_rank_sets_another_rate(kind, communicator)
         check_one_rank_scales_losses_otherwise(kind, communicator)
+        check_one_rank_loads_weights(kind, communicator)
         check_one_rank_has_the_gradient(kind, communicator)
         check_a_step_with_all_frozen(kind, communicator)
     for case, arguments_of in ARGUMENTS.items():
