@@ -10,12 +10,15 @@ from kfac_dist.training.signals import StopSignals
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_the_first_signal_is_remembered(name: str) -> None:
     number = signal.Signals[name]
-    before = signal.getsignal(number)
-    with StopSignals() as stops:
-        assert stops.received == ""
-        signal.raise_signal(number)
-        assert stops.received == name
-    assert signal.getsignal(number) == before
+    outer = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        with StopSignals() as stops:
+            assert stops.received == ""
+            signal.raise_signal(number)
+            assert stops.received == name
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, outer)
 
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:
