@@ -184,7 +184,8 @@ def refuse_unusable(place: Path, communicator: Communicator) -> None:
     with communicator.raise_on_all_ranks():
         if communicator.is_main and CheckpointStore(run_of(place)).newest_first():
             raise InputError(
-                f"{place} has no checkpoint that can be used, a warning above says why. Without --resume a new run begins"
+                f"{place} has no checkpoint that can be used, a warning above says why. Without --resume a new run "
+                "begins"
             )
 
 
@@ -231,8 +232,8 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
     """Which run to go on with; collective, rank 0 looks.
 
     Args:
-        wanted: "auto" for the last run of the configured name, "job" for that which this job of Slurm's began, or a
-            path.
+        wanted: "auto" for the last run of the configured name, or for its own in a job that Slurm queued again; "job"
+            for that which this job of Slurm's began; or a path.
         config: The section `run`.
         communicator: Of all ranks.
 
@@ -253,7 +254,10 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
 
 def _look_for(wanted: str, config: RunConfig) -> Path | None:
     if wanted == "auto":
-        return last_run_directory(config.output_dir, config.name)
+        # Of a job that was queued again its own, as scripts/slurm/finished.py has it: the last may be another's by now.
+        is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        own = run_of_job(config.output_dir, config.name, _slurm_job()) if is_requeued else None
+        return own or last_run_directory(config.output_dir, config.name)
     if wanted == "job":
         return run_of_job(config.output_dir, config.name, _slurm_job())
     place = Path(wanted).expanduser()

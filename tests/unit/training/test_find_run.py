@@ -29,6 +29,10 @@ def test_a_jobs_own_run_though_another_has_the_name(tmp_path: Path, monkeypatch:
     for job, expected in (("7", (tmp_path / "a", False)), ("8", (tmp_path / "a-2", True)), ("9", (None, False))):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         assert find_run("job", config, communicator) == expected
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for job, expected in (("7", (tmp_path / "a", False)), ("9", (tmp_path / "a-2", True))):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert find_run("auto", config, communicator) == expected, "a job that was given it and is queued again"
     monkeypatch.delenv("SLURM_JOB_ID")
     with pytest.raises(InputError, match="--resume job needs the variable SLURM_JOB_ID"):
         find_run("job", config, communicator)
