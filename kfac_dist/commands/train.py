@@ -16,7 +16,7 @@ from kfac_dist.errors import AgreedInputError, NoProgress, RunStopped, TrainingF
 from kfac_dist.planning.explain import explain as describe_plan
 from kfac_dist.runs.log import RunLog, logger
 from kfac_dist.training.command_line import Parse, parse_train
-from kfac_dist.training.run_state import find_run, load_weights
+from kfac_dist.training.run_state import find_run, load_weights, refuse_unusable
 from kfac_dist.training.trainer import Trainer
 from kfac_dist.vocabulary import counted
 
@@ -100,6 +100,7 @@ def _train(config: Config, arguments: argparse.Namespace, setup: Communicator, l
             )
             return 0
         if place is not None and not trainer.resume(place):
+            refuse_unusable(place, communicator)
             log.show(f"{place} has no checkpoint yet: starting a new run")
     result = trainer.train()
     log.show(f"test accuracy {result.top1:.2f} % after {result.seconds:.1f} s; run: {result.directory}")

@@ -35,7 +35,10 @@ def promised_size(environment: Mapping[str, str]) -> tuple[str, int] | None:
 def unused_tasks(environment: Mapping[str, str]) -> int:
     """Tasks of Slurm's allocation, where this process was started in it by no launcher and they are more; else 0."""
     tasks = environment.get("SLURM_NTASKS", "")
-    by_launcher = promised_size(environment) is not None or any(name in environment for name in _MPI_VARIABLES)
+    # salloc's shell may be a step of one task itself, which leaves the allocation's tasks; srun tells a step's in both.
+    by_launcher = promised_size(environment) not in (None, ("SLURM_STEP_NUM_TASKS", 1)) or any(
+        name in environment for name in _MPI_VARIABLES
+    )
     if by_launcher or not tasks.isdigit() or int(tasks) < 2 or environment.get(ALLOW_SIZE_VARIABLE) == "1":
         return 0
     return int(tasks)

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
@@ -39,6 +40,7 @@ class _Outliving:
     def __init__(self, stream: TextIO, lost_by: tuple[int, ...]) -> None:
         self._stream = stream
         self._lost_by = lost_by
+        self._dropping = threading.RLock()  # a second thread would take nowhere for the reader
 
     def write(self, text: str) -> int:
         try:
@@ -65,13 +67,14 @@ class _Outliving:
 
     def _drop_pending(self) -> None:
         """The reader is slow, and misses this: Python 3.14 would keep it all, and fail to write it at the end."""
-        reader = os.dup(self._stream.fileno())
-        try:
-            self._lead_nowhere()
-            self._stream.flush()
-        finally:
-            os.dup2(reader, self._stream.fileno())
-            os.close(reader)
+        with self._dropping:
+            reader = os.dup(self._stream.fileno())
+            try:
+                self._lead_nowhere()
+                self._stream.flush()
+            finally:
+                os.dup2(reader, self._stream.fileno())
+                os.close(reader)
 
     def _lead_nowhere(self) -> None:
         with open(os.devnull, "wb") as nowhere:

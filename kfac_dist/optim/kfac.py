@@ -203,7 +203,7 @@ class KFAC(DistributedOptimizer):
             refresh=type(refresh).__name__ if isinstance(refresh, RefreshSchedule) else refresh,
             sample_fraction=sample_fraction,
             max_grad_norm=max_grad_norm,
-            skip=tuple(skip),
+            skip=sorted(skip),  # a set's order differs on every rank
             track_changes=track_changes,
             loss_scaler=loss_scaler is not None,
             comm_dtypes=comm_dtypes,

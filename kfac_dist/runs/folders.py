@@ -61,7 +61,7 @@ def _runs(output_dir: str | Path, name: str) -> dict[int, Path]:
     ):  # a folder may be entered by those who may not list it
         for path in Path(output_dir).expanduser().iterdir():
             match = re.fullmatch(re.escape(name) + r"-([1-9]\d*)", path.name)
-            if match and int(match[1]) > number and _holds_run(path) and _name_of(path) == name:
+            if match and int(match[1]) > number and _name_of(path) == name and _holds_run(path):
                 found[int(match[1])] = path
     return found
 

@@ -80,8 +80,9 @@ class RunWriter:
             ) from error
         except OSError as error:
             if metrics_bytes is None and self._stream is not None:  # no run was begun: the last one is the one before
-                self._stream.close()
-                metrics.unlink(missing_ok=True)
+                with suppress(OSError):  # the first error is the one to tell
+                    self._stream.close()
+                    metrics.unlink(missing_ok=True)
             raise not_writable(directory, error) from error
         self._event_files = EventFiles(directory)
 

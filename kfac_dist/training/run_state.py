@@ -145,14 +145,14 @@ class RunSaver:
 
 
 def resume(trainer: Run, place: Path) -> ResumedRun | None:
-    """Put a new trainer where a run was last saved whole; collective. None, and no change, if it never was saved.
+    """Put a new trainer where a run was last saved whole; collective. None, and no change, if it never was.
 
     Args:
         trainer: That has not trained yet.
         place: A run's folder, or a checkpoint's.
 
     Raises:
-        AgreedInputError: If the run's configuration, data or network was another, or no checkpoint of it can be used.
+        AgreedInputError: If the run's configuration, data or network was another.
     """
     communicator = trainer.communicator
     run = run_of(place)
@@ -162,12 +162,6 @@ def resume(trainer: Run, place: Path) -> ResumedRun | None:
     if found is None:
         if lock is not None:
             lock.release()
-        with communicator.raise_on_all_ranks():
-            if communicator.is_main and CheckpointStore(run).newest_first():
-                raise InputError(
-                    f"{place} has no checkpoint that can be used, a warning above says why. Without --resume a new run "
-                    "begins"
-                )
         return None
     with communicator.raise_on_all_ranks():
         check_resumable(found.manifest.config, trainer.config)
@@ -179,6 +173,20 @@ def resume(trainer: Run, place: Path) -> ResumedRun | None:
     if communicator.is_main:
         logger.info("resumed at iteration %d from %s", trainer.iteration, found.path)
     return ResumedRun(run, metrics_bytes, trainer.iteration, lock)
+
+
+def refuse_unusable(place: Path, communicator: Communicator) -> None:
+    """Refuse to begin anew where `resume` found checkpoints, but none that is whole; collective.
+
+    Raises:
+        AgreedInputError: If there are any.
+    """
+    with communicator.raise_on_all_ranks():
+        if communicator.is_main and CheckpointStore(run_of(place)).newest_first():
+            raise InputError(
+                f"{place} has no checkpoint that can be used, a warning above says why. Without --resume a new run "
+                "begins"
+            )
 
 
 def load_checkpoint(trainer: Run, found: Found) -> int:
@@ -224,8 +232,8 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
     """Which run to go on with; collective, rank 0 looks.
 
     Args:
-        wanted: "auto" for the last run of the configured name, "job" for that which this job of Slurm's began, or a
-            path.
+        wanted: "auto" for the last run of the configured name, or for its own in a job that Slurm queued again; "job"
+            for that which this job of Slurm's began; or a path.
         config: The section `run`.
         communicator: Of all ranks.
 
@@ -235,17 +243,27 @@ def find_run(wanted: str, config: RunConfig, communicator: Communicator) -> tupl
     Raises:
         AgreedInputError: If there is nothing at the path.
     """
+    told = ""
     with communicator.raise_on_all_ranks():
-        place: Path | None = Path(wanted).expanduser()
-        if wanted == "auto":
-            place = last_run_directory(config.output_dir, config.name)
-        elif wanted == "job":
-            place = run_of_job(config.output_dir, config.name, _slurm_job())
-        elif communicator.is_main and not _is_resumable(Path(wanted).expanduser()):
-            raise InputError(f"--resume must be auto, job, or the folder of a run or of a checkpoint, got {wanted}")
-        told = f"{place or ''}\n{int(place is not None and (place / DONE_FILE).exists())}"
+        if communicator.is_main:
+            place = _look_for(wanted, config)
+            told = f"{place or ''}\n{int(place is not None and (place / DONE_FILE).exists())}"
     path, is_done = communicator.gather_bytes(told.encode(errors=_ANY))[0].decode(errors=_ANY).rsplit("\n", 1)
     return Path(path) if path else None, bool(int(is_done))
+
+
+def _look_for(wanted: str, config: RunConfig) -> Path | None:
+    if wanted == "auto":
+        # Of a job that was queued again its own, as scripts/slurm/finished.py has it: the last may be another's by now.
+        is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        own = run_of_job(config.output_dir, config.name, _slurm_job()) if is_requeued else None
+        return own or last_run_directory(config.output_dir, config.name)
+    if wanted == "job":
+        return run_of_job(config.output_dir, config.name, _slurm_job())
+    place = Path(wanted).expanduser()
+    if not _is_resumable(place):
+        raise InputError(f"--resume must be auto, job, or the folder of a run or of a checkpoint, got {wanted}")
+    return place
 
 
 def _is_resumable(place: Path) -> bool:

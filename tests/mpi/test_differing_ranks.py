@@ -62,6 +62,12 @@ def test_arguments_that_differ_are_refused(case: str, difference: str, said: dic
         assert said[case, rank].startswith(f"the ranks' optimizers differ: {difference}"), said[case, rank]
 
 
+def test_a_set_of_patterns_which_each_rank_orders_its_own_way_is_no_difference(
+    said: dict[tuple[str, int], str],
+) -> None:
+    assert [said["kfac skips", rank] for rank in (0, 1)] == ["nothing", "nothing"]
+
+
 def test_a_schedule_that_decides_otherwise_on_one_rank_is_refused_on_all(said: dict[tuple[str, int], str]) -> None:
     """Defect: the job hung."""
     for rank in (0, 1):

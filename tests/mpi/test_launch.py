@@ -55,12 +55,16 @@ def test_only_a_broken_promise_is_refused() -> None:
             launch.check_world_size(1, {"SLURM_STEP_NUM_TASKS": "2", **opt_out})
 
 
-@pytest.mark.parametrize("launcher", [{"OMPI_COMM_WORLD_SIZE": "1"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"PMIX_RANK": "0"}])
+STEP = {"SLURM_STEP_NUM_TASKS": "1"}
+
+
+@pytest.mark.parametrize("launcher", [{"OMPI_COMM_WORLD_SIZE": "1"}, STEP | {"SLURM_NTASKS": "1"}, {"PMIX_RANK": "0"}])
 def test_an_allocations_tasks_are_no_promise(launcher: dict[str, str]) -> None:
     """In `salloc -n 4` and in a batch script, where plain python is one process."""
     allocation = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}
     assert launch.promised_size(allocation) is None
     assert launch.unused_tasks(allocation) == 4
+    assert launch.unused_tasks(allocation | STEP) == 4, "salloc's shell with LaunchParameters=use_interactive_step"
     assert launch.unused_tasks(allocation | launcher) == launch.unused_tasks({"SLURM_NTASKS": "1"}) == 0
     assert launch.unused_tasks(allocation | {OPT_OUT: "1"}) == 0
 

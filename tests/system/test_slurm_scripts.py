@@ -125,6 +125,7 @@ def test_without_arguments_the_usage_is_shown(submitted: Submitted, script: str)
         (("c.yaml", "x=1"), "c.yaml x=1 --resume job"),
         (("c.yaml", "--resume", "auto"), "c.yaml --resume auto"),
         (("--resume=runs/a/checkpoints/iteration-00000008/", "c.yaml"), "c.yaml --resume runs/a"),
+        (("--resume", "runs/a/checkpoints/unused-iteration-00000008-2", "c.yaml"), "c.yaml --resume runs/a"),
         (("c.yaml", "--evaluate", "runs/a"), "c.yaml --evaluate runs/a"),
     ],
 )

@@ -47,6 +47,7 @@ ARGUMENTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "kfac refreshes": lambda rank: {"refresh": 1 + rank},
     "kfac averages": lambda rank: {"ema_decay": (None, 0.5)[rank]},
     "kfac sends": lambda rank: {"comm_dtypes": CommDtypes(factors=(None, torch.float16)[rank])},
+    "kfac skips": lambda rank: {"skip": (["0", "2"], ["2", "0"])[rank]},
     "kfac tracks": lambda rank: {"track_changes": bool(rank)},
     "kfac scaled": lambda rank: {"loss_scaler": LossScaler() if rank else None},
     "sgd clips": lambda rank: {"max_grad_norm": 1.0 + rank},

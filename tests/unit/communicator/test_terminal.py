@@ -4,12 +4,15 @@ import io
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 import pytest
 
+from kfac_dist.communicator import terminal
 from kfac_dist.communicator.terminal import outliving_readers
 
 StreamOf = Callable[[str, TextIO], None]
@@ -74,6 +77,32 @@ def test_a_slow_reader_misses_text_and_gets_what_comes_later(streams: StreamOf) 
             sys.stderr.write("later\n")
             assert os.read(reader, 1 << 20).endswith(b"later\n")
     os.close(reader)
+
+
+def test_threads_that_miss_text_at_once_leave_the_reader_there(
+    streams: StreamOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect: the second took nowhere, to which the first had led the stream, for the reader: later text was lost."""
+    lead_nowhere = terminal._Outliving._lead_nowhere
+
+    def slowly(stream: terminal._Outliving) -> None:
+        lead_nowhere(stream)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(terminal._Outliving, "_lead_nowhere", slowly)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", buffering=1, encoding="utf-8") as pipe, os.fdopen(reader) as shown:
+        streams("stderr", pipe)
+        with outliving_readers():
+            threads = [threading.Thread(target=sys.stderr._lose, args=(BlockingIOError(),)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+                time.sleep(0.1)
+            for thread in threads:
+                thread.join()
+            sys.stderr.write("later\n")
+        os.set_blocking(reader, False)
+        assert shown.readline() == "later\n"
 
 
 def test_what_a_terminal_cannot_show_is_written_out(streams: StreamOf) -> None:

@@ -92,6 +92,22 @@ def test_the_last_run_is_found_though_an_earlier_one_was_deleted(tmp_path):
     assert choose_run_directory(tmp_path, "a") == tmp_path / "a-8"
 
 
+def test_a_folder_that_may_not_be_entered_is_no_run_of_this_name(tmp_path, monkeypatch):
+    """Defect: such as another user's, anywhere behind a gap; it ended every run of the name."""
+    run_there(tmp_path, "a", "run: {name: a}")
+    (tmp_path / "a-7").mkdir()
+    exists = Path.exists
+
+    def may_not(path, **options):
+        if path.parent.name == "a-7":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", may_not)
+    assert last_run_directory(tmp_path, "a") == tmp_path / "a"
+    assert choose_run_directory(tmp_path, "a") == tmp_path / "a-2"
+
+
 def test_the_run_of_a_job(tmp_path):
     for name, job in (("a", "7"), ("a-2", "7"), ("a-3", "8"), ("a-4", None), ("b", "9")):
         run_there(tmp_path, name, f"run: {{name: {name[0]}}}", job)
@@ -350,6 +366,19 @@ def test_a_run_that_cannot_begin_is_not_the_last_one(tmp_path, make_writer):
         make_writer(claimed)
     assert last_run_directory(tmp_path, "run") == tmp_path / "run"
     assert choose_run_directory(tmp_path, "run") == claimed
+
+
+def test_a_claim_that_cannot_be_given_up_hides_no_error(tmp_path, make_writer, monkeypatch):
+    """A disk that is read-only all at once."""
+    claimed = claim_run_directory(tmp_path, "run")
+    (claimed / "environment.json").symlink_to("/dev/full")
+
+    def refuse(path, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(InputError, match="No space left"):
+        make_writer(claimed)
 
 
 def test_no_room_for_the_marker(tmp_path, make_writer):

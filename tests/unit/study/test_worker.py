@@ -116,6 +116,17 @@ def test_a_signal_at_the_end_of_a_trial_ends_the_worker(tmp_path: Path, monkeypa
     assert folder.read_result(0)["status"] == "done"
 
 
+def test_a_trial_of_which_no_checkpoint_can_be_used_begins_anew(tmp_path: Path) -> None:
+    """Defect: it failed, and again at each retry; only the command `train` must not begin anew unasked."""
+    folder = StudyFolder(tmp_path / "study")
+    folder.write_plan(load_study(write_study(tmp_path, {"budget": {"rule": "fixed_iterations", "iterations": 2}})))
+    damaged = folder.trial(0) / "run/checkpoints/iteration-00000001"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text("{")
+    worker.work(settings_for(folder, [0], waits=False), 0)
+    assert folder.read_result(0)["status"] == "done"
+
+
 def test_a_signal_while_a_trial_is_claimed_is_heeded_when_the_claim_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

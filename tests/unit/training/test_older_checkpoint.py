@@ -14,6 +14,7 @@ from kfac_dist.checkpoints.store import CheckpointStore
 from kfac_dist.config.load import load_config
 from kfac_dist.errors import InputError
 from kfac_dist.runs.reader import read_metrics
+from kfac_dist.training.run_state import refuse_unusable
 from kfac_dist.training.trainer import Trainer
 from tests.paths import QUICKSTART
 
@@ -79,5 +80,8 @@ def test_a_run_of_which_no_checkpoint_can_be_used_is_not_begun_anew(make: Make, 
     for path in (run / "checkpoints").iterdir():
         (path / "manifest.json").write_text("{")
     for place in (run, next((run / "checkpoints").iterdir())):
+        trainer = make()
+        assert not trainer.resume(place)
         with pytest.raises(InputError, match="has no checkpoint that can be used"):
-            make().resume(place)
+            refuse_unusable(place, trainer.communicator)
+    refuse_unusable(tmp_path, make().communicator)
