@@ -150,14 +150,14 @@ class Capture:
         Raises:
             ValueError: If the model was moved since.
         """
+        if not self._destinations:  # nothing is due
+            return
         if torch._C._current_graph_task_id() == NO_GRAPH_TASK:  # no recomputation amid a backward
             self._forget_if_dropped(name)
         block = self._blocks[name]
         wanted = [matrix for matrix in block.factor_shapes if (name, matrix) in self._destinations]
         weight, node = block.parameters[0], output.grad_fn
-        if not self._destinations or not module.training or node is None:
-            return
-        if not output.numel() or not weight.requires_grad:
+        if not module.training or node is None or not output.numel() or not weight.requires_grad:
             return
         place = next(iter(self._destinations.values())).device
         if output.device != place:
