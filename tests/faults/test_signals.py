@@ -77,9 +77,11 @@ def test_restarts_without_progress_come_to_an_end(train: Run, whole_run: Whole, 
         )
         restarts = json.loads((tmp_path / "part" / "restarts.json").read_text())
         assert restarts["restarts"] == number
+        assert restarts["iteration"] in (4, 6)  # the newer checkpoint may not have been whole yet at the first death
     refused = train(2, "part", "--resume", "auto")
     assert refused.returncode == 93
-    assert "was restarted 3 times at iteration 6 and never came as far as its next checkpoint" in refused.stderr
+    told = f"was restarted 3 times at iteration {restarts['iteration']} and never came as far as its next checkpoint"
+    assert told in refused.stderr
     (tmp_path / "part" / "restarts.json").unlink()
     assert train(2, "part", "--resume", "auto").returncode == 0
     assert_same(whole_run(2), tmp_path / "part")
