@@ -1,7 +1,7 @@
 """Distributed K-FAC as a `torch.optim.Optimizer`: stages 3 to 6 of Algorithm 1 (CVPR 2019)."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -30,6 +30,7 @@ from kfac_dist.optim.validation import (
     check_kfac_group,
     check_loss_scaler,
     check_max_norm,
+    check_order,
     check_parameters,
     check_sample_fraction,
     is_count,
@@ -468,23 +469,12 @@ class KFAC(DistributedOptimizer):
         if curvature_state is None:
             raise ValueError('the state has no "kfac" entry: it was not saved by a KFAC optimizer')
         self._fisher.check_state(curvature_state)
-        self._check_order(state["param_groups"])
+        check_order(self.param_groups, state["param_groups"])
         super().load_state_dict(state)
         self._index_groups()
         self._fisher.load_state_dict(curvature_state, self._device, self._dtype)
         # The buffers are laid out by the state's owners.
         self._hook_gradients(self._shared.buffers.messages, self._comm_dtypes.gradients, self._names)
-
-    def _check_order(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse a state whose parameters are in another order, by which torch gives each its momentum."""
-        for group, saved in zip(self.param_groups, groups, strict=False):
-            pairs = zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False)
-            for here, there in pairs:
-                if here != there:
-                    raise ValueError(
-                        f"the state's parameters are in another order than this optimizer's: {there} in the place of "
-                        f"{here}. Build the model's layers, or the groups, in the same order before load_state_dict"
-                    )
 
 
 def _refresh_schedule(refresh: RefreshSchedule | int) -> RefreshSchedule:

@@ -83,3 +83,22 @@ def check_kfac_group(group: Mapping[str, Any]) -> None:
     momentum = group["momentum"]
     check("momentum", is_number(momentum) and 0 <= momentum < 1, repr(momentum), "a number in [0, 1)")
     check_choice("weight_rescaling", group["weight_rescaling"], get_args(WeightRescaling))
+
+
+def check_order(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a state whose parameters are in another order, by which torch gives each its momentum.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        saved_groups: The state's.
+
+    Raises:
+        ValueError: Naming the first parameter that is in another's place.
+    """
+    for group, saved in zip(groups, saved_groups, strict=False):
+        for here, there in zip(group.get("param_names", ()), saved.get("param_names", ()), strict=False):
+            if here != there:
+                raise ValueError(
+                    f"the state's parameters are in another order than this optimizer's: {there} in the place of "
+                    f"{here}. Build the model's layers, or the groups, in the same order before load_state_dict"
+                )
